@@ -1,0 +1,5 @@
+"""`python -m kimi_vllm` is the command `kimi-vllm`."""
+
+from kimi_vllm.cli import main
+
+main()

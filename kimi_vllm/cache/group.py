@@ -1,0 +1,99 @@
+"""The state group on the worker: the modules through which vLLM sees our slots, and the pool behind them.
+
+vLLM forms cache groups by spec and sizes them alike, so the state group has exactly as many members as there are MLA
+layers: then there are two groups, one block table and one metadata build for all KDA layers, and no page is enlarged.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from kimi_vllm.cache.manager import KDAStateSpec
+from kimi_vllm.cache.metadata import KDAStateBackend
+from kimi_vllm.cache.pool import StatePool
+from kimi_vllm.cache.slots import MIN_SLOTS
+from kimi_vllm.cache.spec import SlotLayout
+from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.options import KimiOptions
+
+
+class StateGroupMember(nn.Module, AttentionLayerBase):
+    """Stands beside one MLA layer and asks vLLM for a block table of slot ids.
+
+    The cache view vLLM binds to it aliases the MLA pages. It is never read or written.
+
+    Args:
+        beside: the MLA layer whose page the spec copies.
+        prefix: a name with exactly one integer, as vLLM's cache binding requires.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, beside: AttentionLayerBase, num_slots: int, interval: int, prefix: str
+    ) -> None:
+        super().__init__()
+        self._beside = [beside]  # in a list, so that nn.Module does not adopt the layer twice
+        self._num_slots = num_slots
+        self._interval = interval
+        self.kv_cache = torch.tensor([])
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        """The backend that builds `KDAMetadata`."""
+        return KDAStateBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KDAStateSpec:
+        """A page like the MLA layer's, and the number of slots."""
+        attention = cast(AttentionSpec, self._beside[0].get_kv_cache_spec(vllm_config))
+        return KDAStateSpec.beside(attention, self._num_slots, self._interval)
+
+
+class StateHome:
+    """Where the KDA layers of one pipeline stage find their slots and their metadata.
+
+    Args:
+        geometry: the model.
+        num_layers: KDA layers on this stage.
+        mla_layer: index of one MLA layer on this stage; its group member's name is the metadata's.
+        prefix: of the layers, ``model.layers``.
+    """
+
+    def __init__(
+        self, geometry: KimiGeometry, vllm_config: VllmConfig, num_layers: int, mla_layer: int, prefix: str
+    ) -> None:
+        tensor_parallel = vllm_config.parallel_config.tensor_parallel_size
+        layout = SlotLayout.of(geometry, num_layers, tensor_parallel)
+        self.prefix = prefix
+        self.options = KimiOptions.from_additional_config(vllm_config.additional_config)
+        self.num_slots = num_slots(vllm_config, self.options)
+        self.pool = StatePool(layout, self.num_slots, vllm_config.device_config.device)
+        self.metadata_name = self.member_name(mla_layer)
+        self._num_claimed = 0
+
+    def member_name(self, mla_layer: int) -> str:
+        """Name of the group member beside an MLA layer."""
+        return f"{self.prefix}.{mla_layer}.kda_state"
+
+    def claim_layer(self) -> tuple[Tensor, Tensor]:
+        """The pool's views for the next KDA layer in order: conv ``[S, R, 3·H·D]`` and state ``[S, H, V, K]``."""
+        self._num_claimed += 1
+        return self.pool.layer(self._num_claimed - 1)
+
+    def member(self, vllm_config: VllmConfig, mla_layer: int, beside: AttentionLayerBase) -> StateGroupMember:
+        """The group member beside an MLA layer."""
+        return StateGroupMember(
+            vllm_config, beside, self.num_slots, self.options.checkpoint_interval, self.member_name(mla_layer)
+        )
+
+
+def num_slots(vllm_config: VllmConfig, options: KimiOptions) -> int:
+    """Slots of the pool, the null slot included: as asked, or one per running sequence and as many for checkpoints."""
+    if options.state_slots is not None:
+        return 1 + options.state_slots
+    sequences = vllm_config.scheduler_config.max_num_seqs
+    caching = vllm_config.cache_config.enable_prefix_caching
+    return max(MIN_SLOTS, 1 + sequences * (2 if caching else 1))

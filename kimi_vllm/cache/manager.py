@@ -1,0 +1,278 @@
+"""Adapter between vLLM's scheduler and the slots: our cache manager, on a pool of slots of its own.
+
+vLLM keeps, for each request and cache group, a table of blocks. In the state group entry i of that table is the slot
+holding the state after min((i + 1)·block_size, n) tokens, or the null slot where no state was kept. The last entry is
+the *live* slot. When a request moves into its next block it moves on to a fresh slot, and the slot it leaves holds
+the state at the boundary: an immutable checkpoint, made without copying. Workers read their read and write slots off
+the same table (`metadata.py`).
+
+Running out of slots never preempts and never fails: a new request waits, a running one keeps writing where it is.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHashList,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+    resolve_block_hashes,
+)
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from kimi_vllm.cache.checkpoints import boundaries_to_keep
+from kimi_vllm.cache.slot_pool import SlotPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class KDAStateSpec(AttentionSpec):
+    """The state group in vLLM's cache configuration: a block table of slot ids that costs no page of the shared pool.
+
+    It copies its sibling MLA layer's page field by field. Equal pages are what keeps vLLM from enlarging the
+    attention block to make two kinds of pages match; the page itself is never read or written for KDA.
+
+    Attributes:
+        num_slots: slots of the pool, the null slot included.
+        checkpoint_interval: see `KimiOptions`.
+    """
+
+    dcp_sharded: bool = False
+    num_slots: int = 0
+    checkpoint_interval: int = 0
+
+    @classmethod
+    def beside(cls, attention: AttentionSpec, num_slots: int, checkpoint_interval: int) -> Self:
+        """The spec for a state group that lives beside the given MLA layers."""
+        page: dict[str, Any] = {
+            field.name: getattr(attention, field.name) for field in fields(AttentionSpec) if field.init
+        }
+        page["dcp_sharded"] = False
+        return cls(**page, num_slots=num_slots, checkpoint_interval=checkpoint_interval)
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """No: tokens have no place of their own in a state."""
+        return False
+
+    @property
+    def block_table_token_alignment(self) -> int | None:
+        """None: table rows need no padding, entries are looked up one by one."""
+        return None
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Zero: the slots were allocated with the model, before vLLM sized its pool."""
+        return 0
+
+
+class KDAStateManager(SingleTypeKVCacheManager):
+    """Decides, step by step, which slots a request reads and writes. Lives in the scheduler's process."""
+
+    block_pool: SlotPool
+
+    def __init__(self, kv_cache_spec: KDAStateSpec, block_pool: BlockPool, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, block_pool, **kwargs)
+        # An answer larger than the page pool is how a manager tells the scheduler "not now" (Mamba's does the same).
+        self._not_now = block_pool.num_gpu_blocks + 1
+        self.block_pool = SlotPool(kv_cache_spec.num_slots, block_pool.hash_block_size)
+        self._null_block = self.block_pool.null_block
+        self._interval = kv_cache_spec.checkpoint_interval
+        self._new_entries: dict[str, tuple[int, list[KVCacheBlock]]] = {}
+        self._num_retired: dict[str, int] = {}
+        self._rolling: dict[str, tuple[KVCacheBlock, Any]] = {}
+        # Published while a step is being scheduled, so written only when that step runs.
+        self._unsettled: set[int] = set()
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KDAStateSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The longest prefix of at most `max_length` tokens at whose end a state was kept.
+
+        Returns:
+            For each group null entries and then the checkpoint, and the length of the prefix in tokens.
+        """
+        block_size = kv_cache_spec.block_size
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, block_size)
+        for index in range(max_length // block_size - 1, -1, -1):
+            length = (index + 1) * block_size
+            if length % alignment_tokens:
+                continue
+            if found := block_pool.get_cached_block(hashes[index], kv_cache_group_ids):
+                return tuple([block_pool.null_block] * index + [block] for block in found), length
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Zero pages if the slots allow this step, else more than there are ("not now")."""
+        table = self.req_to_blocks.get(request_id)
+        if table:
+            if cdiv(num_tokens, self.block_size) <= len(table):
+                return 0
+            return 0 if self.block_pool.slots.can_take(1) or self._can_stay(table) else self._not_now
+        wanted = 1
+        if new_computed_blocks:
+            checkpoint = new_computed_blocks[-1].block_id
+            if checkpoint in self._unsettled:
+                # Its writer runs in this very step, beside us: wait for the next one.
+                return self._not_now
+            wanted += not self.block_pool.slots.references(checkpoint)
+        return 0 if self.block_pool.slots.can_take(wanted) else self._not_now
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Start a request's table from a prefix hit, holding the checkpoint it resumes from."""
+        self.block_pool.touch(block for block in new_computed_blocks if not block.is_null)
+        self.req_to_blocks[request_id].extend(new_computed_blocks)
+        self.num_cached_block[request_id] = len(new_computed_blocks)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Extend the table to cover `num_tokens`: null entries, then the slot that this step writes last.
+
+        The list returned is the one the scheduler later turns into ids for the workers; `cache_blocks` upgrades
+        entries of it to checkpoints before that happens.
+        """
+        table = self.req_to_blocks[request_id]
+        num_old = len(table)
+        num_new = cdiv(num_tokens, self.block_size) - num_old
+        if num_new <= 0:
+            return []
+        live = self._next_slot(table)
+        new = [self._null_block] * (num_new - 1) + [live]
+        table.extend(new)
+        self._new_entries[request_id] = (num_old, new)
+        return new
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Choose the boundaries that this step passes and that are worth a slot, and publish them.
+
+        A boundary at which a step ends costs nothing: the request is about to leave that slot. Of those only the
+        latest stays published, so that a long prefill or decode does not push everyone else's checkpoints out.
+        """
+        request_id, block_size = request.request_id, self.block_size
+        kept = boundaries_to_keep(
+            request.num_prompt_tokens, block_size, request.shared_prefix_boundary or 0, self._interval
+        )
+        table = self.req_to_blocks[request_id]
+        self._add_checkpoints(request_id, table, kept)
+        hashes = resolve_block_hashes(request.block_hashes, self.block_pool.hash_block_size, block_size)
+        num_full = num_tokens // block_size
+        for index in range(self.num_cached_block.get(request_id, 0), num_full):
+            block = table[index]
+            if block.is_null:
+                continue
+            key = make_block_hash_with_group_id(hashes[index], self.kv_cache_group_id)
+            boundary = (index + 1) * block_size
+            if not self.block_pool.publish(block, key, boundary):
+                continue
+            self._unsettled.add(block.block_id)
+            if boundary not in kept:
+                self._roll(request_id, block, key)
+        self.num_cached_block[request_id] = max(num_full, self.num_cached_block.get(request_id, 0))
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Drop the request's references to states before the one it resumes from in this step."""
+        table = self.req_to_blocks.get(request_id)
+        if not table:
+            return
+        first = self._num_retired.get(request_id, 0)
+        last = min(max(0, processed_computed_tokens - 1) // self.block_size, len(table))
+        for index in range(first, last):
+            block, table[index] = table[index], self._null_block
+            if not block.is_null:
+                self.block_pool.free_blocks([block])
+        self._num_retired[request_id] = max(first, last)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget the request and hand back the slots it still references."""
+        self._new_entries.pop(request_id, None)
+        self._num_retired.pop(request_id, None)
+        self._rolling.pop(request_id, None)
+        blocks = [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
+        for block in blocks:
+            if block.block_id in self._unsettled:
+                # Preempted in the step that was to write it: that state will never exist.
+                self._unsettled.discard(block.block_id)
+                self.block_pool.withdraw(block)
+        return blocks
+
+    def take_new_block_ids(self) -> list[int]:
+        """Called by the scheduler once a step is complete: what it published will now be written. No pages to zero."""
+        self._unsettled.clear()
+        self._new_entries.clear()
+        return []
+
+    def _next_slot(self, table: list[KVCacheBlock]) -> KVCacheBlock:
+        # Without prefix caching nobody resumes from a boundary, so there is no reason to leave the slot.
+        wants_fresh = self.enable_caching or not table
+        if wants_fresh and self.block_pool.slots.can_take(1):
+            return self.block_pool.take()
+        block, table[-1] = table[-1], self._null_block
+        self.block_pool.withdraw(block)
+        return block
+
+    def _can_stay(self, table: list[KVCacheBlock]) -> bool:
+        live = table[-1]
+        return not live.is_null and self.block_pool.slots.references(live.block_id) == 1
+
+    def _add_checkpoints(self, request_id: str, table: list[KVCacheBlock], kept: Iterable[int]) -> None:
+        num_old, new = self._new_entries.pop(request_id, (0, []))
+        for boundary in sorted(kept, reverse=True):
+            index = boundary // self.block_size - 1
+            inside = num_old <= index < num_old + len(new) - 1
+            if inside and table[index].is_null and self.block_pool.slots.can_take(1):
+                table[index] = new[index - num_old] = self.block_pool.take()
+
+    def _roll(self, request_id: str, block: KVCacheBlock, key: Any) -> None:
+        previous = self._rolling.get(request_id)
+        self._rolling[request_id] = (block, key)
+        if previous is None:
+            return
+        slot = previous[0].block_id
+        still_there = self.block_pool.slots.find(previous[1]) == slot
+        if still_there and not self.block_pool.slots.references(slot):
+            self.block_pool.withdraw(previous[0])
+
+
+# In-tree specs first: vLLM registers its own only into an empty registry, and workers never do it explicitly. Ours at
+# import, because unpickling the spec in another process imports this module and nothing else runs there.
+KVCacheSpecRegistry._ensure_registered(None)
+KVCacheSpecRegistry.register(KDAStateSpec, KDAStateManager, uniform_type_base_spec=KDAStateSpec)

@@ -1,0 +1,156 @@
+"""One step, described once for all KDA layers: which rows decode, which prefill, and which slots each reads and writes.
+
+vLLM hands us, per request, the number of tokens computed so far, the number in this step, and the row of the block
+table in which `manager.py` placed slot ids. For a request at position p, in blocks of b tokens, the state after token
+p - 1 is in slot ``row[(p - 1) // b]`` and the state after token p goes to slot ``row[p // b]``. They differ exactly
+when p is the first token of a block: then the kernel reads one slot and writes another, and no copy is made.
+
+Entries before the read slot may be stale, because worker rows are append-only. Nothing here or in a kernel uses them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from kimi_vllm.cache.manager import KDAStateSpec
+from kimi_vllm.cache.slots import NULL_SLOT
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Requests with one token in this step. All ``[N]``.
+
+    Attributes:
+        read_slot: int32; `NULL_SLOT` for a request's first token, which reads nothing.
+        write_slot: int32; `NULL_SLOT` for a padded row.
+        position: int64; index of the row's token in its sequence.
+    """
+
+    read_slot: Tensor
+    write_slot: Tensor
+    position: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRows:
+    """Requests with several tokens in this step, packed one after another.
+
+    Attributes:
+        cu_seqlens: ``[N + 1]`` int32, from 0; token ranges within the prefill part of the step.
+        context_len: ``[N]`` int32, tokens computed before this step.
+        slot_table: ``[N, B]`` int32, rows of the block table.
+    """
+
+    cu_seqlens: Tensor
+    context_len: Tensor
+    slot_table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KDAMetadata:
+    """A step. Tokens are ordered decodes first, then prefills, then padding.
+
+    Attributes:
+        num_decodes: decode rows, and as many tokens.
+        num_tokens: tokens of the step without padding.
+        block_size: tokens per entry of the slot table.
+    """
+
+    num_decodes: int
+    num_tokens: int
+    block_size: int
+    decode: DecodeRows | None
+    prefill: PrefillRows | None
+
+
+class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
+    """Builds `KDAMetadata`; vLLM calls it once per step for the whole state group."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER
+    reorder_batch_threshold = 1
+
+    def __init__(
+        self, kv_cache_spec: KDAStateSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.num_slots = kv_cache_spec.num_slots
+        self.block_size = kv_cache_spec.block_size
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> KDAMetadata:
+        """Describe the step. Works on the device's tensors alone: nothing waits for the device."""
+        step = common_attn_metadata
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(step, decode_threshold=1)
+        # vLLM's warm-up makes up block ids without regard to groups; out-of-range ones are padding to us.
+        table = step.block_table_tensor[: step.num_reqs]
+        table = torch.where(table < self.num_slots, table, NULL_SLOT)
+        seq_lens = step.seq_lens[: step.num_reqs]
+        decode = prefill = None
+        if num_decodes:
+            decode = self._decode_rows(table[:num_decodes], seq_lens[:num_decodes])
+        if num_prefills:
+            starts = step.query_start_loc[num_decodes : step.num_reqs + 1]
+            query_lens = starts[1:] - starts[:-1]
+            prefill = PrefillRows(
+                cu_seqlens=(starts - num_decode_tokens).to(torch.int32),
+                context_len=(seq_lens[num_decodes:] - query_lens).to(torch.int32),
+                slot_table=table[num_decodes:].to(torch.int32).contiguous(),
+            )
+        return KDAMetadata(num_decodes, step.num_actual_tokens, self.block_size, decode, prefill)
+
+    def _decode_rows(self, table: Tensor, seq_lens: Tensor) -> DecodeRows:
+        # A padded row has length 0, so position -1: it must find the null slot on both sides.
+        position = seq_lens.to(torch.int64) - 1
+        return DecodeRows(
+            read_slot=self._entry(table, position - 1), write_slot=self._entry(table, position), position=position
+        )
+
+    def _entry(self, table: Tensor, position: Tensor) -> Tensor:
+        column = position.clamp(min=0).div(self.block_size, rounding_mode="floor")
+        slot = table.gather(1, column[:, None])[:, 0]
+        return torch.where(position >= 0, slot, NULL_SLOT).to(torch.int32)
+
+
+class KDAStateBackend(AttentionBackend):
+    """What vLLM needs to know to build metadata for the state group; it computes no attention."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Name in vLLM's logs."""
+        return "KIMI_KDA_STATE"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """No attention implementation belongs to this group.
+
+        Raises:
+            TypeError: always; the KDA layers call their kernels themselves.
+        """
+        raise TypeError("the KDA state group has no attention implementation")
+
+    @staticmethod
+    def get_builder_cls() -> type[KDAMetadataBuilder]:
+        """The builder above."""
+        return KDAMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Any: the block size is only the grid of boundaries."""
+        return [MultipleOf(1)]
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        """Yes, which keeps this group out of vLLM's choice of an attention block size."""
+        return True

@@ -1,0 +1,35 @@
+"""The tensors: allocated once with the model, so that vLLM's memory accounting sees them before it sizes its own pool."""
+
+import torch
+from torch import Tensor
+
+from kimi_vllm.cache.spec import SlotLayout
+
+
+class StatePool:
+    """All slots of one worker: ``state [S, L, H, V, K]`` and ``conv [S, L, R, 3·H·D]``.
+
+    The slot comes first, so that one slot is one contiguous piece that can be copied in or out at once; a layer's
+    view has the slot stride of all layers. A slot's contents mean nothing until a step has written it: a request's
+    first step reads no slot, so nothing is ever cleared.
+
+    Args:
+        layout: shapes and dtypes of a slot.
+        num_slots: slots, the null slot included.
+        device: where the kernels run.
+    """
+
+    def __init__(self, layout: SlotLayout, num_slots: int, device: torch.device | str) -> None:
+        self.layout = layout
+        self.num_slots = num_slots
+        self.state = torch.zeros(num_slots, *layout.state_shape, dtype=layout.state_dtype, device=device)
+        self.conv = torch.zeros(num_slots, *layout.conv_shape, dtype=layout.conv_dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots on this worker."""
+        return self.num_slots * self.layout.slot_bytes
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Views of the pool for the `index`-th KDA layer of this stage: conv ``[S, R, 3·H·D]``, state ``[S, H, V, K]``."""
+        return self.conv[:, index], self.state[:, index]

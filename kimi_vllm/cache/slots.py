@@ -1,0 +1,147 @@
+"""Who owns which state slot.
+
+A slot is in one of three states: *free*; *live*, referenced by at least one request (which may be writing it, or
+resuming from it); or *idle checkpoint*, referenced by nobody and kept because a later request may resume from it.
+Slot 0 is none of these: it is the null slot of padded rows. So free + live + idle = number of slots - 1, always.
+
+Pure on purpose: slots are integers, keys are opaque. No vLLM, no torch.
+"""
+
+from collections import deque
+from collections.abc import Hashable
+
+from kimi_vllm.cache.checkpoints import CheckpointIndex
+
+NULL_SLOT = 0
+MIN_SLOTS = 3
+"""The null slot and two more: resuming from a checkpoint reads one slot while it writes another."""
+
+
+class NoSlotError(RuntimeError):
+    """A slot was taken without asking `can_take` first."""
+
+
+class SlotAllocator:
+    """Hands slots out and takes them back; evicts idle checkpoints when nothing is free.
+
+    Every method either succeeds or changes nothing.
+
+    Args:
+        num_slots: all slots, the null slot included; at least `MIN_SLOTS`.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        if num_slots < MIN_SLOTS:
+            raise ValueError(f"num_slots={num_slots}: at least {MIN_SLOTS} are needed (one of them is the null slot).")
+        self.num_slots = num_slots
+        self._free: deque[int] = deque(range(1, num_slots))
+        self._references = [0] * num_slots
+        self._checkpoints = CheckpointIndex()
+
+    @property
+    def num_free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_idle(self) -> int:
+        """Checkpoints nobody references; what can be evicted."""
+        return self._checkpoints.num_idle
+
+    @property
+    def num_live(self) -> int:
+        """Slots that requests reference."""
+        return self.num_slots - 1 - self.num_free - self.num_idle
+
+    @property
+    def num_available(self) -> int:
+        """Slots that `take` can hand out."""
+        return self.num_free + self.num_idle
+
+    def can_take(self, count: int) -> bool:
+        """Whether `count` calls of `take` will succeed."""
+        return count <= self.num_available
+
+    def take(self) -> tuple[int, bool]:
+        """Hand out a slot with one reference.
+
+        Returns:
+            The slot, and whether a checkpoint had to be evicted for it. Its contents are whatever they were:
+            a fresh slot is never read before it is written.
+
+        Raises:
+            NoSlotError: nothing is free and every checkpoint is in use.
+        """
+        if self._free:
+            slot, evicted = self._free.popleft(), False
+        else:
+            victim = self._checkpoints.victim()
+            if victim is None:
+                raise NoSlotError(f"all {self.num_slots - 1} slots are live")
+            self._checkpoints.forget(victim)
+            slot, evicted = victim, True
+        self._references[slot] = 1
+        return slot, evicted
+
+    def retain(self, slot: int) -> None:
+        """Add a reference to a live slot or an idle checkpoint."""
+        if not self._references[slot] and not self._checkpoints.holds(slot):
+            raise ValueError(f"slot {slot} is free: there is nothing to reference")
+        if not self._references[slot]:
+            self._checkpoints.wake(slot)
+        self._references[slot] += 1
+
+    def release(self, slot: int) -> None:
+        """Drop a reference. The last one turns a checkpoint idle and frees any other slot."""
+        if not self._references[slot]:
+            raise ValueError(f"slot {slot} has no reference to drop")
+        self._references[slot] -= 1
+        if self._references[slot]:
+            return
+        if self._checkpoints.holds(slot):
+            self._checkpoints.park(slot)
+        else:
+            self._free.append(slot)
+
+    def references(self, slot: int) -> int:
+        """How many requests reference the slot."""
+        return self._references[slot]
+
+    def publish(self, slot: int, key: Hashable) -> bool:
+        """Offer a live slot's contents to other requests under `key`. False if the key is known already."""
+        if not self._references[slot]:
+            raise ValueError(f"slot {slot} is not live: only its owner can publish it")
+        return self._checkpoints.add(slot, key)
+
+    def withdraw(self, slot: int) -> bool:
+        """Make a checkpoint an ordinary slot again; an idle one becomes free. False if it was none."""
+        if not self._checkpoints.holds(slot):
+            return False
+        self._checkpoints.forget(slot)
+        if not self._references[slot]:
+            self._free.append(slot)
+        return True
+
+    def find(self, key: Hashable) -> int | None:
+        """The slot published under `key`. Never changes anything."""
+        return self._checkpoints.find(key)
+
+    def withdraw_all(self) -> list[int]:
+        """Withdraw every checkpoint. Returns their slots."""
+        slots = self._checkpoints.slots()
+        for slot in slots:
+            self.withdraw(slot)
+        return slots
+
+    def check(self) -> None:
+        """Verify the invariants; raises AssertionError with what broke. Called by tests after every scenario."""
+        free = set(self._free)
+        idle = self._checkpoints.idle_slots()
+        live = {slot for slot in range(1, self.num_slots) if self._references[slot]}
+        assert len(free) == len(self._free), "a slot is free twice"
+        assert NULL_SLOT not in free | idle | live, "the null slot was handed out"
+        assert not free & idle, f"free and idle: {free & idle}"
+        assert not free & live, f"free and live: {free & live}"
+        assert not idle & live, f"idle and live: {idle & live}"
+        assert len(free) + len(idle) + len(live) == self.num_slots - 1, "a slot is lost"
+        self._checkpoints.check()

@@ -1,0 +1,80 @@
+"""The command `kimi-vllm`. Nothing heavy is imported before a command needs it: --help answers at once."""
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kimi_vllm.doctor import Finding, diagnose
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="kimi-vllm is a plugin of vLLM: it serves Kimi Linear models and keeps their recurrent state in "
+    "exact slots beside the paged KV cache. There is nothing to start here: run `vllm serve MODEL` as usual, "
+    "and vLLM loads the plugin. This command tells you whether it will.",
+)
+
+_STYLES = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if show_version:
+        print(f"kimi-vllm {version('kimi-vllm')}")
+        raise typer.Exit
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Check whether vLLM here would serve Kimi Linear with kimi-vllm, and say how to fix what is wrong.
+
+    Exit status: 0 if it would, 1 if any check is FAIL.
+    """
+    if as_json:
+        findings = list(diagnose())
+    else:
+        with Console(stderr=True).status("Checking; importing vLLM takes some seconds"):
+            findings = list(diagnose())
+    active = all(finding.status != "FAIL" for finding in findings)
+    if as_json:
+        print(json.dumps({"active": active, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        _print_table(findings, active=active)
+    if not active:
+        raise typer.Exit(1)
+
+
+def _print_table(findings: list[Finding], *, active: bool) -> None:
+    console = Console()
+    table = Table("check", "status", "found", "how to fix")
+    for finding in findings:
+        status = f"[{_STYLES[finding.status]}]{finding.status}"
+        table.add_row(finding.check, status, _literal(finding.found), _literal(finding.fix))
+    console.print(table)
+    verdict = (
+        "[green]kimi-vllm is active:[/] `vllm serve` will use it for Kimi Linear."
+        if active
+        else "[bold red]kimi-vllm is not active[/] on this machine; the rows marked FAIL say why."
+    )
+    console.print(verdict)
+
+
+def _literal(text: str) -> str:
+    """Square brackets are markup for rich, and common in what we show: kimi-vllm[cpu]."""
+    return text.replace("[", r"\[")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="kimi-vllm")

@@ -1,0 +1,98 @@
+"""What vLLM asks of a model before anything is built: our entry in its table of per-architecture config hooks.
+
+Runs in the process that parses the arguments. Wrong configs and options are refused here, before weights are read.
+"""
+
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+from kimi_vllm.geometry import GeometryError, KimiGeometry
+from kimi_vllm.options import KimiOptions
+
+logger = init_logger(__name__)
+
+NATURAL_BLOCK_SIZE = 64
+"""Tokens per MLA page on the CPU, and so the grid on which prefixes can be resumed."""
+
+_GEOMETRY_ATTRIBUTE = "kimi_geometry"
+
+
+class KimiLinearConfigHook(VerifyAndUpdateConfig):
+    """Checks the model and the options, and keeps vLLM's defaults for other models away from this one."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Parse config.json as written and hand the geometry to the workers inside the Hugging Face config.
+
+        Raises:
+            GeometryError: see `KimiGeometry.from_config`.
+        """
+        geometry = KimiGeometry.from_config(_config_as_written(model_config))
+        setattr(model_config.hf_config, _GEOMETRY_ATTRIBUTE, geometry.to_dict())
+        if current_platform.is_cpu():
+            # vLLM's reference MLA for CPUs wants 576-wide latents and 16-token blocks and turns chunked prefill and
+            # prefix caching off. Ours has no such limits, so this model must not count as one of vLLM's MLA models.
+            model_config.model_arch_config.is_deepseek_mla = False
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Refuse what the state cache cannot do yet, by the name of the option, and set the block size on CPUs.
+
+        Raises:
+            ValueError: an unsupported combination of vLLM options.
+            OptionsError: see `KimiOptions.from_additional_config`.
+        """
+        KimiOptions.from_additional_config(vllm_config.additional_config)
+        _refuse_unserved(vllm_config)
+        cache_config = vllm_config.cache_config
+        if current_platform.is_cpu() and not cache_config.user_specified_block_size:
+            cache_config.block_size = NATURAL_BLOCK_SIZE
+            # The CPU platform replaces every block size nobody asked for by 128, which would halve the hits.
+            cache_config.user_specified_block_size = True
+        logger.info("kimi-vllm serves KimiLinearForCausalLM (KIMI_VLLM_DISABLE=1 leaves it to vLLM).")
+
+
+def geometry_of(model_config: ModelConfig) -> KimiGeometry:
+    """The geometry `KimiLinearConfigHook` found for this model.
+
+    Raises:
+        GeometryError: the hook did not run, so the plugin is only half registered.
+    """
+    values = getattr(model_config.hf_config, _GEOMETRY_ATTRIBUTE, None)
+    if values is None:
+        raise GeometryError(
+            "kimi-vllm's config hook did not run. Is the plugin listed in VLLM_PLUGINS? Run `kimi-vllm doctor`."
+        )
+    return KimiGeometry.from_dict(values)
+
+
+def _config_as_written(model_config: ModelConfig) -> dict[str, Any]:
+    # vLLM's own config class fills absent keys with the defaults of another model, so absence shows only in the file.
+    source = model_config.hf_config_path or model_config.model
+    written = get_hf_file_to_dict("config.json", source, model_config.revision)
+    if written is None:
+        raise GeometryError(f"config.json: not found for {source}.")
+    overrides = model_config.hf_overrides
+    return {**written, **overrides} if isinstance(overrides, dict) else written
+
+
+def _refuse_unserved(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    refusals = {
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--enable-lora": vllm_config.lora_config is not None,
+    }
+    for option, asked in refusals.items():
+        if asked:
+            raise ValueError(
+                f"{option}: kimi-vllm does not support it with KDA state yet. Drop the option, or set "
+                "KIMI_VLLM_DISABLE=1 to use vLLM's own Kimi Linear."
+            )

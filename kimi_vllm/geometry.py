@@ -1,0 +1,281 @@
+"""The model: one object made from any form of config.json, and a clear no for what cannot be served.
+
+Two forms are in the world. The hub's (moonshotai/Kimi-Linear-48B-A3B-Instruct) names layers in ``linear_attn_config``,
+counted from 1; transformers' `KimiLinearConfig.save_pretrained` writes ``layer_types`` and ``mlp_layer_types``.
+Kimi-K3 shares the ``model_type`` and adds fields; a config that uses one is refused by that field's name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SUPPORTED_HEAD_DIMS = (64, 128)
+MAX_CONV_WIDTH = 8
+
+_UNSERVED = {
+    "mla_use_output_gate": (None, False),
+    "attn_res_block_size": (None,),
+    "routed_expert_hidden_size": (None,),
+    "latent_moe_use_norm": (None, False),
+    "activation_situ_beta": (None,),
+    "activation_situ_linear_beta": (None,),
+    "attention_bias": (None, False),
+    "rope_scaling": (None,),
+    "linear_attn_config.use_full_rank_gate": (None, False),
+    "linear_attn_config.gate_lower_bound": (None,),
+}
+"""Fields of Kimi-K3 and of other relatives, and the values that mean "not used"."""
+
+_FIXED = {
+    "hidden_act": ("silu",),
+    "moe_router_activation_func": ("sigmoid",),
+    "moe_layer_freq": (1,),
+    "num_expert_group": (1, None),
+    "topk_group": (1, None),
+    "num_nextn_predict_layers": (0, None),
+    "topk_method": ("noaux_tc", None),
+    "mla_use_nope": (True,),
+}
+"""Fields of Kimi Linear of which one value exists; `mla_use_nope` false would mean a rotated MLA."""
+
+
+class GeometryError(ValueError):
+    """A config.json that is wrong, incomplete, or of a model this plugin does not serve. Names the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoEGeometry:
+    """The sparse feed-forward: sigmoid router, selection-only bias, top-k, scaled, plus shared experts."""
+
+    num_experts: int
+    num_experts_per_token: int
+    num_shared_experts: int
+    intermediate_size: int
+    renormalize: bool
+    routed_scaling_factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class KimiGeometry:
+    """Everything about a Kimi Linear model that shapes depend on. Layers are counted from 0.
+
+    Attributes:
+        kda: per layer, True for Kimi Delta Attention, False for MLA.
+        sparse: per layer, True for MoE, False for a dense MLP.
+        linear_num_heads, linear_head_dim: heads of a KDA layer and their size K == V.
+        conv_width: taps of the short convolution on q, k and v.
+        kv_lora_rank, qk_rope_head_dim: the two parts of an MLA latent; the second is never rotated (NoPE).
+        moe: None when every layer is dense.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    rms_norm_eps: float
+    kda: tuple[bool, ...]
+    sparse: tuple[bool, ...]
+    linear_num_heads: int
+    linear_head_dim: int
+    conv_width: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    tie_word_embeddings: bool
+    moe: MoEGeometry | None
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of either kind."""
+        return len(self.kda)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Size of one MLA query or key head; the softmax scale is its inverse square root."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Elements an MLA layer caches per token."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, so that it travels inside a Hugging Face config to vLLM's worker processes."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "KimiGeometry":
+        """The inverse of `to_dict`."""
+        fields = dict(values)
+        moe = fields.pop("moe")
+        fields["kda"], fields["sparse"] = tuple(fields["kda"]), tuple(fields["sparse"])
+        return cls(**fields, moe=None if moe is None else MoEGeometry(**moe))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "KimiGeometry":
+        """Read config.json, given as a mapping, in the hub's or in transformers' form.
+
+        Raises:
+            GeometryError: a key is missing, has a value of the wrong kind or out of range, contradicts another, or
+                belongs to a model that is not served. The message starts with the key.
+        """
+        _refuse_unserved(config)
+        num_layers = _integer(config, "num_hidden_layers")
+        kda = _kda_layers(config, num_layers)
+        sparse = _sparse_layers(config, num_layers)
+        heads, head_dim, conv_width = _linear_sizes(config)
+        return cls(
+            vocab_size=_integer(config, "vocab_size"),
+            hidden_size=_integer(config, "hidden_size"),
+            intermediate_size=_integer(config, "intermediate_size"),
+            rms_norm_eps=_positive(config, "rms_norm_eps"),
+            kda=kda,
+            sparse=sparse,
+            linear_num_heads=heads,
+            linear_head_dim=head_dim,
+            conv_width=conv_width,
+            num_attention_heads=_integer(config, "num_attention_heads"),
+            q_lora_rank=_optional_integer(config, "q_lora_rank"),
+            kv_lora_rank=_integer(config, "kv_lora_rank"),
+            qk_nope_head_dim=_integer(config, "qk_nope_head_dim"),
+            qk_rope_head_dim=_integer(config, "qk_rope_head_dim"),
+            v_head_dim=_integer(config, "v_head_dim"),
+            tie_word_embeddings=_boolean(config, "tie_word_embeddings", default=False),
+            moe=_moe(config) if any(sparse) else None,
+        )
+
+
+def _refuse_unserved(config: Mapping[str, Any]) -> None:
+    for key, unused in _UNSERVED.items():
+        value = _lookup(config, key)
+        if value not in unused:
+            raise GeometryError(
+                f"{key}={value!r}: this field belongs to another model (Kimi-K3) and kimi-vllm does not serve it. "
+                "KIMI_VLLM_DISABLE=1 leaves the model to vLLM's own implementation."
+            )
+    for key, served in _FIXED.items():
+        if key in config and config[key] not in served:
+            raise GeometryError(f"{key}={config[key]!r}: Kimi Linear is served with {key}={served[0]!r} only.")
+
+
+def _lookup(config: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _kda_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+    linear = config.get("linear_attn_config")
+    if linear is not None:
+        return _from_one_based(linear, num_layers)
+    types = _sequence(config, "layer_types", num_layers)
+    for index, kind in enumerate(types):
+        if kind not in ("linear_attention", "full_attention"):
+            raise GeometryError(
+                f"layer_types[{index}]={kind!r}: expected 'linear_attention' or 'full_attention'."
+            )
+    return tuple(kind == "linear_attention" for kind in types)
+
+
+def _from_one_based(linear: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+    kinds: list[bool | None] = [None] * num_layers
+    for key, is_kda in (("kda_layers", True), ("full_attn_layers", False)):
+        if not isinstance(linear.get(key), Sequence):
+            raise GeometryError(f"linear_attn_config.{key}: missing, or not a list of layer numbers from 1.")
+        for number in linear[key]:
+            if not isinstance(number, int) or not 1 <= number <= num_layers:
+                raise GeometryError(
+                    f"linear_attn_config.{key}: layer {number!r} is not in 1..num_hidden_layers={num_layers}."
+                )
+            if kinds[number - 1] is not None:
+                raise GeometryError(f"linear_attn_config.{key}: layer {number} is listed twice.")
+            kinds[number - 1] = is_kda
+    if None in kinds:
+        raise GeometryError(
+            f"linear_attn_config: layer {kinds.index(None) + 1} is neither in kda_layers nor in full_attn_layers."
+        )
+    return tuple(bool(kind) for kind in kinds)
+
+
+def _linear_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    if (linear := config.get("linear_attn_config")) is not None:
+        source, keys = linear, ("num_heads", "head_dim", "short_conv_kernel_size")
+        prefix = "linear_attn_config."
+    else:
+        source, keys = config, ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
+        prefix = ""
+    heads, head_dim, conv_width = (_integer(source, key, prefix) for key in keys)
+    if head_dim not in SUPPORTED_HEAD_DIMS:
+        raise GeometryError(f"{prefix}{keys[1]}={head_dim}: KDA heads of size 64 and 128 are served.")
+    if not 2 <= conv_width <= MAX_CONV_WIDTH:
+        raise GeometryError(f"{prefix}{keys[2]}={conv_width}: expected 2..{MAX_CONV_WIDTH}.")
+    return heads, head_dim, conv_width
+
+
+def _sparse_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+    if config.get("mlp_layer_types") is not None:
+        types = _sequence(config, "mlp_layer_types", num_layers)
+        for index, kind in enumerate(types):
+            if kind not in ("sparse", "dense"):
+                raise GeometryError(f"mlp_layer_types[{index}]={kind!r}: expected 'sparse' or 'dense'.")
+        return tuple(kind == "sparse" for kind in types)
+    if not config.get("num_experts"):
+        return (False,) * num_layers
+    num_dense = _integer(config, "first_k_dense_replace", minimum=0)
+    return tuple(index >= num_dense for index in range(num_layers))
+
+
+def _moe(config: Mapping[str, Any]) -> MoEGeometry:
+    num_experts = _integer(config, "num_experts")
+    per_token = _integer(config, "num_experts_per_token")
+    if per_token > num_experts:
+        raise GeometryError(f"num_experts_per_token={per_token}: more than num_experts={num_experts}.")
+    return MoEGeometry(
+        num_experts=num_experts,
+        num_experts_per_token=per_token,
+        num_shared_experts=_integer(config, "num_shared_experts", minimum=0),
+        intermediate_size=_integer(config, "moe_intermediate_size"),
+        renormalize=_boolean(config, "moe_renormalize", default=True),
+        routed_scaling_factor=_positive(config, "routed_scaling_factor"),
+    )
+
+
+def _integer(config: Mapping[str, Any], key: str, prefix: str = "", minimum: int = 1) -> int:
+    if config.get(key) is None:
+        raise GeometryError(f"{prefix}{key}: missing from config.json.")
+    value = config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise GeometryError(f"{prefix}{key}={value!r}: expected an integer of at least {minimum}.")
+    return value
+
+
+def _optional_integer(config: Mapping[str, Any], key: str) -> int | None:
+    return None if config.get(key) is None else _integer(config, key)
+
+
+def _positive(config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key)
+    if value is None:
+        raise GeometryError(f"{key}: missing from config.json.")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise GeometryError(f"{key}={value!r}: expected a positive number.")
+    return float(value)
+
+
+def _boolean(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise GeometryError(f"{key}={value!r}: expected true or false.")
+    return value
+
+
+def _sequence(config: Mapping[str, Any], key: str, length: int) -> Sequence[Any]:
+    value = config.get(key)
+    if value is None:
+        raise GeometryError(f"{key}: missing from config.json (and linear_attn_config is missing too).")
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
+        raise GeometryError(f"{key}: expected a list of num_hidden_layers={length} entries.")
+    return value

@@ -1,0 +1,1 @@
+"""The layers of Kimi Linear on vLLM's parallel linears, norms and fused MoE."""

@@ -1,0 +1,99 @@
+"""The feed-forward half of a layer: a dense gated MLP, or a mixture of experts on vLLM's fused MoE."""
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+
+from kimi_vllm.geometry import KimiGeometry, MoEGeometry
+
+
+class KimiMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``.
+
+    Args:
+        reduce_results: sum over tensor-parallel ranks here; shared experts leave that to the fused MoE.
+    """
+
+    def __init__(
+        self, hidden: int, intermediate: int, vllm_config: VllmConfig, prefix: str, *, reduce_results: bool = True
+    ) -> None:
+        super().__init__()
+        quant_config = vllm_config.quant_config
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden, [intermediate] * 2, bias=False, quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate,
+            hidden,
+            bias=False,
+            quant_config=quant_config,
+            reduce_results=reduce_results,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.activation = SiluAndMul()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[T, hidden]`` to ``[T, hidden]``."""
+        gate_up, _ = self.gate_up_proj(hidden_states)
+        down, _ = self.down_proj(self.activation(gate_up))
+        return down
+
+
+class KimiMoE(nn.Module):
+    """Experts chosen by biased sigmoid scores and weighted by the unbiased ones, plus shared experts.
+
+    The router runs in fp32; `e_score_correction_bias` takes part in the selection only; the weights are normalised
+    over the chosen experts and scaled.
+    """
+
+    def __init__(self, geometry: KimiGeometry, moe: MoEGeometry, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        hidden = geometry.hidden_size
+        self.gate = GateLinear(
+            hidden,
+            moe.num_experts,
+            out_dtype=torch.float32,
+            params_dtype=torch.float32,
+            force_fp32_compute=True,
+            prefix=f"{prefix}.gate",
+        )
+        self.gate.e_score_correction_bias = nn.Parameter(
+            torch.empty(moe.num_experts, dtype=torch.float32), requires_grad=False
+        )
+        self.shared_experts = (
+            KimiMLP(
+                hidden,
+                moe.intermediate_size * moe.num_shared_experts,
+                vllm_config,
+                f"{prefix}.shared_experts",
+                reduce_results=False,
+            )
+            if moe.num_shared_experts
+            else None
+        )
+        self.experts = FusedMoEFactory(
+            num_experts=moe.num_experts,
+            top_k=moe.num_experts_per_token,
+            hidden_size=hidden,
+            intermediate_size=moe.intermediate_size,
+            renormalize=moe.renormalize,
+            quant_config=vllm_config.quant_config,
+            use_grouped_topk=True,
+            num_expert_group=1,
+            topk_group=1,
+            prefix=f"{prefix}.experts",
+            scoring_func="sigmoid",
+            routed_scaling_factor=moe.routed_scaling_factor,
+            e_score_correction_bias=self.gate.e_score_correction_bias,
+            router_logits_dtype=torch.float32,
+            shared_experts=self.shared_experts,
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[T, hidden]`` to ``[T, hidden]``."""
+        router_logits, _ = self.gate(hidden_states)
+        mixed: Tensor = self.experts(hidden_states=hidden_states, router_logits=router_logits)
+        return mixed

@@ -1,0 +1,71 @@
+"""Multi-head latent attention without rotation (NoPE): the projections around the attention itself.
+
+The latent is ``[kv_lora_rank | qk_rope_head_dim]``; the second part keeps its name from rotated MLA and is used as is.
+"""
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+
+from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.layers.mla_cpu import LatentAttention
+
+LATENT_NORM_EPS = 1e-6
+"""Both latent norms are built without an eps in the released modeling code, so they have its default."""
+
+
+class KimiMLA(nn.Module):
+    """One MLA layer of one tensor-parallel rank: query heads are split over ranks, the latent is on all of them.
+
+    Args:
+        geometry: the model.
+        prefix: name in the checkpoint, ``model.layers.{i}.self_attn``.
+    """
+
+    def __init__(self, geometry: KimiGeometry, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.geometry = geometry
+        hidden, heads = geometry.hidden_size, geometry.num_attention_heads
+        self.local_heads = heads // get_tensor_model_parallel_world_size()
+        quant_config = vllm_config.quant_config
+
+        def column(inputs: int, outputs: int, name: str) -> ColumnParallelLinear:
+            return ColumnParallelLinear(
+                inputs, outputs, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}"
+            )
+
+        def replicated(outputs: int, name: str) -> ReplicatedLinear:
+            return ReplicatedLinear(hidden, outputs, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}")
+
+        query_width = heads * geometry.qk_head_dim
+        if geometry.q_lora_rank is None:
+            self.q_proj = column(hidden, query_width, "q_proj")
+        else:
+            self.q_a_proj = replicated(geometry.q_lora_rank, "q_a_proj")
+            self.q_a_layernorm = RMSNorm(geometry.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.q_b_proj = column(geometry.q_lora_rank, query_width, "q_b_proj")
+        self.kv_a_proj_with_mqa = replicated(geometry.latent_dim, "kv_a_proj_with_mqa")
+        self.kv_a_layernorm = RMSNorm(geometry.kv_lora_rank, eps=LATENT_NORM_EPS)
+        self.kv_b_proj = column(
+            geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim), "kv_b_proj"
+        )
+        self.o_proj = RowParallelLinear(
+            heads * geometry.v_head_dim, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
+        self.attn = LatentAttention(geometry, vllm_config, self.local_heads, self.kv_b_proj, f"{prefix}.attn")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Attend over one step's tokens: ``[T, hidden]`` to ``[T, hidden]``."""
+        if self.geometry.q_lora_rank is None:
+            query, _ = self.q_proj(hidden_states)
+        else:
+            low_rank, _ = self.q_a_proj(hidden_states)
+            query, _ = self.q_b_proj(self.q_a_layernorm(low_rank))
+        compressed, _ = self.kv_a_proj_with_mqa(hidden_states)
+        kv, shared_key = compressed.split([self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim], dim=-1)
+        latent = torch.cat([self.kv_a_layernorm(kv.contiguous()), shared_key], dim=-1)
+        mixed, _ = self.o_proj(self.attn(query, latent))
+        return mixed

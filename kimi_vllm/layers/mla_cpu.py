@@ -1,0 +1,317 @@
+"""Latent attention on CPUs over vLLM's paged cache: any block size and latent width, chunked prefill, prefix caching.
+
+vLLM's reference MLA for CPUs takes 576-wide latents and 16-token blocks, and no context beside the current chunk. This
+one gathers latents through the block table tile by tile and keeps a running softmax, so its memory does not grow with
+the context. Decodes run in latent space (the key and value projections absorbed into query and output); prefills
+expand each tile to keys and values once for all their queries.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec, MLAAttentionSpec
+
+from kimi_vllm.geometry import KimiGeometry
+
+TILE_ELEMENTS = 1 << 22
+"""Scores, or gathered latent elements, held at once per layer: 16 MiB in fp32, which stays in the last-level cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentMetadata:
+    """One step for the MLA group, decodes first.
+
+    Attributes:
+        slot_mapping: ``[T]`` int64, where each token's latent goes: ``block · block_size + offset``.
+        decode_tables, decode_lens: ``[N, B]`` and ``[N]``; the lengths include the current token.
+        prefills: per request the token range in the step, the context before it, and its row of the block table.
+    """
+
+    num_decodes: int
+    num_tokens: int
+    slot_mapping: Tensor
+    decode_tables: Tensor
+    decode_lens: Tensor
+    prefills: list[tuple[int, int, int, Tensor]]
+
+
+class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
+    """Builds `LatentMetadata` once per step."""
+
+    reorder_batch_threshold = 1
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> LatentMetadata:
+        """Describe the step; tables are cut to the blocks in use."""
+        step = common_attn_metadata
+        num_decodes, *_ = split_decodes_and_prefills(step, decode_threshold=1)
+        tables = step.block_table_tensor[: step.num_reqs].long()
+        seq_lens = step.seq_lens[: step.num_reqs].tolist()
+        starts = step.query_start_loc_cpu.tolist()
+        prefills = []
+        for row in range(num_decodes, step.num_reqs):
+            first, end = starts[row], starts[row + 1]
+            if end > first:
+                blocks = tables[row, : -(-seq_lens[row] // self.kv_cache_spec.block_size)]
+                prefills.append((first, end, seq_lens[row] - (end - first), blocks))
+        return LatentMetadata(
+            num_decodes=num_decodes,
+            num_tokens=step.num_actual_tokens,
+            slot_mapping=step.slot_mapping[: step.num_actual_tokens].long(),
+            decode_tables=tables[:num_decodes],
+            decode_lens=step.seq_lens[:num_decodes].long(),
+            prefills=prefills,
+        )
+
+
+class LatentBackend(AttentionBackend):
+    """What vLLM needs to know about this attention."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Name in vLLM's logs."""
+        return "KIMI_MLA_CPU"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """The layer is its own implementation.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("LatentAttention calls its own kernels")
+
+    @staticmethod
+    def get_builder_cls() -> type[LatentMetadataBuilder]:
+        """The builder above."""
+        return LatentMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Any."""
+        return [MultipleOf(1)]
+
+    @classmethod
+    def is_mla(cls) -> bool:
+        """Yes."""
+        return True
+
+
+class RunningSoftmax:
+    """Softmax-weighted sums of values that arrive in tiles, for a fixed set of query rows.
+
+    Args:
+        rows: shape of the query rows, such as ``(N, H)``.
+        dim: length of a value.
+    """
+
+    def __init__(self, rows: tuple[int, ...], dim: int) -> None:
+        self.maximum = torch.full(rows, -torch.inf)
+        self.total = torch.zeros(rows)
+        self.weighted = torch.zeros(*rows, dim)
+
+    def add(self, scores: Tensor, values: Tensor, rows: Any = ...) -> None:
+        """Add a tile: fp32 `scores` ``[..., t]`` and `values` ``[..., t, dim]`` for the given rows.
+
+        Every row must see at least one finite score.
+        """
+        maximum = torch.maximum(self.maximum[rows], scores.amax(-1))
+        decay = (self.maximum[rows] - maximum).exp()
+        weights = (scores - maximum[..., None]).exp()
+        self.maximum[rows] = maximum
+        self.total[rows] = self.total[rows] * decay + weights.sum(-1)
+        self.weighted[rows] = self.weighted[rows] * decay[..., None] + (weights.to(values.dtype) @ values).float()
+
+    def result(self) -> Tensor:
+        """The averages, ``[..., dim]`` fp32."""
+        return self.weighted / self.total[..., None]
+
+
+class LatentAttention(nn.Module, AttentionLayerBase):
+    """Paged latent cache, decode and prefill of one MLA layer.
+
+    Args:
+        geometry: the model.
+        num_heads: query heads on this rank.
+        kv_b_proj: ``[R]`` to ``[H·(nope + v)]``; expands latents to keys and values.
+        prefix: name under which vLLM binds the cache.
+
+    Raises:
+        ValueError: a platform or cache dtype that this attention does not serve.
+    """
+
+    def __init__(
+        self,
+        geometry: KimiGeometry,
+        vllm_config: VllmConfig,
+        num_heads: int,
+        kv_b_proj: ColumnParallelLinear,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        if not current_platform.is_cpu():
+            raise ValueError(
+                f"kimi-vllm {current_platform.device_type}: this release serves on the CPU. Set KIMI_VLLM_DISABLE=1 "
+                "to use vLLM's own Kimi Linear on this device."
+            )
+        if vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16"):
+            raise ValueError(
+                f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: kimi-vllm on the CPU keeps latents in "
+                "the model's dtype (auto)."
+            )
+        self.prefix = prefix
+        self.num_heads = num_heads
+        self.rank, self.nope, self.value = geometry.kv_lora_rank, geometry.qk_nope_head_dim, geometry.v_head_dim
+        self.latent_dim = geometry.latent_dim
+        self.scale = geometry.qk_head_dim**-0.5
+        self._kv_b_proj = [kv_b_proj]  # in a list, so that nn.Module does not adopt the layer twice
+        self._expand: Tensor | None = None
+        self.kv_cache = torch.tensor([])
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        """The backend above."""
+        return LatentBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MLAAttentionSpec:
+        """One latent per token, on every rank."""
+        return MLAAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            max_tp_shards=1,
+            head_size=self.latent_dim,
+            dtype=vllm_config.model_config.dtype,
+        )
+
+    def forward(self, query: Tensor, latent: Tensor) -> Tensor:
+        """Attend: query ``[T, H·(nope + rope)]`` and latent ``[T, R + rope]`` to ``[T, H·v]``."""
+        out = query.new_empty(query.shape[0], self.num_heads * self.value)
+        torch.ops.vllm.kimi_latent_attention(query, latent, out, self.prefix)
+        return out
+
+    def attend(self, query: Tensor, latent: Tensor, out: Tensor, step: LatentMetadata) -> None:
+        """Write the step's latents to the cache, then attend over it. Padding rows of `out` become zeros."""
+        num_tokens = step.num_tokens
+        blocks, offsets = step.slot_mapping.div(self._block_size, rounding_mode="floor"), step.slot_mapping
+        self.kv_cache[blocks, 0, offsets % self._block_size] = latent[:num_tokens]
+        query = query.view(-1, self.num_heads, self.nope + self.latent_dim - self.rank)
+        heads = out.view(-1, self.num_heads, self.value)
+        if step.num_decodes:
+            heads[: step.num_decodes] = self._decode(query[: step.num_decodes], step)
+        for first, end, context, table in step.prefills:
+            heads[first:end] = self._prefill(query[first:end], context, table)
+        heads[num_tokens:] = 0
+
+    def forget_projections(self) -> None:
+        """Call when the weights of `kv_b_proj` have changed."""
+        self._expand = None
+
+    @property
+    def _block_size(self) -> int:
+        return self.kv_cache.shape[2]
+
+    @property
+    def _projections(self) -> tuple[Tensor, Tensor]:
+        """W_UK ``[H, nope, R]`` and W_UV ``[H, R, v]``, read out of the projection whatever form its weights are in."""
+        if self._expand is None:
+            dtype = self.kv_cache.dtype
+            columns, _ = self._kv_b_proj[0](torch.eye(self.rank, dtype=dtype))
+            self._expand = columns.view(self.rank, self.num_heads, self.nope + self.value).permute(1, 0, 2)
+            self._expand = self._expand.contiguous()
+        keys, values = self._expand.split([self.nope, self.value], dim=-1)
+        return keys.transpose(1, 2), values
+
+    def _decode(self, query: Tensor, step: LatentMetadata) -> Tensor:
+        to_latent, from_latent = self._projections
+        rows = query.shape[0]
+        absorbed = torch.bmm(query[..., : self.nope].transpose(0, 1), to_latent).transpose(0, 1)  # [N, H, R]
+        query = torch.cat([absorbed, query[..., self.nope :]], dim=-1) * self.scale
+        softmax = RunningSoftmax((rows, self.num_heads), self.rank)
+        longest = max(1, int(step.decode_lens.max()))
+        tile = max(1, TILE_ELEMENTS // (rows * self.latent_dim) // self._block_size)  # blocks
+        for first in range(0, -(-longest // self._block_size), tile):
+            start = first * self._block_size
+            # Padded rows of the batch have length 0 and attend to the null page, so that no row is empty.
+            active = torch.nonzero(step.decode_lens > start)[:, 0] if start else torch.arange(rows)
+            latents = self.kv_cache[step.decode_tables[active, first : first + tile], 0].flatten(1, 2)
+            places = torch.arange(start, start + latents.shape[1])
+            unseen = places >= step.decode_lens[active].clamp(min=1)[:, None]
+            # What lies behind a sequence's end is another request's memory: 0 · NaN would let it through.
+            latents = latents.masked_fill(unseen[..., None], 0)
+            scores = torch.bmm(query[active], latents.transpose(1, 2)).float()
+            scores.masked_fill_(unseen[:, None], -torch.inf)
+            softmax.add(scores, latents[..., : self.rank], active)
+        mixed = softmax.result().to(query.dtype).transpose(0, 1)  # [H, N, R]
+        return torch.bmm(mixed, from_latent).transpose(0, 1)
+
+    def _prefill(self, query: Tensor, context: int, table: Tensor) -> Tensor:
+        num_queries = query.shape[0]
+        length = context + num_queries
+        query = query.transpose(0, 1) * self.scale  # [H, n, nope + rope]
+        softmax = RunningSoftmax((self.num_heads, num_queries), self.value)
+        tile = max(1, TILE_ELEMENTS // (self.num_heads * num_queries) // self._block_size) * self._block_size
+        for start in range(0, length, tile):
+            end = min(start + tile, length)
+            blocks = table[start // self._block_size : -(-end // self._block_size)]
+            latents = self.kv_cache[blocks, 0].flatten(0, 1)[: end - start]
+            keys, values = self._keys_values(latents)
+            # Queries before the tile see none of it.
+            first = max(0, start - context)
+            scores = torch.matmul(query[:, first:], keys.transpose(1, 2)).float()
+            if end > context + first + 1:
+                seen = torch.arange(start, end) <= torch.arange(context + first, length)[:, None]
+                scores.masked_fill_(~seen, -torch.inf)
+            softmax.add(scores, values, (slice(None), slice(first, None)))
+        return softmax.result().to(query.dtype).transpose(0, 1)
+
+    def _keys_values(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents ``[t, R + rope]`` to keys ``[H, t, nope + rope]`` and values ``[H, t, v]``."""
+        to_latent, from_latent = self._projections
+        kv, shared_key = latents.split([self.rank, self.latent_dim - self.rank], dim=-1)
+        keys = torch.matmul(kv, to_latent.transpose(1, 2))
+        keys = torch.cat([keys, shared_key.expand(self.num_heads, -1, -1)], dim=-1)
+        return keys, torch.matmul(kv, from_latent)
+
+
+def _latent_attention(query: Tensor, latent: Tensor, out: Tensor, layer_name: str) -> None:
+    # An opaque op, so that a compiled graph holds neither the step's metadata nor the cache.
+    context = get_forward_context()
+    layer: LatentAttention = context.no_compile_layers[layer_name]
+    if context.attn_metadata is None:
+        # vLLM's profiling run: no request, no cache.
+        out.zero_()
+        return
+    layer.attend(query, latent, out, context.attn_metadata[layer_name])
+
+
+def _latent_attention_fake(query: Tensor, latent: Tensor, out: Tensor, layer_name: str) -> None:
+    return
+
+
+direct_register_custom_op(
+    op_name="kimi_latent_attention",
+    op_func=_latent_attention,
+    mutates_args=["out"],
+    fake_impl=_latent_attention_fake,
+)

@@ -1,0 +1,194 @@
+"""Kimi Linear for vLLM: embedding, blocks, logits.
+
+Layers alternate Kimi Delta Attention (state in our slots) and MLA (latents in vLLM's pages); `geometry.py` says which
+is which, `weights.py` maps checkpoint names to parameters.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    extract_layer_index,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from kimi_vllm.cache.group import StateHome
+from kimi_vllm.config_hook import geometry_of
+from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
+from kimi_vllm.layers.kda import KimiDeltaAttention
+from kimi_vllm.layers.mla import KimiMLA
+from kimi_vllm.weights import load_weights, packed_modules_mapping
+
+
+class KimiDecoderLayer(nn.Module):
+    """Norm, attention of either kind, norm, feed-forward of either kind; residual carried beside."""
+
+    def __init__(
+        self, geometry: KimiGeometry, vllm_config: VllmConfig, home: StateHome | None, prefix: str
+    ) -> None:
+        super().__init__()
+        index = extract_layer_index(prefix)
+        attention = f"{prefix}.self_attn"
+        self.self_attn: nn.Module
+        if geometry.kda[index]:
+            if home is None:
+                raise ValueError(
+                    f"layer {index}: a pipeline stage with KDA layers needs at least one MLA layer. Use fewer "
+                    "--pipeline-parallel-size stages, or set VLLM_PP_LAYER_PARTITION."
+                )
+            self.self_attn = KimiDeltaAttention(geometry, vllm_config, home, attention)
+        else:
+            self.self_attn = KimiMLA(geometry, vllm_config, attention)
+            if home is not None:
+                self.state_group = home.member(vllm_config, index, self.self_attn.attn)
+        self.is_sparse = geometry.sparse[index]
+        if self.is_sparse and geometry.moe is not None:
+            self.block_sparse_moe = KimiMoE(geometry, geometry.moe, vllm_config, f"{prefix}.block_sparse_moe")
+        else:
+            self.mlp = KimiMLP(geometry.hidden_size, geometry.intermediate_size, vllm_config, f"{prefix}.mlp")
+        self.input_layernorm = RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``[T, hidden]`` and the residual stream so far, to the same two."""
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        feed_forward = self.block_sparse_moe if self.is_sparse else self.mlp
+        return feed_forward(hidden_states), residual
+
+
+@support_torch_compile
+class KimiLinearModel(nn.Module):
+    """The decoder of one pipeline stage."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        geometry = geometry_of(vllm_config.model_config)
+        _check_parallel(geometry, get_tensor_model_parallel_world_size())
+        pipeline = get_pp_group()
+        self.embed_tokens = (
+            VocabParallelEmbedding(geometry.vocab_size, geometry.hidden_size, prefix=f"{prefix}.embed_tokens")
+            if pipeline.is_first_rank or (geometry.tie_word_embeddings and pipeline.is_last_rank)
+            else PPMissingLayer()
+        )
+        home = _state_home(geometry, vllm_config, f"{prefix}.layers")
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            geometry.num_layers,
+            lambda prefix: KimiDecoderLayer(geometry, vllm_config, home, prefix),
+            prefix=f"{prefix}.layers",
+        )
+        self.norm = (
+            RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps) if pipeline.is_last_rank else PPMissingLayer()
+        )
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], geometry.hidden_size
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        """Token ids ``[T]`` (or embeddings ``[T, hidden]``) to hidden states. Positions are unused: there is no RoPE."""
+        if get_pp_group().is_first_rank:
+            hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            residual = None
+        else:
+            assert intermediate_tensors is not None
+            hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        for layer in self.layers[self.start_layer : self.end_layer]:
+            hidden_states, residual = layer(hidden_states, residual)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class KimiLinearForCausalLM(nn.Module, SupportsPP):
+    """The class vLLM resolves `KimiLinearForCausalLM` to when this plugin is active."""
+
+    packed_modules_mapping = packed_modules_mapping
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.geometry = geometry_of(vllm_config.model_config)
+        self.quantized = vllm_config.quant_config is not None
+        self.model = KimiLinearModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head: nn.Module = PPMissingLayer()
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                self.geometry.vocab_size,
+                self.geometry.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if self.geometry.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(self.geometry.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """``[T]`` to ``[T, hidden]``."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        """See `KimiLinearModel.forward`."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """``[N, hidden]`` to ``[N, vocab]``."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint; see `kimi_vllm.weights.load_weights`."""
+        loaded = load_weights(self, self.geometry, weights, check_missing=not self.quantized)
+        for module in self.modules():
+            if isinstance(module, KimiMLA):
+                module.attn.forget_projections()
+        return loaded
+
+
+def _state_home(geometry: KimiGeometry, vllm_config: VllmConfig, prefix: str) -> StateHome | None:
+    from vllm.distributed.utils import get_pp_indices
+
+    pipeline = get_pp_group()
+    stage = range(*get_pp_indices(geometry.num_layers, pipeline.rank_in_group, pipeline.world_size))
+    kda = [index for index in stage if geometry.kda[index]]
+    mla = [index for index in stage if not geometry.kda[index]]
+    if not kda or not mla:
+        return None
+    return StateHome(geometry, vllm_config, len(kda), mla[0], prefix)
+
+
+def _check_parallel(geometry: KimiGeometry, tensor_parallel: int) -> None:
+    if geometry.num_attention_heads % tensor_parallel:
+        raise ValueError(
+            f"--tensor-parallel-size {tensor_parallel}: the model's {geometry.num_attention_heads} attention heads do "
+            "not divide by it."
+        )

@@ -1,0 +1,186 @@
+"""Checkpoint names to parameters, and a list of names when they do not match.
+
+Names are those of moonshotai/Kimi-Linear-48B-A3B. transformers' `save_pretrained` differs in one place: the dense MLP
+of a layer is written under ``block_sparse_moe`` too, which is mended here.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+from kimi_vllm.geometry import KimiGeometry
+
+packed_modules_mapping = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+"""Our merged linears and what they are merged from; quantisation configs are looked up through it."""
+
+_KDA_STACKED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2)}
+_MLP_STACKED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
+_CONV_SHARDS = {"q_conv1d": 0, "k_conv1d": 1, "v_conv1d": 2}
+_DENSE_UNDER_MOE = re.compile(r"(model\.layers\.(\d+)\.)block_sparse_moe\.((?:gate|up|down)_proj\..*)")
+_LISTED = 8
+
+
+class WeightsError(ValueError):
+    """The checkpoint lacks tensors, or has some that belong nowhere. Lists their names."""
+
+
+def load_weights(
+    model: nn.Module, geometry: KimiGeometry, weights: Iterable[tuple[str, Tensor]], *, check_missing: bool = True
+) -> set[str]:
+    """Copy a checkpoint into the model's parameters.
+
+    Args:
+        model: with parameters named as in `model.py`.
+        geometry: the model's geometry.
+        weights: names and tensors, in any order.
+        check_missing: whether every tensor of an unquantised checkpoint must be there. Quantised checkpoints rename
+            tensors, so for them vLLM's own check of uninitialised parameters has to do.
+
+    Returns:
+        Names of the parameters loaded.
+
+    Raises:
+        WeightsError: missing or unexpected tensors, or one whose shape does not fit.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    experts = list(_expert_mapping(model, geometry))
+    loaded: set[str] = set()
+    seen: set[str] = set()
+    unexpected: list[str] = []
+    for name, tensor in weights:
+        canonical = _canonical(name, geometry)
+        seen.add(canonical)
+        if is_pp_missing_parameter(canonical, model) or _is_tied_head(canonical, geometry):
+            continue
+        target, arguments = _target(canonical, geometry, experts)
+        if target not in parameters:
+            unexpected.append(name)
+            continue
+        _load(parameters[target], tensor, name, target, arguments)
+        loaded.add(target)
+    if unexpected:
+        raise WeightsError(f"the checkpoint has tensors that belong nowhere: {_listed(unexpected)}")
+    if check_missing and (missing := _missing(model, geometry, seen)):
+        raise WeightsError(f"the checkpoint lacks tensors: {_listed(missing)}")
+    return loaded
+
+
+def checkpoint_names(geometry: KimiGeometry) -> Iterator[str]:
+    """Every tensor of an unquantised checkpoint."""
+    yield "model.embed_tokens.weight"
+    for index, (is_kda, is_sparse) in enumerate(zip(geometry.kda, geometry.sparse, strict=True)):
+        layer = f"model.layers.{index}."
+        yield from (f"{layer}{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm"))
+        attention = _kda_names() if is_kda else _mla_names(geometry)
+        yield from (f"{layer}self_attn.{name}" for name in attention)
+        feed_forward = _moe_names(geometry) if is_sparse else (f"mlp.{name}" for name in _mlp_names())
+        yield from (layer + name for name in feed_forward)
+    yield "model.norm.weight"
+    if not geometry.tie_word_embeddings:
+        yield "lm_head.weight"
+
+
+def _kda_names() -> Iterator[str]:
+    linears = "q_proj k_proj v_proj f_a_proj f_b_proj g_a_proj g_b_proj b_proj o_proj o_norm"
+    yield from (f"{name}.weight" for name in (*linears.split(), *_CONV_SHARDS))
+    yield from ("A_log", "dt_bias")
+
+
+def _mla_names(geometry: KimiGeometry) -> Iterator[str]:
+    query = "q_proj" if geometry.q_lora_rank is None else "q_a_proj q_a_layernorm q_b_proj"
+    names = f"{query} kv_a_proj_with_mqa kv_a_layernorm kv_b_proj o_proj"
+    yield from (f"{name}.weight" for name in names.split())
+
+
+def _mlp_names() -> Iterator[str]:
+    yield from (f"{name}.weight" for name in ("gate_proj", "up_proj", "down_proj"))
+
+
+def _moe_names(geometry: KimiGeometry) -> Iterator[str]:
+    assert geometry.moe is not None
+    prefix = "block_sparse_moe."
+    yield from (f"{prefix}gate.weight", f"{prefix}gate.e_score_correction_bias")
+    for expert in range(geometry.moe.num_experts):
+        yield from (f"{prefix}experts.{expert}.{name}.weight" for name in ("w1", "w2", "w3"))
+    if geometry.moe.num_shared_experts:
+        yield from (f"{prefix}shared_experts.{name}" for name in _mlp_names())
+
+
+def _canonical(name: str, geometry: KimiGeometry) -> str:
+    found = _DENSE_UNDER_MOE.fullmatch(name)
+    if found and int(found[2]) < geometry.num_layers and not geometry.sparse[int(found[2])]:
+        return f"{found[1]}mlp.{found[3]}"
+    return name
+
+
+def _is_tied_head(name: str, geometry: KimiGeometry) -> bool:
+    return geometry.tie_word_embeddings and name.startswith("lm_head.")
+
+
+def _expert_mapping(model: nn.Module, geometry: KimiGeometry) -> Iterator[tuple[str, str, int, str]]:
+    if geometry.moe is None:
+        return
+    yield from fused_moe_make_expert_params_mapping(
+        model,
+        ckpt_gate_proj_name="w1",
+        ckpt_down_proj_name="w2",
+        ckpt_up_proj_name="w3",
+        num_experts=geometry.moe.num_experts,
+    )
+
+
+def _target(
+    name: str, geometry: KimiGeometry, experts: list[tuple[str, str, int, str]]
+) -> tuple[str, dict[str, Any]]:
+    """The parameter a tensor goes to, and the arguments of its loader."""
+    parts = name.split(".")
+    if ".experts." in name:
+        for parameter, checkpoint, expert, shard in experts:
+            if checkpoint in name:
+                target = name.replace(checkpoint, parameter)
+                return target, {"weight_name": target, "shard_id": shard, "expert_id": expert}
+        return name, {}
+    if len(parts) < 5 or parts[:2] != ["model", "layers"]:
+        return name, {}
+    module = parts[-2]
+    if parts[3] == "self_attn":
+        if module in _CONV_SHARDS:
+            return ".".join([*parts[:-2], "conv_weight"]), {"shard_id": _CONV_SHARDS[module]}
+        is_kda = int(parts[2]) < geometry.num_layers and geometry.kda[int(parts[2])]
+        stacked = _KDA_STACKED if is_kda else {}
+    else:
+        stacked = _MLP_STACKED
+    if module not in stacked:
+        return name, {}
+    merged, shard_id = stacked[module]
+    return ".".join([*parts[:-2], merged, parts[-1]]), {"shard_id": shard_id}
+
+
+def _load(parameter: nn.Parameter, tensor: Tensor, name: str, target: str, arguments: dict[str, Any]) -> None:
+    loader = getattr(parameter, "weight_loader", default_weight_loader)
+    try:
+        if "expert_id" in arguments:
+            loader(parameter, tensor, **arguments)
+        else:
+            loader(parameter, tensor, *arguments.values())
+    except (AssertionError, RuntimeError, ValueError) as error:
+        shape = tuple(tensor.shape)
+        raise WeightsError(f"{name} {shape} does not fit parameter {target} {tuple(parameter.shape)}: {error}") from error
+
+
+def _missing(model: nn.Module, geometry: KimiGeometry, seen: set[str]) -> list[str]:
+    names = (name for name in checkpoint_names(geometry) if name not in seen)
+    return [name for name in names if not is_pp_missing_parameter(name, model)]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(sorted(names)[:_LISTED]) + more
