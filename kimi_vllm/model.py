@@ -89,7 +89,7 @@ class KimiLinearModel(nn.Module):
             if pipeline.is_first_rank or (geometry.tie_word_embeddings and pipeline.is_last_rank)
             else PPMissingLayer()
         )
-        home = _state_home(geometry, vllm_config, f"{prefix}.layers")
+        self.state_home = home = _state_home(geometry, vllm_config, f"{prefix}.layers")
         self.start_layer, self.end_layer, self.layers = make_layers(
             geometry.num_layers,
             lambda prefix: KimiDecoderLayer(geometry, vllm_config, home, prefix),

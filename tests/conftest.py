@@ -1,0 +1,15 @@
+"""How engines are started in tests; set before vLLM is imported anywhere."""
+
+import os
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # scheduler and worker in this process, within reach of assertions
+    TORCHDYNAMO_DISABLE="1",  # the first generation of every engine would compile for ten seconds
+    OMP_NUM_THREADS="1",  # with both of two shared cores bound, single steps have taken a minute
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
+    KIMI_VLLM_STRICT="1",
+)

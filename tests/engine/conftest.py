@@ -1,0 +1,41 @@
+"""Checkpoints and the preflight: every engine test first makes sure that it tests this plugin and not vLLM's own."""
+
+from pathlib import Path
+
+import pytest
+from support.checkpoints import GEOMETRIES, make_transformers_layout, to_hub_layout
+from support.engine import RECALL
+from support.oracle import Oracle
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _our_class_is_resolved() -> None:
+    # vLLM swallows errors of plugins and serves its own Kimi Linear instead.
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    registered = ModelRegistry.models["KimiLinearForCausalLM"]
+    assert registered.module_name.startswith("kimi_vllm"), registered
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """The shipped checkpoint and the random ones, each in both layouts, by (name, layout)."""
+    from transformers import KimiLinearForCausalLM
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    found = {("recall", "hub"): RECALL, ("recall", "transformers"): folder / "recall-transformers"}
+    KimiLinearForCausalLM.from_pretrained(RECALL).save_pretrained(found["recall", "transformers"])
+    for name, values in GEOMETRIES.items():
+        found[name, "transformers"] = make_transformers_layout(folder / f"{name}-transformers", name)
+        # A dense layer after a sparse one can be said in transformers' form only.
+        if "sd" not in values["mlp_layer_types"]:
+            found[name, "hub"] = to_hub_layout(found[name, "transformers"], folder / f"{name}-hub")
+    return found
+
+
+@pytest.fixture(scope="session")
+def oracles(checkpoints: dict[tuple[str, str], Path]) -> dict[str, Oracle]:
+    """transformers' model for each checkpoint, loaded from its own layout."""
+    return {name: Oracle(path) for (name, layout), path in checkpoints.items() if layout == "transformers"}

@@ -1,0 +1,83 @@
+"""The engine says what transformers says: same greedy tokens, same log-probabilities, whatever the schedule."""
+
+import pytest
+from support.checkpoints import GEOMETRIES
+from support.engine import RECALL, Completion, engine, random_prompts
+
+pytestmark = pytest.mark.engine
+
+LENGTHS = [1, 2, 3, 15, 31, 63, 64, 65, 100, 127, 128, 129, 200, 321, 512, 700]
+CASES = [("recall", "hub"), ("recall", "transformers")] + [
+    (name, layout)
+    for name, values in GEOMETRIES.items()
+    for layout in ("transformers", "hub")
+    if layout == "transformers" or "sd" not in values["mlp_layer_types"]
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=["-".join(case) for case in CASES])
+def test_engine_equals_transformers(name, layout, checkpoints, oracles):
+    oracle = oracles[name]
+    prompts = random_prompts(LENGTHS, oracle.model.config.vocab_size)
+    with engine(checkpoints[name, layout]) as running:
+        for completion in running.complete(prompts):
+            oracle.check(completion)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts(LENGTHS, 100, seed=1)
+
+
+@pytest.fixture(scope="module")
+def expected(prompts) -> list[Completion]:
+    """Each prompt alone, in one piece, with memory to spare."""
+    with engine(RECALL, max_num_seqs=1) as running:
+        return [running.complete([prompt], max_tokens=24)[0] for prompt in prompts]
+
+
+def same(completions, expected, tolerance=1e-3):
+    for ours, theirs in zip(completions, expected, strict=True):
+        assert ours.tokens == theirs.tokens, f"prompt of {len(theirs.prompt)} tokens"
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=tolerance)
+
+
+def test_alone_equals_transformers(expected, oracles):
+    for completion in expected:
+        oracles["recall"].check(completion)
+
+
+def test_eight_at_once(prompts, expected):
+    with engine(RECALL, max_num_seqs=8) as running:
+        same(running.complete(prompts, max_tokens=24), expected)
+
+
+@pytest.mark.parametrize("budget", [17, 64, 100])
+def test_chunked_prefill(budget, prompts, expected):
+    with engine(RECALL, max_num_batched_tokens=budget, enable_chunked_prefill=True) as running:
+        same(running.complete(prompts, max_tokens=24), expected)
+
+
+@pytest.fixture(scope="module")
+def growing():
+    """Requests that fit when admitted and need one or two more pages each while they decode."""
+    prompts = random_prompts([63, 64, 127, 128, 62, 126, 190, 191, 5, 61, 125, 189], 100, seed=2)
+    with engine(RECALL, max_num_seqs=1) as running:
+        return [running.complete([prompt], max_tokens=80)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("caching", [False, True], ids=["nocache", "cache"])
+def test_preemption(caching, growing, oracles):
+    options = {"num_gpu_blocks_override": 12, "enable_prefix_caching": caching, "max_num_batched_tokens": 256}
+    with engine(RECALL, max_model_len=320, **options) as running:
+        same(running.complete([completion.prompt for completion in growing], max_tokens=80), growing)
+        assert running.num_preemptions > 0
+    oracles["recall"].check(growing[0])
+
+
+@pytest.mark.parametrize("state_slots", [2, 3, 5])
+def test_fewer_slots_than_requests(state_slots, prompts, expected):
+    options = {"additional_config": {"kimi": {"state_slots": state_slots}}, "enable_prefix_caching": True}
+    with engine(RECALL, **options) as running:
+        assert running.slots.num_slots == state_slots + 1
+        same(running.complete(prompts, max_tokens=24), expected)

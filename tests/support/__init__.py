@@ -1,0 +1,1 @@
+"""What several tests share: random checkpoints, engines, and the oracle nobody here wrote."""

@@ -1,0 +1,141 @@
+"""Real vLLM engines on the CPU, several per process, and a look inside them."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RECALL = Path(__file__).parents[2] / "configs" / "models" / "recall"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One greedy answer; `cached` is how many prompt tokens came from the prefix cache."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    cached: int
+
+
+class Engine:
+    """A vLLM engine in this process, its scheduler and its state slots within reach."""
+
+    def __init__(self, checkpoint: Path, **options: Any) -> None:
+        from vllm import LLM
+
+        defaults = {
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 1024,
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        self.llm = LLM(str(checkpoint), **(defaults | options))
+        core = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler = core.scheduler
+        self.worker = core.model_executor.driver_worker.worker
+        self.num_preemptions = 0
+        preempt = self.scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.num_preemptions += 1
+            return preempt(*args, **kwargs)
+
+        self.scheduler._preempt_request = counted
+
+    @property
+    def model(self) -> Any:
+        """The model as constructed by vLLM."""
+        return self.worker.model_runner.get_model()
+
+    @property
+    def manager(self) -> Any:
+        """The KDA state manager in the scheduler."""
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return next(manager for manager in managers if type(manager).__name__ == "KDAStateManager")
+
+    @property
+    def slots(self) -> Any:
+        """The slot allocator behind it."""
+        return self.manager.block_pool.slots
+
+    @property
+    def pool(self) -> Any:
+        """The worker's state tensors."""
+        return self.model.model.state_home.pool
+
+    def complete(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **sampling: Any) -> list[Completion]:
+        """Answer prompts of token ids greedily, all at once, and check that every slot came back."""
+        from vllm import SamplingParams, TokensPrompt
+
+        parameters = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, detokenize=False, **sampling
+        )
+        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
+        self.check_idle()
+        return [
+            Completion(
+                prompt=list(output.prompt_token_ids),
+                tokens=list(output.outputs[0].token_ids),
+                logprobs=[
+                    step[token].logprob
+                    for step, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
+                ],
+                cached=output.num_cached_tokens or 0,
+            )
+            for output in outputs
+        ]
+
+    def check_idle(self) -> None:
+        """No request is left, so no slot may be live and none may be lost."""
+        self.slots.check()
+        assert self.slots.num_live == 0, f"{self.slots.num_live} slots leaked"
+        assert self.slots.num_free + self.slots.num_idle == self.slots.num_slots - 1
+        assert not self.manager.req_to_blocks
+
+
+@contextmanager
+def engine(checkpoint: Path, **options: Any) -> Iterator[Engine]:
+    """An engine that is shut down again, so that the next one finds a clean process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    running = Engine(checkpoint, **options)
+    try:
+        yield running
+    finally:
+        running.llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def check_cold(running: Engine, completions: Sequence[Completion]) -> None:
+    """The same prompts, computed from their first token in the same engine, have the same answers."""
+    for completion in completions:
+        [cold] = running.complete(
+            [completion.prompt], max_tokens=len(completion.tokens), skip_reading_prefix_cache=True
+        )
+        assert cold.cached == 0
+        assert completion.tokens == cold.tokens, f"{len(completion.prompt)} tokens, {completion.cached} cached"
+        assert all(abs(ours - theirs) <= 1e-3 for ours, theirs in zip(completion.logprobs, cold.logprobs, strict=True))
+
+
+def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of random tokens, specials excluded."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
+
+
+def poison(pool: Any, slots: Sequence[int]) -> None:
+    """Fill slots with NaN, as a broken request might leave them."""
+    index = torch.tensor(list(slots))
+    pool.state[index] = torch.nan
+    pool.conv[index] = torch.nan
