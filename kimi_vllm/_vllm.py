@@ -42,7 +42,7 @@ _PARAMETERS = {
     f"{_MANAGER}.remove_skipped_blocks": "self request_id processed_computed_tokens num_prompt_tokens",
     f"{_MANAGER}.pop_blocks_for_free": "self request_id",
     f"{_MANAGER}.free": "self request_id",
-    f"{_MANAGER}.new_step_starts": "self",
+    f"{_MANAGER}.take_new_block_ids": "self",
     f"{_BUILDER}.__init__": "self kv_cache_spec layer_names vllm_config device",
     f"{_BUILDER}.build": "self common_prefix_len common_attn_metadata fast_build",
     f"{_SPEC}.max_memory_usage_bytes": "self vllm_config",

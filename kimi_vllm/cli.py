@@ -33,9 +33,7 @@ def _root(
 
 @app.command()
 def doctor(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Check whether vLLM here would serve Kimi Linear with kimi-vllm, and say how to fix what is wrong.
 

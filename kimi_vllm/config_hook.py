@@ -3,6 +3,7 @@
 Runs in the process that parses the arguments. Wrong configs and options are refused here, before weights are read.
 """
 
+import os
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
@@ -11,6 +12,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
+from kimi_vllm import patches
 from kimi_vllm.geometry import GeometryError, KimiGeometry
 from kimi_vllm.options import KimiOptions
 
@@ -38,6 +40,9 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
             # vLLM's reference MLA for CPUs wants 576-wide latents and 16-token blocks and turns chunked prefill and
             # prefix caching off. Ours has no such limits, so this model must not count as one of vLLM's MLA models.
             model_config.model_arch_config.is_deepseek_mla = False
+            # For this architecture vLLM trades torch.compile for graphs that only CUDA has.
+            os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+            patches.apply_all()
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

@@ -54,9 +54,7 @@ def diagnose() -> Iterator[Finding]:
             yield check()
         except Exception as error:
             what = check.__name__.removeprefix("check_").replace("_", " ").capitalize()
-            yield Finding(
-                what, "FAIL", _describe(error), "the error names the cause; if not, please report it"
-            )
+            yield Finding(what, "FAIL", _describe(error), "the error names the cause; if not, please report it")
 
 
 def check_python() -> Finding:
@@ -146,9 +144,7 @@ def check_vllm_command() -> Finding:
 def check_environment() -> Finding:
     """The variables that decide whether vLLM calls us."""
     if os.environ.get("KIMI_VLLM_DISABLE") == "1":
-        return Finding(
-            "Environment", "FAIL", "KIMI_VLLM_DISABLE=1: the plugin is off", "unset KIMI_VLLM_DISABLE"
-        )
+        return Finding("Environment", "FAIL", "KIMI_VLLM_DISABLE=1: the plugin is off", "unset KIMI_VLLM_DISABLE")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
         found = f"VLLM_PLUGINS={allowed!r} does not name {PLUGIN}: the plugin is off"
@@ -178,9 +174,7 @@ def check_model_class() -> Finding:
     resolved = entry.load_model_cls()
     found = f"{resolved.__module__}.{resolved.__qualname__}"
     if resolved.__module__.split(".")[0] != PLUGIN:
-        return Finding(
-            "Model class", "FAIL", f"{found}: vLLM's own model would serve", "fix the other failures first"
-        )
+        return Finding("Model class", "FAIL", f"{found}: vLLM's own model would serve", "fix the other failures first")
     return Finding("Model class", "OK", found)
 
 
@@ -192,22 +186,20 @@ def check_kernels() -> Finding:
     try:
         return Finding("KDA kernels", "OK", f"{device_type}: {kernel_backend(device_type)}")
     except RuntimeError as error:
-        return Finding(
-            "KDA kernels", "FAIL", str(error), "see the message; KIMI_VLLM_DISABLE=1 leaves it to vLLM"
-        )
+        return Finding("KDA kernels", "FAIL", str(error), "see the message; KIMI_VLLM_DISABLE=1 leaves it to vLLM")
 
 
 def check_threads() -> Finding:
-    """The threads of numba, which run the CPU kernels."""
+    """The threads of torch, which run the CPU kernels too."""
     if _device_type() != "cpu":
         return Finding("CPU threads", "OK", "not used on this device")
-    import numba
+    import torch
 
     cores = len(os.sched_getaffinity(0))
-    threads = numba.config.NUMBA_NUM_THREADS
-    found = f"numba {numba.__version__}: {threads} threads, {cores} cores"
+    threads = torch.get_num_threads()
+    found = f"{threads} threads on {cores} cores"
     if threads > cores:
-        return Finding("CPU threads", "WARN", found, f"export NUMBA_NUM_THREADS={cores}")
+        return Finding("CPU threads", "WARN", found, f"export OMP_NUM_THREADS={cores}")
     return Finding("CPU threads", "OK", found)
 
 

@@ -35,6 +35,7 @@ _FIXED = {
     "num_nextn_predict_layers": (0, None),
     "topk_method": ("noaux_tc", None),
     "mla_use_nope": (True,),
+    "tie_word_embeddings": (False, None),
 }
 """Fields of Kimi Linear of which one value exists; `mla_use_nope` false would mean a rotated MLA."""
 
@@ -83,7 +84,6 @@ class KimiGeometry:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    tie_word_embeddings: bool
     moe: MoEGeometry | None
 
     @property
@@ -142,7 +142,6 @@ class KimiGeometry:
             qk_nope_head_dim=_integer(config, "qk_nope_head_dim"),
             qk_rope_head_dim=_integer(config, "qk_rope_head_dim"),
             v_head_dim=_integer(config, "v_head_dim"),
-            tie_word_embeddings=_boolean(config, "tie_word_embeddings", default=False),
             moe=_moe(config) if any(sparse) else None,
         )
 
@@ -174,9 +173,7 @@ def _kda_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     types = _sequence(config, "layer_types", num_layers)
     for index, kind in enumerate(types):
         if kind not in ("linear_attention", "full_attention"):
-            raise GeometryError(
-                f"layer_types[{index}]={kind!r}: expected 'linear_attention' or 'full_attention'."
-            )
+            raise GeometryError(f"layer_types[{index}]={kind!r}: expected 'linear_attention' or 'full_attention'.")
     return tuple(kind == "linear_attention" for kind in types)
 
 

@@ -6,7 +6,6 @@ is which, `weights.py` maps checkpoint names to parameters.
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
@@ -36,9 +35,7 @@ from kimi_vllm.weights import load_weights, packed_modules_mapping
 class KimiDecoderLayer(nn.Module):
     """Norm, attention of either kind, norm, feed-forward of either kind; residual carried beside."""
 
-    def __init__(
-        self, geometry: KimiGeometry, vllm_config: VllmConfig, home: StateHome | None, prefix: str
-    ) -> None:
+    def __init__(self, geometry: KimiGeometry, vllm_config: VllmConfig, home: StateHome | None, prefix: str) -> None:
         super().__init__()
         index = extract_layer_index(prefix)
         attention = f"{prefix}.self_attn"
@@ -86,7 +83,7 @@ class KimiLinearModel(nn.Module):
         pipeline = get_pp_group()
         self.embed_tokens = (
             VocabParallelEmbedding(geometry.vocab_size, geometry.hidden_size, prefix=f"{prefix}.embed_tokens")
-            if pipeline.is_first_rank or (geometry.tie_word_embeddings and pipeline.is_last_rank)
+            if pipeline.is_first_rank
             else PPMissingLayer()
         )
         self.state_home = home = _state_home(geometry, vllm_config, f"{prefix}.layers")
@@ -109,7 +106,7 @@ class KimiLinearModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
-        """Token ids ``[T]`` (or embeddings ``[T, hidden]``) to hidden states. Positions are unused: there is no RoPE."""
+        """Token ids ``[T]`` (or embeddings ``[T, hidden]``) to hidden states. Positions are unused: no RoPE."""
         if get_pp_group().is_first_rank:
             hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             residual = None
@@ -142,14 +139,13 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
                 quant_config=vllm_config.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
-            if self.geometry.tie_word_embeddings:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.geometry.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """``[T]`` to ``[T, hidden]``."""
-        return self.model.embed_tokens(input_ids)
+        embeddings: Tensor = self.model.embed_tokens(input_ids)
+        return embeddings
 
     def forward(
         self,
@@ -159,11 +155,13 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
         """See `KimiLinearModel.forward`."""
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        output: Tensor | IntermediateTensors = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        return output
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """``[N, hidden]`` to ``[N, vocab]``."""
-        return self.logits_processor(self.lm_head, hidden_states)
+        logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
+        return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint; see `kimi_vllm.weights.load_weights`."""

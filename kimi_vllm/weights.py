@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -33,7 +34,11 @@ class WeightsError(ValueError):
 
 
 def load_weights(
-    model: nn.Module, geometry: KimiGeometry, weights: Iterable[tuple[str, Tensor]], *, check_missing: bool = True
+    model: nn.Module,
+    geometry: KimiGeometry,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    check_missing: bool = True,
 ) -> set[str]:
     """Copy a checkpoint into the model's parameters.
 
@@ -55,10 +60,10 @@ def load_weights(
     loaded: set[str] = set()
     seen: set[str] = set()
     unexpected: list[str] = []
-    for name, tensor in weights:
+    for name, tensor in _readable(weights):
         canonical = _canonical(name, geometry)
         seen.add(canonical)
-        if is_pp_missing_parameter(canonical, model) or _is_tied_head(canonical, geometry):
+        if is_pp_missing_parameter(canonical, model):
             continue
         target, arguments = _target(canonical, geometry, experts)
         if target not in parameters:
@@ -73,6 +78,16 @@ def load_weights(
     return loaded
 
 
+def _readable(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    try:
+        yield from weights
+    except SafetensorError as error:
+        raise WeightsError(
+            f"a safetensors file of the checkpoint is truncated or damaged ({error}). Compare its size with the "
+            "original and copy or download it again."
+        ) from error
+
+
 def checkpoint_names(geometry: KimiGeometry) -> Iterator[str]:
     """Every tensor of an unquantised checkpoint."""
     yield "model.embed_tokens.weight"
@@ -84,8 +99,7 @@ def checkpoint_names(geometry: KimiGeometry) -> Iterator[str]:
         feed_forward = _moe_names(geometry) if is_sparse else (f"mlp.{name}" for name in _mlp_names())
         yield from (layer + name for name in feed_forward)
     yield "model.norm.weight"
-    if not geometry.tie_word_embeddings:
-        yield "lm_head.weight"
+    yield "lm_head.weight"
 
 
 def _kda_names() -> Iterator[str]:
@@ -121,10 +135,6 @@ def _canonical(name: str, geometry: KimiGeometry) -> str:
     return name
 
 
-def _is_tied_head(name: str, geometry: KimiGeometry) -> bool:
-    return geometry.tie_word_embeddings and name.startswith("lm_head.")
-
-
 def _expert_mapping(model: nn.Module, geometry: KimiGeometry) -> Iterator[tuple[str, str, int, str]]:
     if geometry.moe is None:
         return
@@ -137,9 +147,7 @@ def _expert_mapping(model: nn.Module, geometry: KimiGeometry) -> Iterator[tuple[
     )
 
 
-def _target(
-    name: str, geometry: KimiGeometry, experts: list[tuple[str, str, int, str]]
-) -> tuple[str, dict[str, Any]]:
+def _target(name: str, geometry: KimiGeometry, experts: list[tuple[str, str, int, str]]) -> tuple[str, dict[str, Any]]:
     """The parameter a tensor goes to, and the arguments of its loader."""
     parts = name.split(".")
     if ".experts." in name:
@@ -173,7 +181,9 @@ def _load(parameter: nn.Parameter, tensor: Tensor, name: str, target: str, argum
             loader(parameter, tensor, *arguments.values())
     except (AssertionError, RuntimeError, ValueError) as error:
         shape = tuple(tensor.shape)
-        raise WeightsError(f"{name} {shape} does not fit parameter {target} {tuple(parameter.shape)}: {error}") from error
+        raise WeightsError(
+            f"{name} {shape} does not fit parameter {target} {tuple(parameter.shape)}: {error}"
+        ) from error
 
 
 def _missing(model: nn.Module, geometry: KimiGeometry, seen: set[str]) -> list[str]:

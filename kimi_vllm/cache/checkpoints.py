@@ -11,9 +11,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 
-def boundaries_to_keep(
-    num_prompt_tokens: int, block_size: int, junction: int = 0, interval: int = 0
-) -> frozenset[int]:
+def boundaries_to_keep(num_prompt_tokens: int, block_size: int, junction: int = 0, interval: int = 0) -> frozenset[int]:
     """Token positions in a prompt at which a later request is likely to resume.
 
     The last block boundary of the prompt serves a continuation of it; one token less serves the same prompt again,

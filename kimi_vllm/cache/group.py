@@ -48,7 +48,7 @@ class StateGroupMember(nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KDAStateSpec:
         """A page like the MLA layer's, and the number of slots."""
-        attention = cast(AttentionSpec, self._beside[0].get_kv_cache_spec(vllm_config))
+        attention = cast("AttentionSpec", self._beside[0].get_kv_cache_spec(vllm_config))
         return KDAStateSpec.beside(attention, self._num_slots, self._interval)
 
 
@@ -94,6 +94,6 @@ def num_slots(vllm_config: VllmConfig, options: KimiOptions) -> int:
     """Slots of the pool, the null slot included: as asked, or one per running sequence and as many for checkpoints."""
     if options.state_slots is not None:
         return 1 + options.state_slots
-    sequences = vllm_config.scheduler_config.max_num_seqs
+    sequences: int = vllm_config.scheduler_config.max_num_seqs
     caching = vllm_config.cache_config.enable_prefix_caching
     return max(MIN_SLOTS, 1 + sequences * (2 if caching else 1))

@@ -79,13 +79,13 @@ class KDAStateManager(SingleTypeKVCacheManager):
     def __init__(self, kv_cache_spec: KDAStateSpec, block_pool: BlockPool, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         # An answer larger than the page pool is how a manager tells the scheduler "not now" (Mamba's does the same).
-        self._not_now = block_pool.num_gpu_blocks + 1
+        self._not_now: int = block_pool.num_gpu_blocks + 1
         self.block_pool = SlotPool(kv_cache_spec.num_slots, block_pool.hash_block_size)
         self._null_block = self.block_pool.null_block
         self._interval = kv_cache_spec.checkpoint_interval
         self._new_entries: dict[str, tuple[int, list[KVCacheBlock]]] = {}
         self._num_retired: dict[str, int] = {}
-        self._rolling: dict[str, tuple[KVCacheBlock, Any]] = {}
+        self._rolling: dict[str, tuple[int, KVCacheBlock, Any]] = {}
         # Published while a step is being scheduled, so written only when that step runs.
         self._unsettled: set[int] = set()
 
@@ -203,7 +203,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
                 continue
             self._unsettled.add(block.block_id)
             if boundary not in kept:
-                self._roll(request_id, block, key)
+                self._roll(request_id, index, key)
         self.num_cached_block[request_id] = max(num_full, self.num_cached_block.get(request_id, 0))
 
     def remove_skipped_blocks(
@@ -261,15 +261,19 @@ class KDAStateManager(SingleTypeKVCacheManager):
             if inside and table[index].is_null and self.block_pool.slots.can_take(1):
                 table[index] = new[index - num_old] = self.block_pool.take()
 
-    def _roll(self, request_id: str, block: KVCacheBlock, key: Any) -> None:
+    def _roll(self, request_id: str, index: int, key: Any) -> None:
+        """Withdraw the request's previous step-end boundary, unless another request resumes from it."""
+        table = self.req_to_blocks[request_id]
         previous = self._rolling.get(request_id)
-        self._rolling[request_id] = (block, key)
+        self._rolling[request_id] = (index, table[index], key)
         if previous is None:
             return
-        slot = previous[0].block_id
-        still_there = self.block_pool.slots.find(previous[1]) == slot
-        if still_there and not self.block_pool.slots.references(slot):
-            self.block_pool.withdraw(previous[0])
+        old_index, block, old_key = previous
+        slots = self.block_pool.slots
+        # It may have been evicted and reused since, so what is published under its key decides.
+        others = slots.references(block.block_id) - (table[old_index] is block)
+        if slots.find(old_key) == block.block_id and not others:
+            self.block_pool.withdraw(block)
 
 
 # In-tree specs first: vLLM registers its own only into an empty registry, and workers never do it explicitly. Ours at

@@ -81,7 +81,11 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     reorder_batch_threshold = 1
 
     def __init__(
-        self, kv_cache_spec: KDAStateSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: KDAStateSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.num_slots = kv_cache_spec.num_slots
@@ -114,7 +118,9 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         # A padded row has length 0, so position -1: it must find the null slot on both sides.
         position = seq_lens.to(torch.int64) - 1
         return DecodeRows(
-            read_slot=self._entry(table, position - 1), write_slot=self._entry(table, position), position=position
+            read_slot=self._entry(table, position - 1),
+            write_slot=self._entry(table, position),
+            position=position,
         )
 
     def _entry(self, table: Tensor, position: Tensor) -> Tensor:

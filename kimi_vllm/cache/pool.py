@@ -1,4 +1,4 @@
-"""The tensors: allocated once with the model, so that vLLM's memory accounting sees them before it sizes its own pool."""
+"""The tensors: allocated once with the model, so that vLLM counts them before it sizes its own pool."""
 
 import torch
 from torch import Tensor
@@ -31,5 +31,5 @@ class StatePool:
         return self.num_slots * self.layout.slot_bytes
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Views of the pool for the `index`-th KDA layer of this stage: conv ``[S, R, 3·H·D]``, state ``[S, H, V, K]``."""
+        """The pool of the `index`-th KDA layer of this stage: conv ``[S, R, 3·H·D]``, state ``[S, H, V, K]``."""
         return self.conv[:, index], self.state[:, index]

@@ -18,7 +18,13 @@ class KimiMLP(nn.Module):
     """
 
     def __init__(
-        self, hidden: int, intermediate: int, vllm_config: VllmConfig, prefix: str, *, reduce_results: bool = True
+        self,
+        hidden: int,
+        intermediate: int,
+        vllm_config: VllmConfig,
+        prefix: str,
+        *,
+        reduce_results: bool = True,
     ) -> None:
         super().__init__()
         quant_config = vllm_config.quant_config
@@ -38,7 +44,7 @@ class KimiMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[T, hidden]`` to ``[T, hidden]``."""
         gate_up, _ = self.gate_up_proj(hidden_states)
-        down, _ = self.down_proj(self.activation(gate_up))
+        down: Tensor = self.down_proj(self.activation(gate_up))[0]
         return down
 
 

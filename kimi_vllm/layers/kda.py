@@ -50,9 +50,7 @@ class KimiDeltaAttention(nn.Module):
             )
 
         def replicated(name: str) -> ReplicatedLinear:
-            return ReplicatedLinear(
-                hidden, head_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}"
-            )
+            return ReplicatedLinear(hidden, head_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}")
 
         self.qkv_proj = MergedColumnParallelLinear(
             hidden, [width] * 3, bias=False, quant_config=quant_config, prefix=f"{prefix}.qkv_proj"
@@ -60,9 +58,7 @@ class KimiDeltaAttention(nn.Module):
         self.f_a_proj, self.f_b_proj = replicated("f_a_proj"), column(head_dim, width, "f_b_proj")
         self.g_a_proj, self.g_b_proj = replicated("g_a_proj"), column(head_dim, width, "g_b_proj")
         self.b_proj = column(hidden, heads, "b_proj")
-        self.o_proj = RowParallelLinear(
-            width, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
-        )
+        self.o_proj = RowParallelLinear(width, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj")
         # What forms the decay stays fp32 whatever the model's dtype: rounding it drifts with context length.
         self.A_log = _fp32_parameter(local_heads, loader=_load_heads)
         self.dt_bias = _fp32_parameter(local_width, loader=sharded_weight_loader(0))
@@ -83,7 +79,7 @@ class KimiDeltaAttention(nn.Module):
         out_gate, _ = self.g_b_proj(self.g_a_proj(hidden_states)[0])
         out = torch.empty_like(out_gate)
         torch.ops.vllm.kimi_delta_attention(qkv, gate, beta, out_gate, out, self.prefix)
-        mixed, _ = self.o_proj(out)
+        mixed: Tensor = self.o_proj(out)[0]
         return mixed
 
     def advance(

@@ -53,7 +53,11 @@ class KimiMLA(nn.Module):
             geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim), "kv_b_proj"
         )
         self.o_proj = RowParallelLinear(
-            heads * geometry.v_head_dim, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+            heads * geometry.v_head_dim,
+            hidden,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
         )
         self.attn = LatentAttention(geometry, vllm_config, self.local_heads, self.kv_b_proj, f"{prefix}.attn")
 
@@ -67,5 +71,5 @@ class KimiMLA(nn.Module):
         compressed, _ = self.kv_a_proj_with_mqa(hidden_states)
         kv, shared_key = compressed.split([self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim], dim=-1)
         latent = torch.cat([self.kv_a_layernorm(kv.contiguous()), shared_key], dim=-1)
-        mixed, _ = self.o_proj(self.attn(query, latent))
+        mixed: Tensor = self.o_proj(self.attn(query, latent))[0]
         return mixed

@@ -16,6 +16,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.platforms import current_platform
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -37,16 +38,22 @@ class LatentMetadata:
     """One step for the MLA group, decodes first.
 
     Attributes:
-        slot_mapping: ``[T]`` int64, where each token's latent goes: ``block · block_size + offset``.
-        decode_tables, decode_lens: ``[N, B]`` and ``[N]``; the lengths include the current token.
+        blocks, offsets: ``[T]`` int64, where each token's latent goes.
+        fresh_blocks: blocks that get their first token in this step.
+        decode_tables, decode_lens: ``[N, B]`` and ``[N]``; the lengths include the current token. Entries behind a
+            sequence's end repeat its first block.
+        longest_decode: largest of the lengths.
         prefills: per request the token range in the step, the context before it, and its row of the block table.
     """
 
     num_decodes: int
     num_tokens: int
-    slot_mapping: Tensor
+    blocks: Tensor
+    offsets: Tensor
+    fresh_blocks: Tensor
     decode_tables: Tensor
     decode_lens: Tensor
+    longest_decode: int
     prefills: list[tuple[int, int, int, Tensor]]
 
 
@@ -56,7 +63,11 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     reorder_batch_threshold = 1
 
     def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
@@ -65,6 +76,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     ) -> LatentMetadata:
         """Describe the step; tables are cut to the blocks in use."""
         step = common_attn_metadata
+        block_size = self.kv_cache_spec.block_size
         num_decodes, *_ = split_decodes_and_prefills(step, decode_threshold=1)
         tables = step.block_table_tensor[: step.num_reqs].long()
         seq_lens = step.seq_lens[: step.num_reqs].tolist()
@@ -73,16 +85,34 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         for row in range(num_decodes, step.num_reqs):
             first, end = starts[row], starts[row + 1]
             if end > first:
-                blocks = tables[row, : -(-seq_lens[row] // self.kv_cache_spec.block_size)]
-                prefills.append((first, end, seq_lens[row] - (end - first), blocks))
+                prefills.append(
+                    (
+                        first,
+                        end,
+                        seq_lens[row] - (end - first),
+                        tables[row, : cdiv(seq_lens[row], block_size)],
+                    )
+                )
+        places = step.slot_mapping[: step.num_actual_tokens].long()
+        blocks, offsets = places.div(block_size, rounding_mode="floor"), places.remainder(block_size)
+        longest = max(seq_lens[:num_decodes], default=0)
         return LatentMetadata(
             num_decodes=num_decodes,
             num_tokens=step.num_actual_tokens,
-            slot_mapping=step.slot_mapping[: step.num_actual_tokens].long(),
-            decode_tables=tables[:num_decodes],
+            blocks=blocks,
+            offsets=offsets,
+            fresh_blocks=blocks[offsets == 0],
+            decode_tables=self._decode_tables(tables[:num_decodes], step.seq_lens[:num_decodes], longest),
             decode_lens=step.seq_lens[:num_decodes].long(),
+            longest_decode=max(1, longest),
             prefills=prefills,
         )
+
+    def _decode_tables(self, tables: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        block_size = self.kv_cache_spec.block_size
+        tables = tables[:, : max(1, cdiv(longest, block_size))]
+        owned = torch.arange(tables.shape[1]) * block_size < lengths[:, None]
+        return torch.where(owned, tables, tables[:, :1])
 
 
 class LatentBackend(AttentionBackend):
@@ -182,7 +212,11 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             )
         self.prefix = prefix
         self.num_heads = num_heads
-        self.rank, self.nope, self.value = geometry.kv_lora_rank, geometry.qk_nope_head_dim, geometry.v_head_dim
+        self.rank, self.nope, self.value = (
+            geometry.kv_lora_rank,
+            geometry.qk_nope_head_dim,
+            geometry.v_head_dim,
+        )
         self.latent_dim = geometry.latent_dim
         self.scale = geometry.qk_head_dim**-0.5
         self._kv_b_proj = [kv_b_proj]  # in a list, so that nn.Module does not adopt the layer twice
@@ -213,8 +247,10 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     def attend(self, query: Tensor, latent: Tensor, out: Tensor, step: LatentMetadata) -> None:
         """Write the step's latents to the cache, then attend over it. Padding rows of `out` become zeros."""
         num_tokens = step.num_tokens
-        blocks, offsets = step.slot_mapping.div(self._block_size, rounding_mode="floor"), step.slot_mapping
-        self.kv_cache[blocks, 0, offsets % self._block_size] = latent[:num_tokens]
+        if len(step.fresh_blocks):
+            # Attention weights behind a sequence's end are 0, and 0 · NaN of the page's last owner would not be.
+            self.kv_cache[step.fresh_blocks] = 0
+        self.kv_cache[step.blocks, 0, step.offsets] = latent[:num_tokens]
         query = query.view(-1, self.num_heads, self.nope + self.latent_dim - self.rank)
         heads = out.view(-1, self.num_heads, self.value)
         if step.num_decodes:
@@ -247,43 +283,57 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         rows = query.shape[0]
         absorbed = torch.bmm(query[..., : self.nope].transpose(0, 1), to_latent).transpose(0, 1)  # [N, H, R]
         query = torch.cat([absorbed, query[..., self.nope :]], dim=-1) * self.scale
-        softmax = RunningSoftmax((rows, self.num_heads), self.rank)
-        longest = max(1, int(step.decode_lens.max()))
         tile = max(1, TILE_ELEMENTS // (rows * self.latent_dim) // self._block_size)  # blocks
-        for first in range(0, -(-longest // self._block_size), tile):
-            start = first * self._block_size
-            # Padded rows of the batch have length 0 and attend to the null page, so that no row is empty.
-            active = torch.nonzero(step.decode_lens > start)[:, 0] if start else torch.arange(rows)
-            latents = self.kv_cache[step.decode_tables[active, first : first + tile], 0].flatten(1, 2)
-            places = torch.arange(start, start + latents.shape[1])
-            unseen = places >= step.decode_lens[active].clamp(min=1)[:, None]
-            # What lies behind a sequence's end is another request's memory: 0 · NaN would let it through.
-            latents = latents.masked_fill(unseen[..., None], 0)
-            scores = torch.bmm(query[active], latents.transpose(1, 2)).float()
-            scores.masked_fill_(unseen[:, None], -torch.inf)
-            softmax.add(scores, latents[..., : self.rank], active)
-        mixed = softmax.result().to(query.dtype).transpose(0, 1)  # [H, N, R]
+        num_blocks = step.decode_tables.shape[1]
+        if num_blocks <= tile:
+            scores, values = self._decode_tile(query, step.decode_tables, step.decode_lens)
+            averages = (scores.softmax(-1).to(values.dtype) @ values).float()
+        else:
+            softmax = RunningSoftmax((rows, self.num_heads), self.rank)
+            for first in range(0, num_blocks, tile):
+                start = first * self._block_size
+                active = torch.nonzero(step.decode_lens > start)[:, 0] if start else torch.arange(rows)
+                tables = step.decode_tables[active, first : first + tile]
+                softmax.add(*self._decode_tile(query[active], tables, step.decode_lens[active] - start), active)
+            averages = softmax.result()
+        mixed = averages.to(query.dtype).transpose(0, 1)  # [H, N, R]
         return torch.bmm(mixed, from_latent).transpose(0, 1)
+
+    def _decode_tile(self, query: Tensor, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores ``[N, H, t]`` of absorbed queries against the latents in the given blocks, and their values."""
+        latents = self.kv_cache[tables, 0].flatten(1, 2)
+        scores = torch.bmm(query, latents.transpose(1, 2)).float()
+        # A padded row of the batch has length 0 and sees one latent, so that no row is empty.
+        unseen = torch.arange(latents.shape[1]) >= lengths.clamp(min=1)[:, None]
+        scores.masked_fill_(unseen[:, None], -torch.inf)
+        return scores, latents[..., : self.rank]
 
     def _prefill(self, query: Tensor, context: int, table: Tensor) -> Tensor:
         num_queries = query.shape[0]
         length = context + num_queries
         query = query.transpose(0, 1) * self.scale  # [H, n, nope + rope]
-        softmax = RunningSoftmax((self.num_heads, num_queries), self.value)
         tile = max(1, TILE_ELEMENTS // (self.num_heads * num_queries) // self._block_size) * self._block_size
+        if length <= tile:
+            scores, values = self._prefill_tile(query, context, table, 0, length)
+            return (scores.softmax(-1).to(values.dtype) @ values).transpose(0, 1)
+        softmax = RunningSoftmax((self.num_heads, num_queries), self.value)
         for start in range(0, length, tile):
             end = min(start + tile, length)
-            blocks = table[start // self._block_size : -(-end // self._block_size)]
-            latents = self.kv_cache[blocks, 0].flatten(0, 1)[: end - start]
-            keys, values = self._keys_values(latents)
             # Queries before the tile see none of it.
             first = max(0, start - context)
-            scores = torch.matmul(query[:, first:], keys.transpose(1, 2)).float()
-            if end > context + first + 1:
-                seen = torch.arange(start, end) <= torch.arange(context + first, length)[:, None]
-                scores.masked_fill_(~seen, -torch.inf)
+            scores, values = self._prefill_tile(query[:, first:], context + first, table, start, end)
             softmax.add(scores, values, (slice(None), slice(first, None)))
         return softmax.result().to(query.dtype).transpose(0, 1)
+
+    def _prefill_tile(self, query: Tensor, position: int, table: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Scores ``[H, n, t]`` of queries from `position` on against tokens start..end, and their values."""
+        blocks = table[start // self._block_size : cdiv(end, self._block_size)]
+        keys, values = self._keys_values(self.kv_cache[blocks, 0].flatten(0, 1)[: end - start])
+        scores = torch.matmul(query, keys.transpose(1, 2)).float()
+        if end > position + 1:
+            seen = torch.arange(start, end) <= torch.arange(position, position + query.shape[1])[:, None]
+            scores.masked_fill_(~seen, -torch.inf)
+        return scores, values
 
     def _keys_values(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents ``[t, R + rope]`` to keys ``[H, t, nope + rope]`` and values ``[H, t, v]``."""

@@ -37,5 +37,5 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
 
 @pytest.fixture(scope="session")
 def oracles(checkpoints: dict[tuple[str, str], Path]) -> dict[str, Oracle]:
-    """transformers' model for each checkpoint, loaded from its own layout."""
+    """Transformers' model for each checkpoint, loaded from its own layout."""
     return {name: Oracle(path) for (name, layout), path in checkpoints.items() if layout == "transformers"}

@@ -114,9 +114,7 @@ def test_one_metadata_build_per_step(monkeypatch):
 
     builds = []
     build = KDAMetadataBuilder.build
-    monkeypatch.setattr(
-        KDAMetadataBuilder, "build", lambda *args, **kwargs: builds.append(1) or build(*args, **kwargs)
-    )
+    monkeypatch.setattr(KDAMetadataBuilder, "build", lambda *args, **kwargs: builds.append(1) or build(*args, **kwargs))
     with engine(RECALL) as running:
         builds.clear()
         running.complete(random_prompts([20], 100), max_tokens=10)
@@ -141,3 +139,15 @@ def test_decode_rows_never_take_the_prefill_path(monkeypatch):
     assert mixed
     assert all(len(step.decode.position) == step.num_decodes for step in mixed)
     assert all((step.prefill.cu_seqlens.diff() > 1).all() for step in mixed)
+
+
+def test_nan_in_free_pages_changes_nothing():
+    """What an earlier owner left in a latent page is never seen, though its attention weight would only be 0 · NaN."""
+    prompts = random_prompts([1, 5, 63, 64, 65, 130, 200], 100, seed=23)
+    with engine(RECALL) as running:
+        expected = [completion.tokens for completion in running.complete(prompts, max_tokens=16)]
+        for layer in running.model.model.layers:
+            if hasattr(layer.self_attn, "attn"):
+                layer.self_attn.attn.kv_cache.fill_(float("nan"))
+        again = running.complete(prompts, max_tokens=16)
+    assert [completion.tokens for completion in again] == expected

@@ -1,0 +1,215 @@
+"""The scheduler's side without an engine: tables, hits, deferral, and the step that never happened."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.core.block_pool import BlockPool
+
+from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
+
+BLOCK = 4
+PAGES = 100
+
+
+def make_manager(num_slots=10, caching=True, interval=0):
+    spec = KDAStateSpec(
+        block_size=BLOCK,
+        num_kv_heads=1,
+        head_size=8,
+        dtype=torch.float32,
+        num_slots=num_slots,
+        checkpoint_interval=interval,
+    )
+    pages = BlockPool(PAGES, caching, BLOCK)
+    return KDAStateManager(spec, pages, enable_caching=caching, kv_cache_group_id=1, scheduler_block_size=BLOCK)
+
+
+class Request(SimpleNamespace):
+    """As much of vLLM's request as the manager looks at; tokens decide the hashes."""
+
+    def __init__(self, request_id, tokens, junction=0):
+        hashes = [repr(tokens[:end]).encode() for end in range(BLOCK, len(tokens) + 1, BLOCK)]
+        super().__init__(
+            request_id=request_id,
+            num_prompt_tokens=len(tokens),
+            block_hashes=hashes,
+            shared_prefix_boundary=junction,
+        )
+
+
+def schedule(manager, request, start, end, hit=()):
+    """What `KVCacheManager.allocate_slots` does to a manager for tokens start..end. False: not now."""
+    name = request.request_id
+    manager.remove_skipped_blocks(name, start, request.num_prompt_tokens)
+    if manager.get_num_blocks_to_allocate(name, end, hit, start, start, end):
+        return False
+    if hit:
+        manager.add_local_computed_blocks(name, hit, start, 0)
+    elif name not in manager.num_cached_block:
+        manager.add_local_computed_blocks(name, [], 0, 0)
+    manager.allocate_new_blocks(name, end, end)
+    if manager.enable_caching:
+        manager.cache_blocks(request, end // BLOCK * BLOCK, replay_boundaries=())
+    return True
+
+
+def settle(manager):
+    """The end of a scheduling round."""
+    manager.take_new_block_ids()
+    manager.new_step_starts()
+
+
+def hit_of(manager, request, max_length=None):
+    length = len(request.block_hashes) * BLOCK if max_length is None else max_length
+    [blocks], tokens = manager.find_longest_cache_hit(
+        request.block_hashes, length, [1], manager.block_pool, manager.kv_cache_spec, False, BLOCK
+    )
+    return blocks, tokens
+
+
+def table(manager, name):
+    return [block.block_id for block in manager.req_to_blocks[name]]
+
+
+def test_one_step_prefill_keeps_the_last_boundary_and_runs_in_the_last_slot():
+    manager = make_manager()
+    request = Request("a", list(range(14)))
+    assert schedule(manager, request, 0, 14)
+    assert [slot > 0 for slot in table(manager, "a")] == [False, False, True, True]
+    settle(manager)
+    assert hit_of(manager, request)[1] == 12
+
+
+def test_a_boundary_at_the_end_of_a_step_costs_no_slot():
+    manager = make_manager()
+    request = Request("a", list(range(20)))
+    assert schedule(manager, request, 0, 8)
+    used = manager.block_pool.slots.num_live
+    settle(manager)
+    assert used == 1
+    assert hit_of(manager, request)[1] == 8
+
+
+def test_only_the_latest_boundary_of_a_long_run_stays():
+    manager = make_manager()
+    request = Request("a", list(range(60)))
+    for start in range(0, 48, BLOCK):
+        assert schedule(manager, request, start, start + BLOCK)
+        settle(manager)
+    manager.free("a")
+    assert manager.block_pool.slots.num_idle == 1
+    assert hit_of(manager, request)[1] == 48
+
+
+def test_a_hit_waits_for_the_step_that_writes_it():
+    manager = make_manager()
+    first, second = Request("a", list(range(13))), Request("b", list(range(13)))
+    assert schedule(manager, first, 0, 13)
+    blocks, tokens = hit_of(manager, second)
+    assert tokens == 12
+    assert not schedule(manager, second, 12, 13, hit=blocks)
+    settle(manager)
+    assert schedule(manager, second, 12, 13, hit=blocks)
+    assert table(manager, "b")[2] == table(manager, "a")[2]
+    assert table(manager, "b")[3] != table(manager, "a")[3]
+
+
+def test_a_state_that_was_never_written_is_never_found():
+    """Preempted after being scheduled, before the step ran (vLLM's priority policy does this)."""
+    manager = make_manager()
+    request = Request("a", list(range(13)))
+    assert schedule(manager, request, 0, 13)
+    manager.free("a")
+    settle(manager)
+    assert hit_of(manager, request) == ([], 0)
+    assert manager.block_pool.slots.num_free == 9
+
+
+def test_a_state_of_a_finished_request_is_found():
+    manager = make_manager()
+    request = Request("a", list(range(13)))
+    assert schedule(manager, request, 0, 13)
+    settle(manager)
+    manager.free("a")
+    assert hit_of(manager, request)[1] == 12
+    manager.block_pool.slots.check()
+
+
+def test_requests_wait_when_slots_are_gone_and_running_ones_stay_where_they_are():
+    manager = make_manager(num_slots=3)
+    first, second, third = (Request(name, [ord(name)] * 20) for name in "abc")
+    assert schedule(manager, first, 0, 3)
+    assert schedule(manager, second, 0, 3)
+    assert not schedule(manager, third, 0, 3)
+    slot = table(manager, "a")[0]
+    settle(manager)
+    assert schedule(manager, first, 3, 6)
+    assert table(manager, "a") == [0, slot]
+    manager.free("b")
+    settle(manager)
+    assert schedule(manager, third, 0, 3)
+
+
+def test_without_caching_a_request_keeps_its_slot():
+    manager = make_manager(caching=False)
+    request = Request("a", list(range(40)))
+    for start in range(0, 40, 2):
+        assert schedule(manager, request, start, start + 2)
+        settle(manager)
+    assert manager.block_pool.slots.num_live == 1
+    assert manager.block_pool.slots.num_free == 8
+
+
+def test_release_goes_through_vllms_page_pool():
+    """VLLM frees blocks of all groups through the page pool, which must route ours to us."""
+    manager = make_manager()
+    request = Request("a", list(range(13)))
+    assert schedule(manager, request, 0, 13)
+    settle(manager)
+    pages = BlockPool(PAGES, True, BLOCK)
+    pages.free_blocks(reversed(manager.pop_blocks_for_free("a")))
+    assert manager.block_pool.slots.num_live == 0
+    manager.block_pool.slots.check()
+
+
+def test_reset_needs_idle_slots():
+    manager = make_manager()
+    request = Request("a", list(range(13)))
+    assert schedule(manager, request, 0, 13)
+    settle(manager)
+    assert not manager.block_pool.reset_prefix_cache()
+    manager.free("a")
+    assert manager.block_pool.reset_prefix_cache()
+    assert hit_of(manager, request) == ([], 0)
+
+
+@pytest.mark.parametrize("num_slots", [3, 4, 6, 12])
+def test_random_traffic_loses_no_slot(num_slots):
+    import random
+
+    rng = random.Random(num_slots)
+    manager = make_manager(num_slots=num_slots)
+    running, served = {}, 0
+    for _ in range(600):
+        for request, done in list(running.values()):
+            end = min(done + rng.randint(1, 9), request.num_prompt_tokens)
+            if rng.random() < 0.05 or done == request.num_prompt_tokens:
+                manager.free(request.request_id)
+                del running[request.request_id]
+            elif schedule(manager, request, done, end):
+                running[request.request_id] = (request, end)
+        if rng.random() < 0.6:
+            tokens = [rng.randint(0, 2)] * 8 + [rng.randint(0, 1) for _ in range(rng.randint(1, 24))]
+            request = Request(f"r{served}", tokens)
+            blocks, hit = hit_of(manager, request, max_length=len(tokens) - 1)
+            if schedule(manager, request, hit, min(len(tokens), hit + rng.randint(1, 12)), hit=blocks):
+                running[request.request_id] = (request, min(len(tokens), hit + 1))
+                served += 1
+        manager.block_pool.slots.check()
+        settle(manager)
+    for request, _ in running.values():
+        manager.free(request.request_id)
+    assert served > 50
+    assert manager.block_pool.slots.num_live == 0
+    manager.block_pool.slots.check()

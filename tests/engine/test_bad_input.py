@@ -1,0 +1,97 @@
+"""What a user gets wrong is answered with the name of what is wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import write_checkpoint
+from support.engine import RECALL, engine, random_prompts
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def config():
+    return json.loads((RECALL / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return load_file(RECALL / "model.safetensors")
+
+
+def fails(message, checkpoint, **options):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        with pytest.raises(Exception, match=message), engine(checkpoint, **options):
+            pass
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu': Kimi Linear is served with hidden_act='silu' only"),
+        ({"kv_lora_rank": None}, "kv_lora_rank: missing from config.json"),
+        ({"attn_res_block_size": 4}, "attn_res_block_size=4: this field belongs to another model"),
+    ],
+    ids=["unknown-value", "missing-key", "kimi-k3"],
+)
+def test_config_errors_name_the_key(changes, message, config, tmp_path):
+    fails(message, write_checkpoint(tmp_path / "bad", config | changes, {}), load_format="dummy")
+
+
+def test_truncated_safetensors(tmp_path):
+    folder = shutil.copytree(RECALL, tmp_path / "truncated")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    fails("a safetensors file of the checkpoint is truncated or damaged", folder)
+
+
+def test_missing_and_unexpected_tensors_are_listed(config, tensors, tmp_path):
+    fewer = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(("0.self_attn.A_log", "experts.3.w2.weight"))
+    }
+    fails(r"lacks tensors: .*experts.3.w2.weight.*", write_checkpoint(tmp_path / "fewer", config, fewer))
+    more = tensors | {"model.layers.0.self_attn.g_proj.weight": torch.zeros(2, 2)}
+    fails(
+        r"belong nowhere: model.layers.0.self_attn.g_proj.weight",
+        write_checkpoint(tmp_path / "more", config, more),
+    )
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(config, tensors, tmp_path):
+    name = "model.layers.0.self_attn.q_conv1d.weight"
+    wrong = tensors | {name: torch.zeros(128, 1, 3)}
+    fails(rf"{name} \(128, 1, 3\) does not fit", write_checkpoint(tmp_path / "wrong", config, wrong))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"additional_config": {"kimi": {"slots": 3}}}, "kimi.slots: no such option"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "--speculative-config: kimi-vllm does not support it",
+        ),
+        ({"enable_lora": True}, "--enable-lora: kimi-vllm does not support it|does not support LoRA"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    ],
+    ids=["option", "speculative", "lora", "fp8-cache"],
+)
+def test_what_is_not_served_is_refused_by_name(options, message):
+    fails(message, RECALL, **options)
+
+
+def test_a_prompt_longer_than_the_model():
+    with engine(RECALL, max_model_len=128) as running:
+        [prompt] = random_prompts([200], 100)
+        with pytest.raises(Exception, match="maximum context length is 128 tokens"):
+            running.complete([prompt])
+        assert len(running.complete([prompt[:100]])[0].tokens) == 8

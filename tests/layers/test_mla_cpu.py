@@ -1,0 +1,110 @@
+"""Latent attention by itself: tiles of any size, ragged batches and dirty pages give what dense attention gives."""
+
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from kimi_vllm.layers import mla_cpu
+from kimi_vllm.layers.mla_cpu import LatentAttention, LatentMetadataBuilder, RunningSoftmax
+
+HEADS, RANK, NOPE, ROPE, VALUE, BLOCK = 3, 20, 12, 4, 8, 16
+
+
+class Layer(LatentAttention):
+    """The layer without a model around it."""
+
+    def __init__(self, num_blocks):
+        torch.nn.Module.__init__(self)
+        self.num_heads, self.rank, self.nope, self.value = HEADS, RANK, NOPE, VALUE
+        self.latent_dim, self.scale = RANK + ROPE, (NOPE + ROPE) ** -0.5
+        self.weight = torch.randn(HEADS * (NOPE + VALUE), RANK)
+        self._kv_b_proj = [lambda latents: (latents @ self.weight.T, None)]
+        self._expand = None
+        self.kv_cache = torch.full((num_blocks, 1, BLOCK, RANK + ROPE), torch.nan)
+
+
+def dense(layer, query, latents):
+    """Plain attention of the last queries over all latents."""
+    num_queries, length = len(query), len(latents)
+    expanded = (latents[:, :RANK] @ layer.weight.T).view(length, HEADS, NOPE + VALUE)
+    keys = torch.cat([expanded[..., :NOPE], latents[:, None, RANK:].expand(-1, HEADS, -1)], -1)
+    scores = torch.einsum("nhd,thd->hnt", query.view(num_queries, HEADS, -1), keys) * layer.scale
+    seen = torch.arange(length) <= torch.arange(length - num_queries, length)[:, None]
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hnt,thd->nhd", weights, expanded[..., NOPE:]).reshape(num_queries, -1)
+
+
+def run(layer, query_lens, seq_lens, latents, query, out):
+    """One step of requests whose pages are dealt out in a mixed-up order."""
+    per_request = [-(-length // BLOCK) for length in seq_lens]
+    order = torch.randperm(sum(per_request), generator=torch.Generator().manual_seed(1)) + 1
+    tables = torch.zeros(len(seq_lens), max(per_request) + 2, dtype=torch.int32)
+    for row, pages in enumerate(order.split(per_request)):
+        tables[row, : len(pages)] = pages
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+    slots = []
+    for row, (new, length) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        for position in range(length):
+            page, offset = tables[row, position // BLOCK].item(), position % BLOCK
+            if position < length - new:
+                if offset == 0:
+                    layer.kv_cache[page] = 0
+                layer.kv_cache[page, 0, offset] = latents[row][position]
+            else:
+                slots.append(page * BLOCK + offset)
+    builder = object.__new__(LatentMetadataBuilder)
+    builder.kv_cache_spec = type("Spec", (), {"block_size": BLOCK})
+    step = builder.build(
+        0,
+        CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+            num_reqs=len(seq_lens),
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=max(query_lens),
+            max_seq_len=max(seq_lens),
+            block_table_tensor=tables,
+            slot_mapping=torch.tensor(slots),
+        ),
+    )
+    new = torch.cat(
+        [latents[row][length - count :] for row, (count, length) in enumerate(zip(query_lens, seq_lens, strict=True))]
+    )
+    layer.attend(query, new, out, step)
+
+
+@pytest.mark.parametrize("tile", [1, 5000, 1 << 22], ids=["one-block", "few-blocks", "whole"])
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens"),
+    [
+        ([1, 1, 1, 1], [1, 17, 160, 33]),
+        ([1, 70, 2, 33], [40, 70, 50, 133]),
+        ([64, 130], [64, 400]),
+    ],
+    ids=["decodes", "mixed", "prefills"],
+)
+def test_equals_dense_attention_over_dirty_pages(query_lens, seq_lens, tile, monkeypatch):
+    monkeypatch.setattr(mla_cpu, "TILE_ELEMENTS", tile)
+    torch.manual_seed(0)
+    layer = Layer(sum(-(-length // BLOCK) for length in seq_lens) + 3)
+    latents = [torch.randn(length, RANK + ROPE) for length in seq_lens]
+    num_tokens, padding = sum(query_lens), 2
+    query = torch.randn(num_tokens + padding, HEADS * (NOPE + ROPE))
+    out = torch.full((num_tokens + padding, HEADS * VALUE), torch.nan)
+    run(layer, query_lens, seq_lens, latents, query, out)
+    first = 0
+    for row, count in enumerate(query_lens):
+        expected = dense(layer, query[first : first + count], latents[row])
+        torch.testing.assert_close(out[first : first + count], expected, rtol=1e-4, atol=1e-5)
+        first += count
+    assert (out[num_tokens:] == 0).all()
+
+
+def test_running_softmax_equals_softmax():
+    torch.manual_seed(0)
+    scores, values = torch.randn(2, 3, 50) * 20, torch.randn(2, 50, 7)
+    running = RunningSoftmax((2, 3), 7)
+    for first in range(0, 50, 13):
+        running.add(scores[..., first : first + 13], values[:, first : first + 13])
+    torch.testing.assert_close(running.result(), scores.softmax(-1) @ values)

@@ -1,0 +1,30 @@
+"""--additional-config: what can be set, and errors that name the option."""
+
+import pytest
+
+from kimi_vllm.options import KimiOptions, OptionsError
+
+
+@pytest.mark.parametrize("config", [None, {}, {"other": 1}, {"kimi": {}}])
+def test_defaults(config):
+    assert KimiOptions.from_additional_config(config) == KimiOptions()
+
+
+def test_values_are_read():
+    options = KimiOptions.from_additional_config({"kimi": {"state_slots": 12, "checkpoint_interval": 512}})
+    assert (options.state_slots, options.checkpoint_interval) == (12, 512)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kimi": {"slots": 4}}, "kimi.slots: no such option. Known: state_slots, checkpoint_interval"),
+        ({"kimi": {"state_slots": 1}}, "kimi.state_slots=1: expected an integer of at least 2"),
+        ({"kimi": {"state_slots": "many"}}, "kimi.state_slots='many'"),
+        ({"kimi": {"checkpoint_interval": -1}}, "kimi.checkpoint_interval=-1"),
+        ({"kimi": 3}, "--additional-config: expected"),
+    ],
+)
+def test_errors(config, message):
+    with pytest.raises(OptionsError, match=message):
+        KimiOptions.from_additional_config(config)

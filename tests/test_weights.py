@@ -1,0 +1,59 @@
+"""Checkpoint names: the released model's count, and every rename."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.weights import _canonical, _target, checkpoint_names
+
+MODELS = Path(__file__).parents[1] / "configs" / "models"
+
+
+@pytest.fixture(scope="module")
+def released():
+    return KimiGeometry.from_config(json.loads((MODELS / "48b-a3b" / "config.json").read_text()))
+
+
+def test_the_released_checkpoint_has_20493_tensors(released):
+    names = list(checkpoint_names(released))
+    assert len(names) == len(set(names)) == 20_493
+
+
+def test_the_shipped_checkpoint_has_exactly_these_names():
+    from safetensors import safe_open
+
+    geometry = KimiGeometry.from_config(json.loads((MODELS / "recall" / "config.json").read_text()))
+    with safe_open(MODELS / "recall" / "model.safetensors", "pt") as file:
+        assert {_canonical(name, geometry) for name in file.keys()} == set(checkpoint_names(geometry))  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "arguments"),
+    [
+        ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.qkv_proj.weight", {"shard_id": 1}),
+        ("model.layers.0.self_attn.v_conv1d.weight", "model.layers.0.self_attn.conv_weight", {"shard_id": 2}),
+        ("model.layers.3.self_attn.q_proj.weight", "model.layers.3.self_attn.q_proj.weight", {}),
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_up_proj.weight", {"shard_id": 1}),
+        (
+            "model.layers.1.block_sparse_moe.shared_experts.gate_proj.weight",
+            "model.layers.1.block_sparse_moe.shared_experts.gate_up_proj.weight",
+            {"shard_id": 0},
+        ),
+        (
+            "model.layers.0.self_attn.q_proj.weight_scale",
+            "model.layers.0.self_attn.qkv_proj.weight_scale",
+            {"shard_id": 0},
+        ),
+        ("lm_head.weight", "lm_head.weight", {}),
+    ],
+)
+def test_targets(name, target, arguments, released):
+    assert _target(name, released, []) == (target, arguments)
+
+
+def test_a_dense_mlp_written_by_transformers_is_renamed(released):
+    assert _canonical("model.layers.0.block_sparse_moe.up_proj.weight", released) == "model.layers.0.mlp.up_proj.weight"
+    sparse = "model.layers.1.block_sparse_moe.gate.weight"
+    assert _canonical(sparse, released) == sparse
