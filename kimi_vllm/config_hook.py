@@ -16,7 +16,7 @@ from kimi_vllm import patches
 from kimi_vllm.geometry import GeometryError, KimiGeometry
 from kimi_vllm.options import KimiOptions
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.kimi_vllm")
 
 NATURAL_BLOCK_SIZE = 64
 """Tokens per MLA page on the CPU, and so the grid on which prefixes can be resumed."""

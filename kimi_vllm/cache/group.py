@@ -6,9 +6,11 @@ layers: then there are two groups, one block table and one metadata build for al
 
 from typing import cast
 
+import psutil
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -20,6 +22,8 @@ from kimi_vllm.cache.slots import MIN_SLOTS
 from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.options import KimiOptions
+
+logger = init_logger("vllm.kimi_vllm")
 
 
 class StateGroupMember(nn.Module, AttentionLayerBase):
@@ -70,7 +74,16 @@ class StateHome:
         self.prefix = prefix
         self.options = KimiOptions.from_additional_config(vllm_config.additional_config)
         self.num_slots = num_slots(vllm_config, self.options)
-        self.pool = StatePool(layout, self.num_slots, vllm_config.device_config.device)
+        device = vllm_config.device_config.device
+        _check_memory(self.num_slots, layout, device)
+        self.pool = StatePool(layout, self.num_slots, device)
+        logger.info(
+            "kimi-vllm: %d KDA state slots of %.2f MiB for %d layers beside the paged KV cache (%.1f MiB in all).",
+            self.num_slots - 1,
+            layout.slot_bytes / 2**20,
+            num_layers,
+            self.pool.nbytes / 2**20,
+        )
         self.metadata_name = self.member_name(mla_layer)
         self._num_claimed = 0
 
@@ -87,6 +100,19 @@ class StateHome:
         """The group member beside an MLA layer."""
         return StateGroupMember(
             vllm_config, beside, self.num_slots, self.options.checkpoint_interval, self.member_name(mla_layer)
+        )
+
+
+def _check_memory(num_slots: int, layout: SlotLayout, device: torch.device) -> None:
+    # Memory of a CPU is handed out on first touch: too large a pool would end in a kill, long after "ready".
+    if device.type != "cpu":
+        return
+    needed, available = num_slots * layout.slot_bytes, psutil.virtual_memory().available
+    if needed > available:
+        raise ValueError(
+            f"kimi.state_slots: {num_slots - 1} KDA state slots of {layout.slot_bytes / 2**20:.1f} MiB need "
+            f"{needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are free. Lower --max-num-seqs, or set "
+            '--additional-config \'{"kimi": {"state_slots": ...}}\'.'
         )
 
 

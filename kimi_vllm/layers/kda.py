@@ -68,7 +68,7 @@ class KimiDeltaAttention(nn.Module):
 
         self.metadata_name = home.metadata_name
         self.conv_pool, self.state_pool = home.claim_layer()
-        dispatch.load_backend(self.state_pool.device.type)
+        dispatch.prepare(self.state_pool.device.type, head_dim)
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     def forward(self, hidden_states: Tensor) -> Tensor:

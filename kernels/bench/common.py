@@ -1,0 +1,138 @@
+"""Timing, verification and reporting shared by the kernel benchmarks."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+
+class WrongResult(Exception):  # noqa: N818  # it is the answer that is wrong, not the program
+    """A provider's result differs from the spec: it is not timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One provider on one case.
+
+    `state_bytes` is the state read plus the state written, where that is what bounds the step.
+    """
+
+    bench: str
+    provider: str
+    case: dict[str, int]
+    dtype: dict[str, str]
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    state_bytes: int | None = None
+
+    @property
+    def rate_gbps(self) -> float | None:
+        """State traffic per second at the median."""
+        return None if self.state_bytes is None else self.state_bytes / self.p50_us / 1e3
+
+    def as_json(self, env: dict[str, Any]) -> str:
+        """Return the row with its environment, as one line."""
+        return json.dumps({**asdict(self), "rate_gbps": self.rate_gbps, "env": env})
+
+
+def measure(step: Callable[[], object], budget_s: float = 0.5) -> tuple[float, float, float]:
+    """Return the 20th, 50th and 80th percentile of a step's wall time in microseconds."""
+    step()
+    times: list[float] = []
+    deadline = time.perf_counter() + budget_s
+    while len(times) < 3 or (time.perf_counter() < deadline and len(times) < 3000):
+        start = time.perf_counter_ns()
+        step()
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    times.sort()
+    p20, p50, p80 = (times[int(len(times) * quantile)] for quantile in (0.2, 0.5, 0.8))
+    return p20, p50, p80
+
+
+def require_equal(name: str, result: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Refuse a wrong kernel.
+
+    Raises:
+        WrongResult: max |result - expected| / max |expected| exceeds the tolerance, or is not a number.
+    """
+    error = float((result.double() - expected.double()).abs().max() / expected.double().abs().max())
+    if not error <= tolerance:
+        raise WrongResult(f"{name}: relative error {error:.1e} against the spec, at most {tolerance:.0e} allowed")
+
+
+def environment() -> dict[str, Any]:
+    """Return what a number means nothing without: machine, versions, threads, commit."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "numba", "kimi-vllm")},
+        **_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def report(rows: Sequence[Row], peer: str, env: dict[str, Any], json_path: Path | None) -> None:
+    """Print a table with each row's ratio to `peer` on the same case; append JSON lines to a file."""
+    slowest = {(row.bench, str(row.case)): row.p50_us for row in rows if row.provider == peer}
+    table = Table(title=f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}")
+    for column in ("bench", "case", "provider", "median us", "p20-p80 us", "GB/s", f"{peer} / this"):
+        words = column in ("bench", "case", "provider")
+        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+    for row in rows:
+        base = slowest.get((row.bench, str(row.case)))
+        table.add_row(
+            row.bench,
+            " ".join(f"{name}{value}" for name, value in row.case.items()),
+            row.provider,
+            f"{row.p50_us:,.1f}",
+            f"{row.p20_us:,.1f}-{row.p80_us:,.1f}",
+            "" if row.rate_gbps is None else f"{row.rate_gbps:.1f}",
+            "" if base is None else f"{base / row.p50_us:.1f}x",
+        )
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
+    if json_path is not None:
+        with json_path.open("a") as file:
+            file.writelines(row.as_json(env) + "\n" for row in rows)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        folder = Path(__file__).resolve().parent
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    return {
+        "commit": git("rev-parse", "--short", "HEAD") or "none",
+        "dirty": git("status", "--porcelain") != "",
+    }

@@ -1,0 +1,61 @@
+"""What each thread runs on the CPU: take tasks from a shared counter until none is left.
+
+So nothing else knows about threads, no result depends on their number, and a thread that starts late or is
+descheduled delays nobody but itself.
+"""
+# mypy: disallow-untyped-defs=false
+# Compiled functions have numba's types; an address, an index and a count would all be annotated "int".
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from numba import cfunc
+
+from kimi_vllm.kernels.cpu_decode import decode_task
+from kimi_vllm.kernels.cpu_head import Field, parameter
+from kimi_vllm.kernels.cpu_prefill import prefill_task
+from kimi_vllm.kernels.cpu_simd import fetch_add
+
+
+def compile_worker(decode: bool, D: int) -> int:
+    """Return the address of a ``void(int64 parameters)`` that works until no task is left.
+
+    Args:
+        decode: Decode if true, else prefill.
+        D: Channels of a head; one specialisation each.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("cpu_*.py")):
+        digest.update(source.read_bytes())
+    return int(_compile(decode, D, digest.hexdigest()).address)
+
+
+def _compile(decode: bool, D: int, sources: str) -> Any:
+    """Compile a worker, or take it from numba's cache.
+
+    numba looks at the date of this file and at the values the worker closes over: `sources` stands for the
+    others.
+    """
+
+    def kda_worker(params):
+        _ = sources
+        H, N = parameter(params, Field.H), parameter(params, Field.N)
+        worker = fetch_add(params + 8 * Field.NEXT_WORKER, 1)
+        scratch = parameter(params, Field.SCRATCH) + worker * parameter(params, Field.SCRATCH_STRIDE)
+        num_tasks = N * H if decode else (N + 1) * H
+        while True:
+            task = fetch_add(params + 8 * Field.NEXT_TASK, 1)
+            if task >= num_tasks:
+                break
+            if decode:
+                decode_task(params, task // H, task % H, D, scratch)
+            else:
+                prefill_task(params, task // H, task % H, D, scratch)
+
+    try:
+        return cfunc("void(int64)", cache=True)(kda_worker)
+    except RuntimeError:  # numba found no folder it may write its cache to
+        return cfunc("void(int64)")(kda_worker)

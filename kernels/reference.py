@@ -1,0 +1,319 @@
+"""The executable spec of Kimi Delta Attention: every formula once, plainly, in the precision of its inputs.
+
+Equation numbers are those of the Kimi Linear report (arXiv 2510.26692). `kda_recurrent` is Eq. 1, `kda_chunk`
+its chunkwise form (Eq. 6-9). `kda_decode` and `kda_prefill` have the signatures of the kernels and are what
+the kernels are compared with; they run on any device, in float32 or, given float64 tensors, in float64.
+
+One letter, one meaning, here and in every kernel:
+
+    T tokens of the step    N sequences    H heads    K key channels    V value channels (K == V == D)
+    W conv width            R ring columns S slots    B slot-table columns    C chunk length
+
+Rounding points, the same in every implementation: the convolution's output is rounded to the dtype of `qkv`,
+and so is the recurrence's output before its RMS norm. Everything else stays in the working precision.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, einsum
+
+# A development dependency: annotations stay strings unless the tests' import hook evaluates them.
+with suppress(ImportError):
+    from jaxtyping import Float, Int
+
+NULL_SLOT = 0
+"""The slot that holds nobody's state: never read, never written; as `write_slot` it marks a padded row."""
+
+L2_EPS = 1e-6
+CHUNK = 64
+SUB_CHUNK = 16
+
+
+def short_conv(
+    x: Float[Tensor, "T channels"],
+    history: Float[Tensor, "past channels"],
+    weight: Float[Tensor, "W channels"],
+) -> Float[Tensor, "T channels"]:
+    """Convolve each channel causally over the last W tokens, then apply SiLU (section 4).
+
+    Args:
+        x: Projections of the new tokens.
+        history: The W-1 projections before them, oldest first; zeros before the start of a sequence.
+        weight: Row W-1 multiplies the current token, row 0 the oldest.
+
+    Returns:
+        One row per new token.
+    """
+    padded = torch.cat([history, x])
+    windows = padded.unfold(0, len(weight), 1)  # [T, channels, W]
+    return F.silu(einsum("tcw,wc->tc", windows, weight))
+
+
+def log_decay(
+    gate: Float[Tensor, "T H K"], A_log: Float[Tensor, " H"], dt_bias: Float[Tensor, "H K"]
+) -> Float[Tensor, "T H K"]:
+    """Return log a_t = -exp(A_log)·softplus(gate + dt_bias), natural log, never positive.
+
+    torch's softplus is log1p(exp(x)), and x itself above 20: it neither overflows nor loses small values.
+    """
+    return -A_log.exp()[:, None] * F.softplus(gate + dt_bias)
+
+
+def l2_normalise(x: Float[Tensor, "T H K"]) -> Float[Tensor, "T H K"]:
+    """Return x / sqrt(sum x² + 1e-6) over the channels of a head."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def gated_rms_norm(
+    x: Float[Tensor, "T H V"], out_gate: Float[Tensor, "T H V"], weight: Float[Tensor, " V"], eps: float
+) -> Float[Tensor, "T H V"]:
+    """Normalise each head, then multiply by the sigmoid of the raw output gate (Eq. 10)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight * torch.sigmoid(out_gate)
+
+
+def kda_recurrent(
+    q: Float[Tensor, "T H K"],
+    k: Float[Tensor, "T H K"],
+    v: Float[Tensor, "T H V"],
+    g: Float[Tensor, "T H K"],
+    beta: Float[Tensor, "T H"],
+    state: Float[Tensor, "H V K"],
+) -> tuple[Float[Tensor, "T H V"], Float[Tensor, "H V K"]]:
+    """Run one sequence token by token: decay, correct, write, then read (Eq. 1).
+
+    Args:
+        q, k: Normalised; `q` also carries the scale K^-0.5.
+        v: Values.
+        g: Log decay per channel, <= 0.
+        beta: Write strength in [0, 1].
+        state: The state before the first token; not modified.
+
+    Returns:
+        The outputs, and the state after the last token.
+    """
+    outputs = v.new_empty(v.shape)
+    for t in range(len(q)):
+        state = state * g[t].exp()[:, None, :]
+        error = v[t] - einsum("hvk,hk->hv", state, k[t])
+        state = state + einsum("h,hv,hk->hvk", beta[t], error, k[t])
+        outputs[t] = einsum("hvk,hk->hv", state, q[t])
+    return outputs, state
+
+
+def kda_chunk(
+    q: Float[Tensor, "T H K"],
+    k: Float[Tensor, "T H K"],
+    v: Float[Tensor, "T H V"],
+    g: Float[Tensor, "T H K"],
+    beta: Float[Tensor, "T H"],
+    state: Float[Tensor, "H V K"],
+) -> tuple[Float[Tensor, "T H V"], Float[Tensor, "H V K"]]:
+    """Run one sequence in chunks of 64 tokens (Eq. 6-9); arguments and results as `kda_recurrent`.
+
+    The reciprocal cumulative decay of Eq. 6 is never formed: `decayed_scores` keeps every exponent <= 0.
+    """
+    outputs = v.new_empty(v.shape)
+    for start in range(0, len(q), CHUNK):
+        rows = slice(start, start + CHUNK)
+        b_q, b_k, b_v, b_beta = q[rows], k[rows], v[rows], beta[rows]
+        cum = g[rows].cumsum(0)
+        scores_kk = decayed_scores(b_k, b_k, cum).tril(-1)
+        scores_qk = decayed_scores(b_q, b_k, cum).tril()
+        M = inverse_unit_lower(b_beta.T[:, :, None] * scores_kk) * b_beta.T[:, None, :]  # Eq. 6
+        w = einsum("hij,jhk->ihk", M, cum.exp() * b_k)  # Eq. 7
+        u = einsum("hij,jhv->ihv", M, b_v)
+        u = u - einsum("ihk,hvk->ihv", w, state)
+        from_state = einsum("ihk,hvk->ihv", cum.exp() * b_q, state)
+        outputs[rows] = from_state + einsum("hij,jhv->ihv", scores_qk, u)  # Eq. 9
+        k_to_end = (cum[-1] - cum).exp() * b_k
+        state = cum[-1].exp()[:, None, :] * state + einsum("ihv,ihk->hvk", u, k_to_end)  # Eq. 8
+    return outputs, state
+
+
+def decayed_scores(
+    rows: Float[Tensor, "C H K"], columns: Float[Tensor, "C H K"], cum: Float[Tensor, "C H K"]
+) -> Float[Tensor, "H C C"]:
+    """Return scores[h, i, j] = sum_k rows[i]·columns[j]·exp(cum[i] - cum[j]) for j <= i, zero above.
+
+    Secondary chunking (section 3.2) without a reciprocal: blocks below the diagonal refer both sides to the
+    row block's first token, so that both factors are <= 1; blocks on the diagonal take the exponent of the
+    difference.
+    """
+    length = len(cum)
+    scores = cum.new_zeros(cum.shape[1], length, length)
+    for start in range(0, length, SUB_CHUNK):
+        block = slice(start, min(start + SUB_CHUNK, length))
+        later = cum[block][:, None] - cum[block][None]  # [i, j, H, K]
+        causal = torch.ones(later.shape[:2], dtype=torch.bool, device=cum.device).tril()[:, :, None, None]
+        decay = later.masked_fill(~causal, float("-inf")).exp()
+        scores[:, block, block] = einsum("ihk,ijhk,jhk->hij", rows[block], decay, columns[block])
+        left = rows[block] * (cum[block] - cum[start]).exp()
+        right = columns[:start] * (cum[start] - cum[:start]).exp()
+        scores[:, block, :start] = einsum("ihk,jhk->hij", left, right)
+    return scores
+
+
+def inverse_unit_lower(A: Float[Tensor, "H C C"]) -> Float[Tensor, "H C C"]:
+    """Return (I + A)^-1 for strictly lower triangular A, row by row (forward substitution)."""
+    inverse = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).repeat(len(A), 1, 1)
+    for i in range(1, A.shape[-1]):
+        inverse[:, i, :i] = -einsum("hj,hjm->hm", A[:, i, :i], inverse[:, :i, :i])
+    return inverse
+
+
+class Features(NamedTuple):
+    """What the recurrence consumes, made from the projections."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+
+
+def features(
+    qkv: Float[Tensor, "T channels"],
+    history: Float[Tensor, "past channels"],
+    gate: Float[Tensor, "T gates"],
+    beta: Float[Tensor, "T H"],
+    conv_weight: Float[Tensor, "W channels"],
+    A_log: Float[Tensor, " H"],
+    dt_bias: Float[Tensor, " gates"],
+    round_to: torch.dtype,
+) -> Features:
+    """Turn projections into q, k, v, log decay and write strength (section 4), in the dtype of `history`."""
+    T, H = beta.shape
+    work = history.dtype
+    mixed = short_conv(qkv.to(work), history, conv_weight.to(work)).to(round_to).to(work)
+    q, k, v = mixed.view(T, 3, H, -1).unbind(1)
+    g = log_decay(gate.to(work).view(T, H, -1), A_log.to(work), dt_bias.to(work).view(H, -1))
+    q = l2_normalise(q) * q.shape[-1] ** -0.5
+    return Features(q, l2_normalise(k), v, g, torch.sigmoid(beta.to(work)))
+
+
+def working_dtype(qkv: Tensor, state_pool: Tensor) -> torch.dtype:
+    """Return float64 if the activations or the states are float64, else float32."""
+    return torch.promote_types(torch.promote_types(qkv.dtype, state_pool.dtype), torch.float32)
+
+
+def load_state(state_pool: Float[Tensor, "S H V K"], slot: int, work: torch.dtype) -> Float[Tensor, "H V K"]:
+    """Return the state of `slot`; zeros for `NULL_SLOT`, whatever its memory holds."""
+    if slot == NULL_SLOT:
+        return state_pool.new_zeros(state_pool.shape[1:], dtype=work)
+    return state_pool[slot].to(work)
+
+
+def load_history(
+    conv_pool: Float[Tensor, "S R channels"], slot: int, position: int, num_past: int, work: torch.dtype
+) -> Float[Tensor, "past channels"]:
+    """Return the projections of the `num_past` tokens before `position`; zeros where there was no token."""
+    history = conv_pool.new_zeros((num_past, conv_pool.shape[2]), dtype=work)
+    for row, past in enumerate(range(position - num_past, position)):
+        if past >= 0 and slot != NULL_SLOT:
+            history[row] = conv_pool[slot, past % conv_pool.shape[1]]
+    return history
+
+
+def store_history(
+    conv_pool: Float[Tensor, "S R channels"],
+    slot: int,
+    position: int,
+    history: Float[Tensor, "past channels"],
+) -> None:
+    """Write the last projections before `position` into their ring columns."""
+    for row, past in enumerate(range(position - len(history), position)):
+        if past >= 0:
+            conv_pool[slot, past % conv_pool.shape[1]] = history[row].to(conv_pool.dtype)
+
+
+def kda_decode(
+    qkv: Float[Tensor, "N channels"],
+    gate: Float[Tensor, "N gates"],
+    beta: Float[Tensor, "N H"],
+    out_gate: Float[Tensor, "N gates"],
+    conv_weight: Float[Tensor, "W channels"],
+    A_log: Float[Tensor, " H"],
+    dt_bias: Float[Tensor, " gates"],
+    norm_weight: Float[Tensor, " V"],
+    norm_eps: float,
+    conv_pool: Float[Tensor, "S R channels"],
+    state_pool: Float[Tensor, "S H V K"],
+    read_slot: Int[Tensor, " N"],
+    write_slot: Int[Tensor, " N"],
+    position: Int[Tensor, " N"],
+    out: Float[Tensor, "N gates"],
+) -> None:
+    """Advance every row's sequence by one token; `dispatch.kda_decode` documents the contract."""
+    H = beta.shape[1]
+    work = working_dtype(qkv, state_pool)
+    num_past = len(conv_weight) - 1
+    out.zero_()
+    rows = zip(read_slot.tolist(), write_slot.tolist(), position.tolist(), strict=True)
+    for n, (read, write, p) in enumerate(rows):
+        if write == NULL_SLOT:
+            continue
+        row = slice(n, n + 1)
+        history = load_history(conv_pool, read, p, num_past, work)
+        x = features(qkv[row], history, gate[row], beta[row], conv_weight, A_log, dt_bias, qkv.dtype)
+        o, state = kda_recurrent(*x, load_state(state_pool, read, work))
+        o = o.to(qkv.dtype).to(work)
+        o = gated_rms_norm(o, out_gate[row].to(work).view(1, H, -1), norm_weight.to(work), norm_eps)
+        out[row] = o.view(1, -1).to(out.dtype)
+        state_pool[write] = state.to(state_pool.dtype)
+        # Of a fresh row no history exists, whatever its position says: those columns become zeros.
+        store_history(conv_pool, write, p + 1, torch.cat([history, qkv[row].to(work)])[1:])
+
+
+def kda_prefill(
+    qkv: Float[Tensor, "T channels"],
+    gate: Float[Tensor, "T gates"],
+    beta: Float[Tensor, "T H"],
+    out_gate: Float[Tensor, "T gates"],
+    conv_weight: Float[Tensor, "W channels"],
+    A_log: Float[Tensor, " H"],
+    dt_bias: Float[Tensor, " gates"],
+    norm_weight: Float[Tensor, " V"],
+    norm_eps: float,
+    conv_pool: Float[Tensor, "S R channels"],
+    state_pool: Float[Tensor, "S H V K"],
+    cu_seqlens: Int[Tensor, " N_plus_1"],
+    context_len: Int[Tensor, " N"],
+    slot_table: Int[Tensor, "N B"],
+    block_size: int,
+    out: Float[Tensor, "T gates"],
+) -> None:
+    """Run every sequence over its new tokens; `dispatch.kda_prefill` documents the contract."""
+    H = beta.shape[1]
+    work = working_dtype(qkv, state_pool)
+    num_past = len(conv_weight) - 1
+    out.zero_()
+    bounds = cu_seqlens.tolist()
+    for n, context in enumerate(context_len.tolist()):
+        rows = slice(bounds[n], bounds[n + 1])
+        end = context + rows.stop - rows.start
+        if end == context:
+            continue
+        read = int(slot_table[n, (context - 1) // block_size]) if context > 0 else NULL_SLOT
+        history = load_history(conv_pool, read, context, num_past, work)
+        x = features(qkv[rows], history, gate[rows], beta[rows], conv_weight, A_log, dt_bias, qkv.dtype)
+        state = load_state(state_pool, read, work)
+        padded = torch.cat([history, qkv[rows].to(work)])
+        o = torch.empty_like(x.v)
+        start = context
+        for block in range(context // block_size, (end - 1) // block_size + 1):
+            stop = min((block + 1) * block_size, end)
+            piece = slice(start - context, stop - context)
+            o[piece], state = kda_recurrent(*Features(*(feature[piece] for feature in x)), state)
+            slot = int(slot_table[n, block])
+            if slot != NULL_SLOT:
+                state_pool[slot] = state.to(state_pool.dtype)
+                store_history(conv_pool, slot, stop, padded[piece.stop : piece.stop + num_past])
+            start = stop
+        o = o.to(qkv.dtype).to(work)
+        o = gated_rms_norm(o, out_gate[rows].to(work).view(len(o), H, -1), norm_weight.to(work), norm_eps)
+        out[rows] = o.flatten(1).to(out.dtype)
