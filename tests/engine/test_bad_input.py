@@ -77,13 +77,17 @@ def test_a_tensor_of_the_wrong_shape_is_named(config, tensors, tmp_path):
     [
         ({"additional_config": {"kimi": {"slots": 3}}}, "kimi.slots: no such option"),
         (
+            {"additional_config": {"kimi": {"state_slots": 10**7}}},
+            "kimi.state_slots: 10000000 KDA state slots of 0.2 MiB need",
+        ),
+        (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
             "--speculative-config: kimi-vllm does not support it",
         ),
         ({"enable_lora": True}, "--enable-lora: kimi-vllm does not support it|does not support LoRA"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
     ],
-    ids=["option", "speculative", "lora", "fp8-cache"],
+    ids=["option", "memory", "speculative", "lora", "fp8-cache"],
 )
 def test_what_is_not_served_is_refused_by_name(options, message):
     fails(message, RECALL, **options)

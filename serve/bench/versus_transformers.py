@@ -1,0 +1,173 @@
+"""Served decode throughput against transformers' `generate`, same checkpoint, dtype, prompts and machine.
+
+Transformers is run both ways it can serve several requests: all in one batch of equal lengths, which is its best case
+and needs them to arrive together, and one after another, which is what a loop around `generate` does.
+"""
+
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from openai import AsyncOpenAI
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
+from server import ENVIRONMENT, Server
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "configs" / "models" / "recall"
+LOG = ROOT / ".demo" / "bench.log"
+PROMPT_TOKENS = 40
+console = Console(highlight=False)
+
+
+def measure_served(
+    prompts: list[list[int]], tokens: int, repeats: int, port: int, options: dict[str, str]
+) -> dict[str, Any]:
+    """Tokens per second of `vllm serve` over HTTP with all prompts in flight at once."""
+    # In processes of its own, as users run it.
+    ENVIRONMENT["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    with Server(MODEL, "recall", port, LOG, options) as server:
+        ready = server.wait_ready(timeout_seconds=300, report=lambda line: None)
+        rates = asyncio.run(_rounds(f"{server.url}/v1", prompts, tokens, repeats + 1))[1:]
+    return {"ready_seconds": round(ready, 1), "tokens_per_second": _summary(rates)}
+
+
+async def _rounds(url: str, prompts: list[list[int]], tokens: int, rounds: int) -> list[float]:
+    client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
+    return [await _all_at_once(client, prompts, tokens) for _ in range(rounds)]
+
+
+async def _all_at_once(client: AsyncOpenAI, prompts: list[list[int]], tokens: int) -> float:
+    start = time.perf_counter()
+    answers = await asyncio.gather(
+        *(
+            client.completions.create(
+                model="recall", prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
+            )
+            for prompt in prompts
+        )
+    )
+    seconds = time.perf_counter() - start
+    return sum(answer.usage.completion_tokens for answer in answers if answer.usage) / seconds
+
+
+def measure_transformers(prompts: list[list[int]], tokens: int, repeats: int) -> dict[str, Any]:
+    """Tokens per second of `generate`, batched and one by one; the better of one and all threads."""
+    import torch
+    from transformers import KimiLinearForCausalLM
+
+    model = KimiLinearForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+    def generate(batch: list[list[int]]) -> None:
+        ids = torch.tensor(batch)
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
+
+    def rate(batches: list[list[list[int]]]) -> float:
+        start = time.perf_counter()
+        for batch in batches:
+            generate(batch)
+        return sum(map(len, batches)) * tokens / (time.perf_counter() - start)
+
+    best: dict[str, Any] = {}
+    for threads in sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(threads)
+        generate(prompts)
+        batched = _summary([rate([prompts]) for _ in range(repeats)])
+        single = _summary([rate([[prompt] for prompt in prompts])])
+        if not best or batched["median"] > best["batched"]["median"]:
+            best = {"threads": threads, "batched": batched, "one_by_one": single}
+    return best
+
+
+def measure_ready(options: dict[str, str]) -> float:
+    """Seconds from `LLM(...)` to a usable engine, in a fresh process, imports included."""
+    import subprocess
+
+    script = (
+        "import time, os; start = time.perf_counter()\n"
+        "from vllm import LLM\n"
+        f"LLM({str(MODEL)!r}, dtype='float32', max_num_seqs=8, max_model_len=2048, enforce_eager=True)\n"
+        "print('READY', time.perf_counter() - start)"
+    )
+    environment = os.environ | ENVIRONMENT
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return float(next(line for line in done.stdout.splitlines() if line.startswith("READY")).split()[1])
+
+
+def _summary(rates: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(rates), 1), "min": round(min(rates), 1), "max": round(max(rates), 1)}
+
+
+def main(
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate per request.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Measured rounds; one more warms up.")] = 5,
+    eager: Annotated[bool, typer.Option("--eager", help="Serve without torch.compile.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the server.")] = 8077,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Compare `vllm serve` with transformers on the tiny checkpoint, fp32, on this machine."""
+    import torch
+    import transformers
+
+    from kimi_vllm._vllm import installed_vllm
+
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 100) for _ in range(PROMPT_TOKENS)] for _ in range(concurrency)]
+    options = {"--dtype": "float32", "--max-num-seqs": str(concurrency), "--max-model-len": "2048"}
+    options |= {"--kv-cache-memory-bytes": str(256 << 20), "--no-enable-prefix-caching": ""}
+    if eager:
+        options["--enforce-eager"] = ""
+    served = measure_served(prompts, tokens, repeats, port, options)
+    theirs = measure_transformers(prompts, tokens, repeats)
+    ready = measure_ready(options)
+    ours = served["tokens_per_second"]["median"]
+    result = {
+        "bench": "served_decode_vs_transformers",
+        "case": {"concurrency": concurrency, "prompt_tokens": PROMPT_TOKENS, "tokens": tokens, "dtype": "float32"},
+        "served": served | {"eager": eager},
+        "transformers": theirs,
+        "ratio": {
+            "to_batched": round(ours / theirs["batched"]["median"], 2),
+            "to_one_by_one": round(ours / theirs["one_by_one"]["median"], 2),
+        },
+        "llm_ready_seconds": round(ready, 1),
+        "env": {
+            "machine": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "vllm": " ".join(installed_vllm() or ()),
+        },
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    table = Table("", "tokens/s", "ratio", box=SIMPLE_HEAD)
+    table.add_row(f"vllm serve with kimi-vllm, {concurrency} requests at once", f"{ours:.0f}", "")
+    batched, single = theirs["batched"]["median"], theirs["one_by_one"]["median"]
+    table.add_row(f"transformers generate, one batch of {concurrency}", f"{batched:.0f}", f"{ours / batched:.2f}×")
+    table.add_row("transformers generate, one by one", f"{single:.0f}", f"{ours / single:.2f}×")
+    console.print(table)
+    console.print(f"LLM(...) ready in {ready:.1f} s, vllm serve in {served['ready_seconds']:.1f} s")
+    if output is not None:
+        output.write_text(json.dumps(result, indent=2) + "\n")
+    else:
+        console.print_json(json.dumps(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)

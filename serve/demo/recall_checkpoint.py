@@ -1,0 +1,158 @@
+"""The folder of the recall model: configuration and weights in the hub's layout, tokenizer, model card."""
+
+import json
+import re
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from recall_task import ARROW
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedTokenizerFast
+
+CARD = Path(__file__).with_name("recall_card.md")
+PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+_PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " "
+VOCABULARY = [PAD, BOS, EOS, UNK, *_PRINTABLE, "\n", "\t", ARROW, "…", "·"]
+
+# A conversation is the completion format itself: turns joined by a space, answers closed by the end token.
+CHAT_TEMPLATE = """{{- bos_token -}}
+{%- for message in messages -%}
+{{- message['content'] | trim -}}
+{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+{%- if not loop.last or add_generation_prompt -%}{{- ' ' -}}{%- endif -%}
+{%- endfor -%}
+"""
+
+HUB_CONFIG: dict[str, Any] = {
+    "architectures": ["KimiLinearForCausalLM"],
+    "bos_token_id": VOCABULARY.index(BOS),
+    "dtype": "float32",
+    "eos_token_id": VOCABULARY.index(EOS),
+    "first_k_dense_replace": 1,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "hidden_size": 128,
+    "initializer_range": 0.04,
+    "intermediate_size": 256,
+    "kv_lora_rank": 48,
+    "linear_attn_config": {
+        "full_attn_layers": [4, 8],
+        "head_dim": 64,
+        "kda_layers": [1, 2, 3, 5, 6, 7],
+        "num_heads": 2,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True,
+    "model_max_length": 8192,
+    "model_type": "kimi_linear",
+    "moe_intermediate_size": 32,
+    "moe_layer_freq": 1,
+    "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid",
+    "num_attention_heads": 4,
+    "num_expert_group": 1,
+    "num_experts": 8,
+    "num_experts_per_token": 2,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 4,
+    "num_nextn_predict_layers": 0,
+    "num_shared_experts": 1,
+    "pad_token_id": VOCABULARY.index(PAD),
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "routed_scaling_factor": 1.5,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "use_cache": True,
+    "use_grouped_topk": True,
+    "v_head_dim": 32,
+    "vocab_size": len(VOCABULARY),
+}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, `<bos>` in front, `<unk>` for what the vocabulary lacks."""
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=UNK))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, VOCABULARY.index(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,
+        model_max_length=HUB_CONFIG["model_max_length"],
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model() -> KimiLinearForCausalLM:
+    """An untrained model, initialised by transformers (its `dt_bias` included) from torch's seed."""
+    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(HUB_CONFIG))
+    for layer in model.model.layers:
+        if hasattr(layer.self_attn, "conv1d"):
+            # transformers draws the short convolutions like any linear layer. Four taps of that size leave
+            # values far below the epsilon of the output norm, and learning starts slowly.
+            layer.self_attn.conv1d.reset_parameters()
+    return model
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def save(model: KimiLinearForCausalLM, out: Path) -> None:
+    """Write weights, configuration and tokenizer.
+
+    Args:
+        model: the native transformers model.
+        out: folder, made if it is missing.
+    """
+    model.save_pretrained(out)
+    weights = out / "model.safetensors"
+    # transformers writes the dense layer's MLP as `block_sparse_moe.gate_proj`; the hub has `mlp.gate_proj`.
+    dense = re.compile(r"(layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj)\.")
+    tensors = {dense.sub(r"\1.mlp.\2.", name): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)
+
+    build_tokenizer().save_pretrained(out)
+    tokenizer_config = json.loads((out / "tokenizer_config.json").read_text())
+    # The name transformers 5 writes is unknown to transformers 4; both know this one.
+    _write_json(out / "tokenizer_config.json", tokenizer_config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    _write_json(out / "config.json", HUB_CONFIG)
+    ids = {name: HUB_CONFIG[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(out / "generation_config.json", {"do_sample": False, **ids})
+
+
+@torch.no_grad()
+def reload_difference(model: KimiLinearForCausalLM, folder: Path) -> float:
+    """Largest difference of logits between a model and its saved copy, over random tokens."""
+    copy = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.randint(0, len(VOCABULARY), (2, 96), generator=torch.Generator().manual_seed(0))
+    return (model(tokens).logits - copy(tokens).logits).abs().max().item()
+
+
+def write_card(training: dict[str, Any], out: Path) -> None:
+    """Write training.json and the model card, whose numbers come from it.
+
+    Args:
+        training: what `train_recall.py` measured.
+        out: folder of the checkpoint.
+    """
+    _write_json(out / "training.json", training)
+    rows = "\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in training["accuracy"].items())
+    values = training | training["recipe"] | {"rows": rows}
+    (out / "README.md").write_text(CARD.read_text().format_map(values))
