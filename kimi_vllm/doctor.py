@@ -213,6 +213,13 @@ def check_compiler() -> Finding:
     return Finding("C++ compiler", "OK", path)
 
 
+def check_patches() -> Finding:
+    """What the plugin changes in other people's modules; see `kimi_vllm.patches`."""
+    from kimi_vllm.patches import PATCHES
+
+    return Finding("Patches", "OK", ", ".join(patch.target for patch in PATCHES) or "none")
+
+
 def _plugin_entry_points() -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group="vllm.general_plugins"))
 
@@ -245,4 +252,5 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_model_class,
     check_kernels,
     check_threads,
+    check_patches,
 )

@@ -157,9 +157,9 @@ class RunningSoftmax:
     """
 
     def __init__(self, rows: tuple[int, ...], dim: int) -> None:
-        self.maximum = torch.full(rows, -torch.inf)
-        self.total = torch.zeros(rows)
-        self.weighted = torch.zeros(*rows, dim)
+        self.maximum = torch.full(rows, -torch.inf, dtype=torch.float32)
+        self.total = torch.zeros(rows, dtype=torch.float32)
+        self.weighted = torch.zeros(*rows, dim, dtype=torch.float32)
 
     def add(self, scores: Tensor, values: Tensor, rows: Any = ...) -> None:
         """Add a tile: fp32 `scores` ``[..., t]`` and `values` ``[..., t, dim]`` for the given rows.

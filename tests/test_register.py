@@ -1,0 +1,104 @@
+"""The plugin's entry point: ours in range, vLLM's own outside of it, nothing at all when disabled."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+import kimi_vllm
+from kimi_vllm import _vllm
+
+ASK = """
+from vllm.model_executor.models import ModelRegistry
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+load_general_plugins()
+print("SERVES", ModelRegistry.models["KimiLinearForCausalLM"].module_name)
+"""
+
+
+def served_by(**environment):
+    result = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return next(line.split()[1] for line in result.stdout.splitlines() if line.startswith("SERVES"))
+
+
+def test_vllm_resolves_our_class():
+    assert served_by() == "kimi_vllm.model"
+
+
+def test_disable_leaves_vllm_untouched():
+    assert served_by(KIMI_VLLM_DISABLE="1").startswith("vllm.")
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    monkeypatch.delenv("KIMI_VLLM_STRICT", raising=False)
+    models, hooks = dict(ModelRegistry.models), dict(MODELS_CONFIG_MAP)
+    ModelRegistry.models.pop(kimi_vllm.ARCHITECTURE)
+    MODELS_CONFIG_MAP.pop(kimi_vllm.ARCHITECTURE, None)
+    yield ModelRegistry.models
+    ModelRegistry.models.clear()
+    ModelRegistry.models.update(models)
+    MODELS_CONFIG_MAP.clear()
+    MODELS_CONFIG_MAP.update(hooks)
+
+
+def test_register_twice(registry):
+    kimi_vllm.register()
+    kimi_vllm.register()
+    assert registry[kimi_vllm.ARCHITECTURE].module_name == "kimi_vllm.model"
+
+
+@pytest.mark.parametrize("release", ["0.31.0", "0.34.0", "0.34.0rc1", "1.0"])
+def test_outside_the_range_vllms_own_model_serves_and_one_warning_says_so(release, registry, monkeypatch, caplog):
+    monkeypatch.setattr(_vllm, "installed_vllm", lambda: ("vllm", release))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="vllm.kimi_vllm"):
+        kimi_vllm.register()
+    assert kimi_vllm.ARCHITECTURE not in registry
+    [record] = [record for record in caplog.records if record.name == "vllm.kimi_vllm"]
+    message = record.getMessage()
+    assert str(_vllm.SUPPORTED_VLLM) in message
+    assert release in message
+    assert "kimi-vllm doctor" in message
+
+
+@pytest.mark.parametrize("release", ["0.32.0", "0.32.0+cpu", "0.33.1.dev12+g1234567", "0.33.0"])
+def test_inside_the_range(release, registry, monkeypatch):
+    monkeypatch.setattr(_vllm, "installed_vllm", lambda: ("vllm", release))
+    kimi_vllm.register()
+    assert kimi_vllm.ARCHITECTURE in registry
+
+
+def test_strict_makes_it_an_error(registry, monkeypatch):
+    monkeypatch.setattr(_vllm, "SUPPORTED_VLLM", SpecifierSet("<0.1"))
+    monkeypatch.setenv("KIMI_VLLM_STRICT", "1")
+    with pytest.raises(RuntimeError, match=r"kimi-vllm supports vLLM <0\.1"):
+        kimi_vllm.register()
+
+
+def test_without_vllm_the_message_says_how_to_get_it(registry, monkeypatch):
+    monkeypatch.setattr(_vllm, "installed_vllm", lambda: None)
+    monkeypatch.setenv("KIMI_VLLM_STRICT", "1")
+    with pytest.raises(RuntimeError, match="pip install"):
+        kimi_vllm.register()
+
+
+def test_a_vllm_internal_that_moved_is_no_crash(registry, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kimi_vllm.config_hook", None)
+    monkeypatch.setenv("KIMI_VLLM_STRICT", "1")
+    with pytest.raises(RuntimeError, match="could not import a part of vllm"):
+        kimi_vllm.register()
