@@ -86,6 +86,8 @@ def test_an_interrupt_stops_the_server_too() -> None:
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # A CI runner in the background ignores interrupts, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
     children = Path(f"/proc/{demo.pid}/task/{demo.pid}/children")
