@@ -6,11 +6,13 @@ Runs in the process that parses the arguments. Wrong configs and options are ref
 import os
 from typing import Any
 
+import psutil
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+from vllm.utils.math_utils import cdiv
 
 from kimi_vllm import patches
 from kimi_vllm.geometry import GeometryError, KimiGeometry
@@ -59,6 +61,8 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
             cache_config.block_size = NATURAL_BLOCK_SIZE
             # The CPU platform replaces every block size nobody asked for by 128, which would halve the hits.
             cache_config.user_specified_block_size = True
+        if current_platform.is_cpu():
+            _limit_cpu_cache(vllm_config)
         logger.info("kimi-vllm serves KimiLinearForCausalLM (KIMI_VLLM_DISABLE=1 leaves it to vLLM).")
 
 
@@ -84,6 +88,30 @@ def _config_as_written(model_config: ModelConfig) -> dict[str, Any]:
         raise GeometryError(f"config.json: not found for {source}.")
     overrides = model_config.hf_overrides
     return {**written, **overrides} if isinstance(overrides, dict) else written
+
+
+def _limit_cpu_cache(vllm_config: VllmConfig) -> None:
+    """Ask for the pages that all sequences at full length can use, where that is less than what vLLM would take.
+
+    vLLM takes nearly all free memory of a CPU and writes zeros to it before it is ready: a minute for 20 GiB, and
+    nothing left for anybody else, whatever the model's size.
+    """
+    cache_config, model_config = vllm_config.cache_config, vllm_config.model_config
+    if cache_config.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return
+    geometry = geometry_of(model_config)
+    num_mla = geometry.num_layers - sum(geometry.kda)
+    page_bytes = cache_config.block_size * geometry.latent_dim * model_config.dtype.itemsize * num_mla
+    pages = 1 + vllm_config.scheduler_config.max_num_seqs * cdiv(model_config.max_model_len, cache_config.block_size)
+    if pages * page_bytes >= psutil.virtual_memory().available * cache_config.gpu_memory_utilization:
+        return
+    cache_config.kv_cache_memory_bytes = pages * page_bytes
+    logger.info(
+        "kimi-vllm: %.2f GiB of KV cache hold %d sequences of %d tokens; --kv-cache-memory-bytes asks for more.",
+        pages * page_bytes / 2**30,
+        vllm_config.scheduler_config.max_num_seqs,
+        model_config.max_model_len,
+    )
 
 
 def _refuse_unserved(vllm_config: VllmConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
@@ -17,12 +18,13 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 from kimi_vllm.geometry import KimiGeometry
 
 packed_modules_mapping = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "in_proj": ["q_proj", "k_proj", "v_proj", "f_a_proj", "g_a_proj", "b_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
 """Our merged linears and what they are merged from; quantisation configs are looked up through it."""
 
-_KDA_STACKED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2)}
+_KDA_STACKED = {name: ("in_proj", shard_id) for shard_id, name in enumerate(packed_modules_mapping["in_proj"])}
+_WHOLE_ON_EVERY_RANK = (".f_a_proj.", ".g_a_proj.")
 _MLP_STACKED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 _CONV_SHARDS = {"q_conv1d": 0, "k_conv1d": 1, "v_conv1d": 2}
 _DENSE_UNDER_MOE = re.compile(r"(model\.layers\.(\d+)\.)block_sparse_moe\.((?:gate|up|down)_proj\..*)")
@@ -69,6 +71,9 @@ def load_weights(
         if target not in parameters:
             unexpected.append(name)
             continue
+        if any(part in canonical for part in _WHOLE_ON_EVERY_RANK):
+            # A column-parallel loader cuts a slice per rank: give it as many copies as there are ranks.
+            tensor = tensor.repeat(get_tensor_model_parallel_world_size(), *[1] * (tensor.dim() - 1))
         _load(parameters[target], tensor, name, target, arguments)
         loaded.add(target)
     if unexpected:

@@ -32,7 +32,7 @@ def test_the_shipped_checkpoint_has_exactly_these_names():
 @pytest.mark.parametrize(
     ("name", "target", "arguments"),
     [
-        ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.qkv_proj.weight", {"shard_id": 1}),
+        ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.in_proj.weight", {"shard_id": 1}),
         ("model.layers.0.self_attn.v_conv1d.weight", "model.layers.0.self_attn.conv_weight", {"shard_id": 2}),
         ("model.layers.3.self_attn.q_proj.weight", "model.layers.3.self_attn.q_proj.weight", {}),
         ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_up_proj.weight", {"shard_id": 1}),
@@ -43,7 +43,7 @@ def test_the_shipped_checkpoint_has_exactly_these_names():
         ),
         (
             "model.layers.0.self_attn.q_proj.weight_scale",
-            "model.layers.0.self_attn.qkv_proj.weight_scale",
+            "model.layers.0.self_attn.in_proj.weight_scale",
             {"shard_id": 0},
         ),
         ("lm_head.weight", "lm_head.weight", {}),

@@ -11,7 +11,6 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
-    ReplicatedLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
@@ -37,7 +36,8 @@ class KimiDeltaAttention(nn.Module):
         super().__init__()
         heads, head_dim, hidden = geometry.linear_num_heads, geometry.linear_head_dim, geometry.hidden_size
         width = heads * head_dim
-        local_heads = heads // get_tensor_model_parallel_world_size()
+        ranks = get_tensor_model_parallel_world_size()
+        local_heads = heads // ranks
         local_width = local_heads * head_dim
         quant_config = vllm_config.quant_config
         self.prefix = prefix
@@ -49,15 +49,17 @@ class KimiDeltaAttention(nn.Module):
                 inputs, outputs, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}"
             )
 
-        def replicated(name: str) -> ReplicatedLinear:
-            return ReplicatedLinear(hidden, head_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}")
-
-        self.qkv_proj = MergedColumnParallelLinear(
-            hidden, [width] * 3, bias=False, quant_config=quant_config, prefix=f"{prefix}.qkv_proj"
+        # One product for everything that reads the layer's input. The two low-rank gates are whole on every rank:
+        # `weights.py` loads them as if each rank had its own copy.
+        self.in_proj = MergedColumnParallelLinear(
+            hidden,
+            [width, width, width, head_dim * ranks, head_dim * ranks, heads],
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.in_proj",
         )
-        self.f_a_proj, self.f_b_proj = replicated("f_a_proj"), column(head_dim, width, "f_b_proj")
-        self.g_a_proj, self.g_b_proj = replicated("g_a_proj"), column(head_dim, width, "g_b_proj")
-        self.b_proj = column(hidden, heads, "b_proj")
+        self.in_proj_splits = [3 * local_width, head_dim, head_dim, local_heads]
+        self.f_b_proj, self.g_b_proj = column(head_dim, width, "f_b_proj"), column(head_dim, width, "g_b_proj")
         self.o_proj = RowParallelLinear(width, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj")
         # What forms the decay stays fp32 whatever the model's dtype: rounding it drifts with context length.
         self.A_log = _fp32_parameter(local_heads, loader=_load_heads)
@@ -73,10 +75,10 @@ class KimiDeltaAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mix one step's tokens: ``[T, hidden]`` to ``[T, hidden]``, decodes first, then prefills."""
-        qkv, _ = self.qkv_proj(hidden_states)
-        beta, _ = self.b_proj(hidden_states)
-        gate, _ = self.f_b_proj(self.f_a_proj(hidden_states)[0])
-        out_gate, _ = self.g_b_proj(self.g_a_proj(hidden_states)[0])
+        projected, _ = self.in_proj(hidden_states)
+        qkv, low_rank_gate, low_rank_out_gate, beta = projected.split(self.in_proj_splits, dim=-1)
+        gate, _ = self.f_b_proj(low_rank_gate.contiguous())
+        out_gate, _ = self.g_b_proj(low_rank_out_gate.contiguous())
         out = torch.empty_like(out_gate)
         torch.ops.vllm.kimi_delta_attention(qkv, gate, beta, out_gate, out, self.prefix)
         mixed: Tensor = self.o_proj(out)[0]

@@ -42,7 +42,7 @@ class LatentMetadata:
         fresh_blocks: blocks that get their first token in this step.
         decode_tables, decode_lens: ``[N, B]`` and ``[N]``; the lengths include the current token. Entries behind a
             sequence's end repeat its first block.
-        longest_decode: largest of the lengths.
+        decode_bias: ``[N, 1, B · block_size]`` fp32, 0 for a sequence's tokens and -inf behind its end.
         prefills: per request the token range in the step, the context before it, and its row of the block table.
     """
 
@@ -53,7 +53,7 @@ class LatentMetadata:
     fresh_blocks: Tensor
     decode_tables: Tensor
     decode_lens: Tensor
-    longest_decode: int
+    decode_bias: Tensor
     prefills: list[tuple[int, int, int, Tensor]]
 
 
@@ -95,24 +95,30 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
                 )
         places = step.slot_mapping[: step.num_actual_tokens].long()
         blocks, offsets = places.div(block_size, rounding_mode="floor"), places.remainder(block_size)
-        longest = max(seq_lens[:num_decodes], default=0)
+        decode_lens = step.seq_lens[:num_decodes].long()
+        decode_tables, decode_bias = self._decode_view(tables[:num_decodes], decode_lens)
         return LatentMetadata(
             num_decodes=num_decodes,
             num_tokens=step.num_actual_tokens,
             blocks=blocks,
             offsets=offsets,
             fresh_blocks=blocks[offsets == 0],
-            decode_tables=self._decode_tables(tables[:num_decodes], step.seq_lens[:num_decodes], longest),
-            decode_lens=step.seq_lens[:num_decodes].long(),
-            longest_decode=max(1, longest),
+            decode_tables=decode_tables,
+            decode_lens=decode_lens,
+            decode_bias=decode_bias,
             prefills=prefills,
         )
 
-    def _decode_tables(self, tables: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    def _decode_view(self, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         block_size = self.kv_cache_spec.block_size
-        tables = tables[:, : max(1, cdiv(longest, block_size))]
-        owned = torch.arange(tables.shape[1]) * block_size < lengths[:, None]
-        return torch.where(owned, tables, tables[:, :1])
+        # A padded row of the batch has length 0 and sees one latent, so that no row is empty.
+        lengths = lengths.clamp(min=1)[:, None]
+        longest = int(lengths.max()) if len(lengths) else 1
+        tables = tables[:, : cdiv(longest, block_size)]
+        owned = torch.arange(tables.shape[1]) * block_size < lengths
+        unseen = torch.arange(tables.shape[1] * block_size) >= lengths
+        bias = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None]
+        return torch.where(owned, tables, tables[:, :1]), bias
 
 
 class LatentBackend(AttentionBackend):
@@ -282,30 +288,29 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         to_latent, from_latent = self._projections
         rows = query.shape[0]
         absorbed = torch.bmm(query[..., : self.nope].transpose(0, 1), to_latent).transpose(0, 1)  # [N, H, R]
-        query = torch.cat([absorbed, query[..., self.nope :]], dim=-1) * self.scale
+        query = torch.cat([absorbed, query[..., self.nope :]], dim=-1)
         tile = max(1, TILE_ELEMENTS // (rows * self.latent_dim) // self._block_size)  # blocks
         num_blocks = step.decode_tables.shape[1]
         if num_blocks <= tile:
-            scores, values = self._decode_tile(query, step.decode_tables, step.decode_lens)
-            averages = (scores.softmax(-1).to(values.dtype) @ values).float()
+            scores, values = self._decode_tile(query, step.decode_tables, step.decode_bias)
+            averages = scores.softmax(-1).to(values.dtype) @ values
         else:
             softmax = RunningSoftmax((rows, self.num_heads), self.rank)
             for first in range(0, num_blocks, tile):
-                start = first * self._block_size
+                start, end = first * self._block_size, (first + tile) * self._block_size
                 active = torch.nonzero(step.decode_lens > start)[:, 0] if start else torch.arange(rows)
-                tables = step.decode_tables[active, first : first + tile]
-                softmax.add(*self._decode_tile(query[active], tables, step.decode_lens[active] - start), active)
-            averages = softmax.result()
-        mixed = averages.to(query.dtype).transpose(0, 1)  # [H, N, R]
-        return torch.bmm(mixed, from_latent).transpose(0, 1)
+                tables, bias = step.decode_tables[active, first : first + tile], step.decode_bias[active, :, start:end]
+                softmax.add(*self._decode_tile(query[active], tables, bias), active)
+            averages = softmax.result().to(query.dtype)
+        return torch.bmm(averages.transpose(0, 1), from_latent).transpose(0, 1)  # [N, H, v]
 
-    def _decode_tile(self, query: Tensor, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode_tile(self, query: Tensor, tables: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``[N, H, t]`` of absorbed queries against the latents in the given blocks, and their values."""
         latents = self.kv_cache[tables, 0].flatten(1, 2)
-        scores = torch.bmm(query, latents.transpose(1, 2)).float()
-        # A padded row of the batch has length 0 and sees one latent, so that no row is empty.
-        unseen = torch.arange(latents.shape[1]) >= lengths.clamp(min=1)[:, None]
-        scores.masked_fill_(unseen[:, None], -torch.inf)
+        if query.dtype == torch.float32:
+            scores = torch.baddbmm(bias, query, latents.transpose(1, 2), alpha=self.scale)
+        else:
+            scores = torch.bmm(query, latents.transpose(1, 2)).float().mul_(self.scale).add_(bias)
         return scores, latents[..., : self.rank]
 
     def _prefill(self, query: Tensor, context: int, table: Tensor) -> Tensor:

@@ -35,9 +35,7 @@ console = Console(highlight=False)
 def measure_served(
     prompts: list[list[int]], tokens: int, repeats: int, port: int, options: dict[str, str]
 ) -> dict[str, Any]:
-    """Tokens per second of `vllm serve` over HTTP with all prompts in flight at once."""
-    # In processes of its own, as users run it.
-    ENVIRONMENT["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    """Tokens per second of `vllm serve`, started as in `make demo`, over HTTP with all prompts in flight at once."""
     with Server(MODEL, "recall", port, LOG, options) as server:
         ready = server.wait_ready(timeout_seconds=300, report=lambda line: None)
         rates = asyncio.run(_rounds(f"{server.url}/v1", prompts, tokens, repeats + 1))[1:]

@@ -151,3 +151,12 @@ def test_nan_in_free_pages_changes_nothing():
                 layer.self_attn.attn.kv_cache.fill_(float("nan"))
         again = running.complete(prompts, max_tokens=16)
     assert [completion.tokens for completion in again] == expected
+
+
+def test_the_kv_cache_of_a_cpu_is_what_all_sequences_can_use(monkeypatch):
+    """And not nearly all of the machine's memory, which vLLM would take and fill with zeros first."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    with engine(RECALL, max_num_seqs=4, max_model_len=500) as running:
+        assert running.scheduler.kv_cache_config.num_blocks == 1 + 4 * 8
+        running.complete(random_prompts([480] * 4, 100), max_tokens=20)
+        assert running.num_preemptions == 0
