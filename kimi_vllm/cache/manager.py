@@ -6,7 +6,8 @@ the *live* slot. When a request moves into its next block it moves on to a fresh
 the state at the boundary: an immutable checkpoint, made without copying. Workers read their read and write slots off
 the same table (`metadata.py`).
 
-Running out of slots never preempts and never fails: a new request waits, a running one keeps writing where it is.
+Running out of slots never fails: a new request waits, a running one keeps writing where it is. Only one whose state
+another request is just resuming from cannot stay, and is preempted as if pages had run out.
 """
 
 from collections.abc import Iterable, Sequence

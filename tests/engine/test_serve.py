@@ -27,7 +27,7 @@ def free_port():
 def start(port, log, **environment):
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(RECALL), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--served-model-name", "recall", "--dtype", "float32", "--max-num-seqs", "8"]
-    command += ["--max-model-len", "2048", "--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20)]
+    command += ["--max-model-len", "2048", "--enforce-eager", "--enable-prompt-tokens-details"]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"} | environment
     return subprocess.Popen(
         command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
@@ -91,6 +91,8 @@ def test_usage_reports_cached_tokens(server):
         client.completions.create(model="recall", prompt=prompt, max_tokens=2, temperature=0).usage for _ in range(2)
     ]
     assert usages[0].prompt_tokens == usages[1].prompt_tokens > 128
+    hit = (usages[1].prompt_tokens - 1) // 64 * 64
+    assert [usage.prompt_tokens_details.cached_tokens for usage in usages] == [0, hit]
     metrics = httpx.get(str(client.base_url).replace("/v1/", "/metrics")).text
     hits = [float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
     assert sum(hits) >= 64

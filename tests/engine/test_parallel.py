@@ -1,0 +1,37 @@
+"""Two tensor-parallel workers: heads and state are split, the low-rank gates are whole on both, answers are right."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+SCRIPT = """
+import random, sys
+sys.path.insert(0, "serve/demo")
+from recall_task import held_out_prompt
+from support.engine import RECALL
+
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+
+    rng = random.Random(1)
+    asked = [held_out_prompt(rng, rng.randint(1, 20)) for _ in range(40)]
+    options = {"dtype": "float32", "max_num_seqs": 8, "max_model_len": 1024, "enforce_eager": True}
+    llm = LLM(str(RECALL), tensor_parallel_size=2, **options)
+    outputs = llm.generate([prompt for prompt, _ in asked], SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+    right = sum(output.outputs[0].text.strip() == answer for output, (_, answer) in zip(outputs, asked))
+    print("RIGHT", right, "of", len(asked))
+"""
+
+
+def test_two_tensor_parallel_workers(tmp_path):
+    script = tmp_path / "two_workers.py"  # a file, because workers are spawned and import the main module again
+    script.write_text(SCRIPT)
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": "tests"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert "RIGHT 40 of 40" in done.stdout, done.stderr[-4000:]
