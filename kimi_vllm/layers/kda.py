@@ -41,7 +41,6 @@ class KimiDeltaAttention(nn.Module):
         local_width = local_heads * head_dim
         quant_config = vllm_config.quant_config
         self.prefix = prefix
-        self.local_width = local_width
         self.norm_eps = geometry.rms_norm_eps
 
         def column(inputs: int, outputs: int, name: str) -> ColumnParallelLinear:

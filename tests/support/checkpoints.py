@@ -21,7 +21,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
         "n_shared_experts": 2,
         "layer_types": "KKKMKKKM",
-        "mlp_layer_types": "dssssdss",
+        "mlp_layer_types": "dsssssss",
     },
     # No expert anywhere, and a query projection of low rank.
     "dense": {
@@ -48,6 +48,18 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 32,
         "layer_types": "MMKMKKK",
         "mlp_layer_types": "dssssss",
+    },
+    # Dense layers between sparse ones, which only transformers' form can say.
+    "mixed-mlp": {
+        "linear_num_heads": 2,
+        "linear_head_dim": 64,
+        "num_attention_heads": 3,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "layer_types": "KKMK",
+        "mlp_layer_types": "sdsd",
     },
 }
 """Keyword arguments of transformers' `KimiLinearConfig`; layer kinds are spelled as one letter each."""
