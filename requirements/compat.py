@@ -56,7 +56,7 @@ class Sources:
         return name in _top_level_names(tree) or any(self.has(star, name) for star in _star_imports(module, tree))
 
     def definition(self, module: str, dotted: str) -> ast.AST | None:
-        """A class or function by dotted name, looked up in base classes of the same package too."""
+        """A class or function by dotted name; None if this module does not define it itself."""
         tree = self.module(module)
         if tree is None:
             return None

@@ -187,14 +187,16 @@ class KDAStateManager(SingleTypeKVCacheManager):
         latest stays published, so that a long prefill or decode does not push everyone else's checkpoints out.
         """
         request_id, block_size = request.request_id, self.block_size
+        num_cached, num_full = self.num_cached_block.get(request_id, 0), num_tokens // block_size
+        if num_full <= num_cached and request_id not in self._new_entries:
+            return
         kept = boundaries_to_keep(
             request.num_prompt_tokens, block_size, request.shared_prefix_boundary or 0, self._interval
         )
         table = self.req_to_blocks[request_id]
         self._add_checkpoints(request_id, table, kept)
         hashes = resolve_block_hashes(request.block_hashes, self.block_pool.hash_block_size, block_size)
-        num_full = num_tokens // block_size
-        for index in range(self.num_cached_block.get(request_id, 0), num_full):
+        for index in range(num_cached, num_full):
             block = table[index]
             if block.is_null:
                 continue
@@ -205,7 +207,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
             self._unsettled.add(block.block_id)
             if boundary not in kept:
                 self._roll(request_id, index, key)
-        self.num_cached_block[request_id] = max(num_full, self.num_cached_block.get(request_id, 0))
+        self.num_cached_block[request_id] = max(num_full, num_cached)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None

@@ -97,9 +97,7 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         """Describe the step. Works on the device's tensors alone: nothing waits for the device."""
         step = common_attn_metadata
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(step, decode_threshold=1)
-        # vLLM's warm-up makes up block ids without regard to groups; out-of-range ones are padding to us.
         table = step.block_table_tensor[: step.num_reqs]
-        table = torch.where(table < self.num_slots, table, NULL_SLOT)
         seq_lens = step.seq_lens[: step.num_reqs]
         decode = prefill = None
         if num_decodes:
@@ -110,7 +108,7 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
             prefill = PrefillRows(
                 cu_seqlens=(starts - num_decode_tokens).to(torch.int32),
                 context_len=(seq_lens[num_decodes:] - query_lens).to(torch.int32),
-                slot_table=table[num_decodes:].to(torch.int32).contiguous(),
+                slot_table=self._slots(table[num_decodes:]).contiguous(),
             )
         return KDAMetadata(num_decodes, step.num_actual_tokens, self.block_size, decode, prefill)
 
@@ -126,7 +124,11 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     def _entry(self, table: Tensor, position: Tensor) -> Tensor:
         column = position.clamp(min=0).div(self.block_size, rounding_mode="floor")
         slot = table.gather(1, column[:, None])[:, 0]
-        return torch.where(position >= 0, slot, NULL_SLOT).to(torch.int32)
+        return torch.where(position >= 0, self._slots(slot), NULL_SLOT)
+
+    def _slots(self, entries: Tensor) -> Tensor:
+        # vLLM's warm-up makes up block ids without regard to groups; out-of-range ones are padding to us.
+        return torch.where(entries < self.num_slots, entries, NULL_SLOT).to(torch.int32)
 
 
 class KDAStateBackend(AttentionBackend):
