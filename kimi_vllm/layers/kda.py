@@ -8,11 +8,8 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -21,6 +18,75 @@ from kimi_vllm.cache.group import StateHome
 from kimi_vllm.cache.metadata import KDAMetadata
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.kernels import dispatch
+
+_COLUMNS = 16
+"""The input projection's columns are a multiple of this. Kernels want rows that start at a multiple of 16 bytes; matrix
+products want 16 columns, in bfloat16 to be fast and in FP8 to work at all."""
+
+
+class InputLinear(MergedColumnParallelLinear):
+    """One product for everything that reads the layer's input: ``[T, hidden]`` to ``[T, q | k | v | f_a | g_a | b]``.
+
+    q, k, v and b are those of the rank's heads; f_a and g_a are whole on every rank, and adjacent for
+    `BatchedLowRank`. Zeros after b fill the row up. They are loaded with b: as a shard of their own nothing would load
+    them, and vLLM takes a last shard whose FP8 scale was not loaded for a sign that the checkpoint has merged tensors.
+    The class's name must contain "Linear": by that, compressed-tensors finds what it has quantised.
+
+    Attributes:
+        splits: columns of q, k and v, of f_a and g_a, of b, and of the filling.
+    """
+
+    def __init__(
+        self, hidden: int, heads: int, head_dim: int, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        ranks = get_tensor_model_parallel_world_size()
+        # Head sizes are multiples of 64, so that only b can leave a row uneven.
+        local, filling = heads // ranks, -(heads // ranks) % _COLUMNS
+        self.splits = [3 * local * head_dim, 2 * head_dim, local, filling]
+        qkv, whole = [heads * head_dim] * 3, [head_dim * ranks] * 2
+        sizes = [*qkv, *whole, (local + filling) * ranks]
+        super().__init__(hidden, sizes, bias=False, quant_config=quant_config, prefix=prefix)
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: int) -> None:
+        """Load one tensor of the checkpoint; quantisation methods use this one or the next."""
+        super().weight_loader(param, self._for_all_ranks(param, loaded_weight, loaded_shard_id), loaded_shard_id)
+
+    def weight_loader_v2(self, param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: int) -> None:
+        """As `weight_loader`."""
+        super().weight_loader_v2(param, self._for_all_ranks(param, loaded_weight, loaded_shard_id), loaded_shard_id)
+
+    def _for_all_ranks(self, parameter: nn.Parameter, loaded: Tensor, shard_id: int) -> Tensor:
+        """What vLLM's loader, which takes one slice per rank, finds each rank's part in."""
+        outputs = getattr(parameter, "output_dim", None)
+        if outputs is None or shard_id in (0, 1, 2):  # one scale for the whole tensor, or q, k, v
+            return loaded
+        if shard_id in (3, 4):  # f_a, g_a
+            return torch.cat([loaded] * self.tp_size, outputs)
+        by_rank = loaded.unflatten(outputs, (self.tp_size, -1))
+        *_, local, filling = self.splits
+        shape = list(by_rank.shape)
+        # In proportion, because one element of a packed tensor holds several outputs.
+        shape[outputs + 1] = shape[outputs + 1] * filling // local
+        return torch.cat([by_rank, by_rank.new_zeros(shape)], outputs + 1).flatten(outputs, outputs + 1)
+
+
+class BatchedLowRank(nn.Module):
+    """The second factors of both gates, f_b and g_b, of one rank as one batched product. They are never quantised.
+
+    Args:
+        head_dim: D, the rank of both factors.
+        local_width: H·D of this rank's heads.
+    """
+
+    def __init__(self, head_dim: int, local_width: int) -> None:
+        super().__init__()
+        # As in the checkpoint, outputs first: products of few rows read it from front to back.
+        self.weight = nn.Parameter(torch.empty(2, local_width, head_dim), requires_grad=False)
+        set_weight_attrs(self.weight, {"weight_loader": _load_low_rank})
+
+    def forward(self, low_rank: Tensor) -> Tensor:
+        """``[T, f_a | g_a]``, which may be columns of a wider tensor, to ``[2, T, H·D]``."""
+        return torch.bmm(low_rank.unflatten(-1, (2, -1)).transpose(0, 1), self.weight.transpose(1, 2))
 
 
 class KimiDeltaAttention(nn.Module):
@@ -42,23 +108,8 @@ class KimiDeltaAttention(nn.Module):
         quant_config = vllm_config.quant_config
         self.prefix = prefix
         self.norm_eps = geometry.rms_norm_eps
-
-        def column(inputs: int, outputs: int, name: str) -> ColumnParallelLinear:
-            return ColumnParallelLinear(
-                inputs, outputs, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}"
-            )
-
-        # One product for everything that reads the layer's input. The two low-rank gates are whole on every rank:
-        # `weights.py` loads them as if each rank had its own copy.
-        self.in_proj = MergedColumnParallelLinear(
-            hidden,
-            [width, width, width, head_dim * ranks, head_dim * ranks, heads],
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.in_proj",
-        )
-        self.in_proj_splits = [3 * local_width, head_dim, head_dim, local_heads]
-        self.f_b_proj, self.g_b_proj = column(head_dim, width, "f_b_proj"), column(head_dim, width, "g_b_proj")
+        self.in_proj = InputLinear(hidden, heads, head_dim, quant_config, f"{prefix}.in_proj")
+        self.fg_b_proj = BatchedLowRank(head_dim, local_width)
         self.o_proj = RowParallelLinear(width, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj")
         # What forms the decay stays fp32 whatever the model's dtype: rounding it drifts with context length.
         self.A_log = _fp32_parameter(local_heads, loader=_load_heads)
@@ -75,9 +126,8 @@ class KimiDeltaAttention(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mix one step's tokens: ``[T, hidden]`` to ``[T, hidden]``, decodes first, then prefills."""
         projected, _ = self.in_proj(hidden_states)
-        qkv, low_rank_gate, low_rank_out_gate, beta = projected.split(self.in_proj_splits, dim=-1)
-        gate, _ = self.f_b_proj(low_rank_gate.contiguous())
-        out_gate, _ = self.g_b_proj(low_rank_out_gate.contiguous())
+        qkv, low_rank, beta, _ = projected.split(self.in_proj.splits, dim=-1)
+        gate, out_gate = self.fg_b_proj(low_rank).unbind()
         out = torch.empty_like(out_gate)
         torch.ops.vllm.kimi_delta_attention(qkv, gate, beta, out_gate, out, self.prefix)
         mixed: Tensor = self.o_proj(out)[0]
@@ -161,6 +211,14 @@ def _load_conv(parameter: nn.Parameter, loaded: Tensor, shard_id: int) -> None:
     if taps.shape != (width, parameter.shape[0]):
         raise ValueError(f"conv weight of shape {tuple(loaded.shape)}: expected {parameter.shape[0]} taps per channel.")
     parameter.data[:, shard_id * width : (shard_id + 1) * width].copy_(taps.t())
+
+
+def _load_low_rank(parameter: nn.Parameter, loaded: Tensor, shard_id: int) -> None:
+    """f_b or g_b: ``[H·D, D]`` in the checkpoint, this rank's rows of it in one half of ``[2, H·D, D]`` here."""
+    _, width, head_dim = parameter.shape
+    if loaded.shape != (expected := (width * get_tensor_model_parallel_world_size(), head_dim)):
+        raise ValueError(f"expected {expected}.")
+    parameter.data[shard_id].copy_(loaded.narrow(0, get_tensor_model_parallel_rank() * width, width))
 
 
 direct_register_custom_op(
