@@ -21,8 +21,8 @@ test: lint unit engine ## all that runs without a GPU
 lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh && .venv/bin/hadolint Dockerfile
 
-unit: $(VENV) ## tests without an engine
-	.venv/bin/python -m pytest -m "not engine and not gpu"
+unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of their own, in Triton's interpreter
+	.venv/bin/python -m pytest -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 .venv/bin/python -m pytest -m "triton and not gpu" tests/kernels
 
 engine: $(VENV) ## tests that start a real vLLM engine on the CPU
 	.venv/bin/python -m pytest -m engine

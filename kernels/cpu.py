@@ -57,6 +57,7 @@ def kda_decode(
     write_slot: Tensor,
     position: Tensor,
     out: Tensor,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """Advance every row by one token; arguments as `dispatch.kda_decode`."""
     N = qkv.shape[0]
@@ -76,6 +77,7 @@ def kda_decode(
         norm_eps,
         conv_pool,
         state_pool,
+        nonfinite,
         out,
         N,
     )
@@ -101,6 +103,7 @@ def kda_prefill(
     slot_table: Tensor,
     block_size: int,
     out: Tensor,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """Run every sequence over its new tokens; arguments as `dispatch.kda_prefill`."""
     T, N = qkv.shape[0], context_len.shape[0]
@@ -125,6 +128,7 @@ def kda_prefill(
         norm_eps,
         conv_pool,
         state_pool,
+        nonfinite,
         out,
         N,
     )
@@ -147,6 +151,7 @@ def _shared_fields(
     norm_eps: float,
     conv_pool: Tensor,
     state_pool: Tensor,
+    nonfinite: Tensor | None,
     out: Tensor,
     N: int,
 ) -> tuple[int, ...]:
@@ -158,6 +163,8 @@ def _shared_fields(
         )
     if out.dtype != qkv.dtype:
         raise ValueError(f"out is {out.dtype} and qkv {qkv.dtype}; they must be equal")
+    if nonfinite is not None and nonfinite.dtype != torch.int32:
+        raise ValueError(f"nonfinite is {nonfinite.dtype}; it must be torch.int32")
     size = qkv.element_size()
     S, H, _, D = state_pool.shape
     return (
@@ -189,6 +196,7 @@ def _shared_fields(
         state_pool.stride(0) * 4,
         state_pool.stride(1) * 4,
         S,
+        0 if nonfinite is None else nonfinite.data_ptr(),
     )
 
 

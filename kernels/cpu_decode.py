@@ -17,6 +17,7 @@ from kimi_vllm.kernels.cpu_head import (
     Field,
     clear_output,
     finish,
+    flag_nonfinite,
     load_history,
     load_tokens,
     parameter,
@@ -88,4 +89,4 @@ def decode_task(params, n, h, D, scratch):
             store_scalar(o + 4 * i, total(s_q) + u * dot_kq)
             for c in range(0, row_bytes, VECTOR_BYTES):
                 store(out_row + c, fma(load(in_row + c), load(d + c), splat(u) * load(k + c)))
-    finish(params, n, h, D, o)
+    flag_nonfinite(params, write, finish(params, n, h, D, o))

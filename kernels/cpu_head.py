@@ -32,6 +32,7 @@ from kimi_vllm.kernels.cpu_simd import (
     load_scalar,
     splat,
     store,
+    store_int32,
     store_int64,
     store_scalar,
     total,
@@ -52,9 +53,9 @@ class Field(IntEnum):
     OUT_GATE, OUT_GATE_STRIDE, OUT, OUT_STRIDE = range(6, 10)
     DTYPE, CONV_WEIGHT, W, A_LOG, DT_BIAS, NORM_WEIGHT, NORM_EPS, H, D, N = range(10, 20)
     CONV_POOL, CONV_SLOT_STRIDE, CONV_COLUMN_STRIDE, R = range(20, 24)
-    STATE_POOL, STATE_SLOT_STRIDE, STATE_HEAD_STRIDE, S, SCRATCH, SCRATCH_STRIDE = range(24, 30)
-    READ_SLOT, WRITE_SLOT, POSITION = range(30, 33)
-    CU_SEQLENS, CONTEXT_LEN, SLOT_TABLE, SLOT_TABLE_STRIDE, B, BLOCK_SIZE, T = range(33, 40)
+    STATE_POOL, STATE_SLOT_STRIDE, STATE_HEAD_STRIDE, S, NONFINITE, SCRATCH, SCRATCH_STRIDE = range(24, 31)
+    READ_SLOT, WRITE_SLOT, POSITION = range(31, 34)
+    CU_SEQLENS, CONTEXT_LEN, SLOT_TABLE, SLOT_TABLE_STRIDE, B, BLOCK_SIZE, T = range(34, 41)
     # Written by the workers, therefore on a cache line of their own.
     NEXT_TASK, NEXT_WORKER, BAD_SLOT = range(48, 51)
 
@@ -184,7 +185,11 @@ def prepare(params, start, count, h, D, window, features, betas):
 
 @njit
 def finish(params, row, h, D, o):
-    """Round the recurrence's output, normalise the head, apply the output gate and write it out (Eq. 10)."""
+    """Round the recurrence's output, normalise the head, apply the output gate and write it out (Eq. 10).
+
+    Returns:
+        Zero; NaN if an element of the rounded output is not finite, which it is wherever the state is not.
+    """
     dtype = parameter(params, Field.DTYPE)
     squares = splat(_ZERO)
     for c in range(0, 4 * D, VECTOR_BYTES):
@@ -192,13 +197,23 @@ def finish(params, row, h, D, o):
         store(o + c, x)
         squares = fma(x, x, squares)
     eps = load_scalar(params + 8 * Field.NORM_EPS)
-    factor = splat(_ONE / np.float32(math.sqrt(total(squares) / np.float32(D) + eps)))
+    square = total(squares)
+    factor = splat(_ONE / np.float32(math.sqrt(square / np.float32(D) + eps)))
     gate = parameter(params, Field.OUT_GATE) + row * parameter(params, Field.OUT_GATE_STRIDE)
     out = parameter(params, Field.OUT) + row * parameter(params, Field.OUT_STRIDE)
     weight = parameter(params, Field.NORM_WEIGHT)
     for c in range(0, D, LANES):
         x = load(o + 4 * c) * factor * load(weight + 4 * c)
         store_as(out, h * D + c, x * sigmoid(load_as(gate, h * D + c, dtype)), dtype)
+    return square * _ZERO
+
+
+@njit(forceinline=True)
+def flag_nonfinite(params, slot, sick):
+    """Set the flag of a slot if the caller asked for flags and `sick`, a sum of what `finish` returned, is NaN."""
+    flags = parameter(params, Field.NONFINITE)
+    if flags != 0 and sick != _ZERO:
+        store_int32(flags + 4 * slot, 1)
 
 
 @njit

@@ -20,6 +20,7 @@ from kimi_vllm.kernels.cpu_head import (
     copy,
     fill_zero,
     finish,
+    flag_nonfinite,
     load_history,
     load_tokens,
     parameter,
@@ -176,6 +177,7 @@ def prefill_task(params, n, h, D, scratch):
     else:
         copy(state_address(params, read, h), state, D * size)
 
+    sick = _ZERO
     while position < end:
         # The next boundary somebody wants; the tile before it may be shorter.
         block = position // block_size
@@ -201,10 +203,11 @@ def prefill_task(params, n, h, D, scratch):
                 )
             _advance(D, num_pairs, state, features, records, scalars, outputs)
             for t in range(count):
-                finish(params, row + t, h, D, outputs + t * size)
+                sick += finish(params, row + t, h, D, outputs + t * size)
             copy(window + count * 3 * size, window, num_past * 3 * size)
             row += count
             position += count
         if slot != 0:
             copy(state, state_address(params, slot, h), D * size)
             store_history(params, slot, h, D, position, window, num_past)
+            flag_nonfinite(params, slot, sick)

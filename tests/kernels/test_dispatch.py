@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from kda_case import Case
+from kda_case import Case, copy_of, same_bits
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kimi_vllm.kernels import dispatch
 
@@ -46,7 +49,7 @@ ARGUMENTS = {"kda_decode": decode_arguments, "kda_prefill": prefill_arguments}
 
 def clone(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the same arguments in other memory, with their strides."""
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    return {name: copy_of(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
 def clean(case: Case) -> Case:
@@ -66,10 +69,13 @@ def test_the_op_is_what_the_wrapper_calls(name: str) -> None:
     assert torch.equal(ours["state_pool"][1], op["state_pool"][1])
 
 
+@pytest.mark.parametrize("flags", [False, True], ids=["", "flags"])
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_opcheck(name: str) -> None:
+def test_opcheck(name: str, flags: bool) -> None:
     arguments = ARGUMENTS[name](clean(Case(5)))
     arguments["out"].zero_()
+    if flags:
+        arguments["nonfinite"] = Case(5).flags()
     torch.library.opcheck(getattr(OPS, name).default, tuple(arguments.values()))
 
 
@@ -80,21 +86,40 @@ def test_torch_compile_sees_one_graph(name: str, backend: str) -> None:
         getattr(OPS, name)(**arguments, out=out)
         return out * 2
 
-    arguments = ARGUMENTS[name](Case(5))
+    arguments = ARGUMENTS[name](Case(5)) | {"nonfinite": torch.zeros(8, dtype=torch.int32)}
+    arguments["qkv"][0] = float("nan")
     expected, compiled = clone(arguments), clone(arguments)
     with torch._dynamo.config.patch(disable=False):
         result = torch.compile(layer, backend=backend, fullgraph=True)(**compiled)
-    assert torch.equal(result, layer(**expected))
+    assert same_bits(result, layer(**expected))
+    assert compiled["nonfinite"].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
     for pool in ("state_pool", "conv_pool"):
-        assert torch.equal(compiled[pool][1, :1], expected[pool][1, :1])
+        assert same_bits(compiled[pool][1, :1], expected[pool][1, :1])
+
+
+@pytest.mark.parametrize("flags", [False, True], ids=["", "flags"])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_tracing_allocates_nothing(name: str, flags: bool) -> None:
+    case = Case(5)
+    real = ARGUMENTS[name](case) | {"nonfinite": case.flags() if flags else None}
+    arguments = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in real.items()}
+    assert getattr(OPS, name)(**arguments) is None
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_tracing_allocates_nothing(name: str) -> None:
-    arguments = {
-        key: value.to("meta") if isinstance(value, Tensor) else value for key, value in ARGUMENTS[name](Case(5)).items()
-    }
-    assert getattr(OPS, name)(**arguments) is None
+def test_tracing_for_cuda_needs_no_device(name: str) -> None:
+    arguments = ARGUMENTS[name](Case(5))
+    with FakeTensorMode():
+        fake = {
+            key: torch.empty(value.shape, dtype=value.dtype, device="cuda") if isinstance(value, Tensor) else value
+            for key, value in arguments.items()
+        }
+        assert getattr(OPS, name)(**fake) is None
+
+
+def test_cuda_takes_states_of_two_bytes() -> None:
+    assert dispatch.STATE_DTYPES["cuda"] == (torch.float32, torch.bfloat16, torch.float16)
+    assert dispatch.STATE_DTYPES["cpu"] == (torch.float32,)
 
 
 def test_importing_again_keeps_the_ops() -> None:
@@ -106,7 +131,46 @@ def test_importing_again_keeps_the_ops() -> None:
 
 def test_backends_are_named_or_refused() -> None:
     assert dispatch.kernel_backend("cpu").startswith("numba")
-    with pytest.raises(RuntimeError, match=r"'cuda'.*Triton.*Supported platform: cpu"):
+    with pytest.raises(RuntimeError, match=r"'xpu'. Supported: cuda .* and cpu .*KIMI_VLLM_DISABLE=1"):
+        dispatch.kernel_backend("xpu")
+
+
+@pytest.fixture
+def cuda_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine that looks as if it had an H100; backends found on it are forgotten afterwards."""
+    dispatch.load_backend.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Something")
+    yield monkeypatch
+    dispatch.load_backend.cache_clear()
+
+
+def test_cuda_has_the_triton_kernels(cuda_device: pytest.MonkeyPatch) -> None:
+    from kimi_vllm.kernels import decode, prefill
+
+    backend = dispatch.load_backend("cuda")
+    assert backend.name.startswith("triton 3")
+    assert (backend.kda_decode, backend.kda_prefill) == (decode.kda_decode, prefill.kda_prefill)
+    dispatch.prepare("cuda", 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((torch.cuda, "is_available", lambda: False), "need an NVIDIA device and found none"),
+        ((torch.version, "hip", "6.4"), "need an NVIDIA device and found none"),
+        ((torch.cuda, "get_device_capability", lambda: (8, 0)), r"9\.0 or newer; NVIDIA Something has 8\.0"),
+        ((importlib.util, "find_spec", lambda name: None), "need Triton: pip install triton"),
+    ],
+    ids=["no-device", "amd", "too-old", "no-triton"],
+)
+def test_cuda_is_refused_with_what_is_missing(
+    cuda_device: pytest.MonkeyPatch, change: tuple[Any, str, Any], message: str
+) -> None:
+    cuda_device.setattr(*change)
+    with pytest.raises(RuntimeError, match=f"{message}.*KIMI_VLLM_DISABLE=1"):
         dispatch.kernel_backend("cuda")
 
 
@@ -145,6 +209,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "conv-dtype": ({"conv_pool": torch.zeros(8, 8, 384, dtype=torch.float16)}, "set state_dtype"),
     "state-layout": ({"state_pool": torch.zeros(8, 2, 64, 128)[..., :64]}, "matrices must be contiguous"),
     "state-dims": ({"state_pool": torch.zeros(8, 2, 64)}, r"must be \[S, H, V, K\]"),
+    "flags-dtype": ({"nonfinite": torch.zeros(8, dtype=torch.bool)}, "nonfinite is torch.bool"),
+    "flags-slots": ({"nonfinite": torch.zeros(7, dtype=torch.int32)}, r"nonfinite has shape \[7\]; it must be \[8\]"),
     "out-rows": ({"out": torch.zeros(4, 128)}, r"out has shape \[4, 128\]"),
 }
 WRONG_DECODE = {
@@ -184,6 +250,8 @@ def test_the_op_itself_refuses_what_would_corrupt_memory(name: str) -> None:
         getattr(OPS, name)(**(arguments | {"state_pool": arguments["state_pool"].double()}))
     with pytest.raises(ValueError, match="they must be equal"):
         getattr(OPS, name)(**(arguments | {"out": arguments["out"].double()}))
+    with pytest.raises(ValueError, match="int32"):
+        getattr(OPS, name)(**(arguments | {"nonfinite": torch.zeros(8, dtype=torch.int64)}))
     slots = "read_slot" if name == "kda_decode" else "slot_table"
     with pytest.raises(ValueError, match="int32"):
         getattr(OPS, name)(**(arguments | {slots: arguments[slots].long()}))

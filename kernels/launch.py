@@ -1,0 +1,95 @@
+"""How the Triton kernels are launched: parameters from a checked-in table, chosen by shape, never tuned at run time.
+
+A kernel that writes state cannot be tried twice on the same step, and a choice that depends on timing would make
+results depend on the day. `tuned/sm90.json` holds what was fastest on Hopper; NOTES.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EXTEND_TOKENS = 4
+"""Steps of at most this many tokens run token by token in one launch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Launch parameters of the decode kernel.
+
+    Attributes:
+        rows: value channels a program updates at a time.
+        fold: vectors of a state row held by one thread.
+        warps: warps per program.
+    """
+
+    rows: int
+    fold: int
+    warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Launch parameters of the prefill kernels.
+
+    Attributes:
+        features_warps, intra_warps: warps of the kernels inside blocks and inside chunks.
+        value_block: value channels per program of the kernel across chunks; the whole head fuses the norm.
+        inter_warps, inter_stages: its warps, and how many chunks are loaded ahead.
+    """
+
+    features_warps: int
+    intra_warps: int
+    value_block: int
+    inter_warps: int
+    inter_stages: int
+
+
+@cache
+def _table() -> dict[str, list[dict[str, Any]]]:
+    """Return the rules by kernel; of each list the first that fits counts."""
+    table: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "tuned" / "sm90.json").read_text())
+    return table
+
+
+@cache
+def decode(heads: int, head_dim: int, state_dtype: torch.dtype) -> Decode:
+    """Return the launch parameters for a batch with this many heads in all."""
+    return Decode(**_first_fit("decode", heads, head_dim, state_dtype.itemsize))
+
+
+@cache
+def prefill(heads: int, head_dim: int, exact: bool) -> Prefill:
+    """Return the launch parameters for sequences with this many heads in all."""
+    return Prefill(**_first_fit("prefill_exact" if exact else "prefill", heads, head_dim, 0))
+
+
+def _first_fit(kernel: str, heads: int, head_dim: int, state_bytes: int) -> dict[str, int]:
+    for rule in _table()[kernel]:
+        few_enough = heads <= rule.get("max_heads", heads)
+        if few_enough and head_dim == rule["head_dim"] and state_bytes == rule.get("state_bytes", state_bytes):
+            return dict(rule["launch"])
+    raise LookupError(f"tuned/sm90.json has no rule for {kernel}, {head_dim} channels, {state_bytes} bytes")
+
+
+@cache
+def pdl(device: torch.device) -> dict[str, bool]:
+    """Return whether launches may overlap the end of the kernel before them (programmatic dependent launch)."""
+    return {"launch_pdl": device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9}
+
+
+def require_dtype(dtype: torch.dtype, **tensors: Tensor) -> None:
+    """Refuse what would corrupt memory.
+
+    Raises:
+        ValueError: names the tensor, its dtype and the one it must have.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")

@@ -1,0 +1,234 @@
+"""Prefill on CUDA: two launches per layer for packed sequences of any lengths, a third where heads are split.
+
+The first (`prefill_intra.py`) does what can be done inside a chunk of 64 tokens, for all chunks at once. The
+second, here, walks the chunks of each sequence with the state in registers (Eq. 8 and 9)::
+
+    v' = u - w S    o = qg S + qk v'    S = decay*S + kg^T v'
+
+It reads the first state from the pool by slot, writes the states at block ends where the table has a slot, and
+the last one, and with each the convolution's history. A program that owns a whole head also applies the gated
+norm; with one long sequence there are too few heads to fill the device, so a head is split along its value
+channels and the norm is a launch of its own.
+"""
+# mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kimi_vllm.kernels import launch
+from kimi_vllm.kernels.extend import export_history, extend, slot_or_null
+from kimi_vllm.kernels.prefill_features import BLOCK, CHUNK, SLACK, chunk_features, first_chunk
+from kimi_vllm.kernels.prefill_intra import intra_chunk
+from kimi_vllm.kernels.triton_math import everywhere, gated_rms_norm
+
+_CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width"])
+def inter_chunk(
+    qkv, out_gate, out, norm_weight, norm_eps, conv_pool, state_pool,
+    cu_seqlens, context_len, slot_table, block_size,
+    w_in, u_in, qg_in, kg_in, qk_in, decay_in,
+    num_sequences, num_tokens, num_slots, table_stride, table_width, qkv_stride, out_gate_stride, out_stride,
+    conv_slot_stride, conv_column_stride, state_slot_stride, state_head_stride, nonfinite,
+    H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    STAGES: tl.constexpr, EXACT: tl.constexpr, launch_pdl: tl.constexpr,
+):  # fmt: skip
+    """Walk one sequence with BV value channels of one head; the last programs clear rows that belong to nobody."""
+    program = tl.program_id(0)
+    first = (program % (D // BV)) * BV
+    head = (program // (D // BV)) % H
+    n = program // (D // BV * H)
+    i, k, v = tl.arange(0, CHUNK), tl.arange(0, D), tl.arange(0, BV)
+    PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
+    begin = tl.load(cu_seqlens + n)
+    if n == num_sequences:
+        if launch_pdl:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        for start in range(begin, num_tokens, CHUNK):
+            rows = (start + i).to(tl.int64)[:, None]
+            zeros = tl.zeros((CHUNK, BV), out.dtype.element_ty)
+            tl.store(out + rows * out_stride + (head * D + first + v)[None, :], zeros, mask=rows < num_tokens)
+        return
+    length = tl.load(cu_seqlens + n + 1) - begin
+    context = tl.load(context_len + n)
+    end = context + length
+    table = slot_table + n.to(tl.int64) * table_stride
+    read = tl.full((), 0, tl.int32)
+    if context > 0:
+        read = slot_or_null(table, (context - 1) // block_size, table_width, num_slots)
+    matrix = state_pool + read.to(tl.int64) * state_slot_stride + head * state_head_stride
+    state = tl.load(matrix + (first + v)[None, :] * D + k[:, None], mask=everywhere(read > 0, (D, BV)), other=0.0)
+    state = state.to(tl.float32)
+    if launch_pdl:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    grid = context // CHUNK
+    num_chunks = tl.where(length > 0, (end - 1) // CHUNK - grid + 1, 0)
+    chunk_head = first_chunk(begin, n).to(tl.int64) * H + head
+    operand = w_in.dtype.element_ty
+    tile = i[:, None] * D + k[None, :]
+    spoiled = tl.zeros((CHUNK, BV), tl.float32)
+    for c in tl.range(0, num_chunks, num_stages=STAGES):
+        here = chunk_head + c * H
+        w = tl.load(w_in + here * (CHUNK * D) + tile)
+        u = tl.load(u_in + here * (CHUNK * D) + i[:, None] * D + (first + v)[None, :])
+        qg = tl.load(qg_in + here * (CHUNK * D) + tile)
+        kg = tl.load(kg_in + here * (CHUNK * D) + tile)
+        qk = tl.load(qk_in + here * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :])
+        decay = tl.load(decay_in + here * D + k)
+        right = state.to(operand)
+        written = (u.to(tl.float32) - tl.dot(w, right, input_precision=PRECISION)).to(operand)
+        o = tl.dot(qg, right, input_precision=PRECISION)
+        state = tl.dot(tl.trans(kg), written, state * decay[:, None], input_precision=PRECISION)
+        o = tl.dot(qk, written, o, input_precision=PRECISION)
+        if nonfinite is not None:
+            spoiled += o * 0.0  # zero as long as outputs are finite
+
+        position = tl.maximum(context, (grid + c) * CHUNK)
+        stop = tl.minimum((grid + c + 1) * CHUNK, end)
+        rows = (begin + position - context + i).to(tl.int64)[:, None]
+        mask = rows < begin + stop - context
+        o = o.to(out.dtype.element_ty)
+        if BV == D:
+            o = o.to(tl.float32)
+            inverse_rms = tl.rsqrt(tl.sum(o * o, axis=1) / D + norm_eps)[:, None]
+            z = tl.load(out_gate + rows * out_gate_stride + (head * D + v)[None, :], mask=mask, other=0.0)
+            weight = tl.load(norm_weight + v)[None, :]
+            o = gated_rms_norm(o, inverse_rms, weight, z.to(tl.float32)).to(out.dtype.element_ty)
+        tl.store(out + rows * out_stride + (head * D + first + v)[None, :], o, mask=mask)
+
+        if (stop == end) | (stop % block_size == 0):
+            slot = slot_or_null(table, (stop - 1) // block_size, table_width, num_slots)
+            if slot > 0:
+                target = state_pool + slot.to(tl.int64) * state_slot_stride + head * state_head_stride
+                tl.store(target + (first + v)[None, :] * D + k[:, None], state.to(state_pool.dtype.element_ty))
+                export_history(
+                    slot, read, stop, context, (begin + stop - context).to(tl.int64), head, first + v,
+                    qkv, conv_pool, qkv_stride, conv_slot_stride, conv_column_stride, H, D, W, R,
+                )  # fmt: skip
+                if nonfinite is not None:
+                    stored = state.to(state_pool.dtype.element_ty).to(tl.float32)
+                    total = tl.sum(tl.sum(stored * 0.0, axis=0), axis=0) + tl.sum(tl.sum(spoiled, axis=0), axis=0)
+                    tl.store(nonfinite + slot, 1, mask=(total == 0.0) == 0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _norm(
+    out, out_gate, norm_weight, norm_eps, num_rows, out_stride, out_gate_stride,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, launch_pdl: tl.constexpr,
+):  # fmt: skip
+    """Apply the gated norm in place to ROWS heads of packed rows."""
+    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row, head = index // H, index % H
+    mask = (row < num_rows)[:, None]
+    v = tl.arange(0, D)[None, :]
+    weight = tl.load(norm_weight + v)
+    z = tl.load(out_gate + (row * out_gate_stride + head * D)[:, None] + v, mask=mask, other=0.0).to(tl.float32)
+    if launch_pdl:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    here = out + (row * out_stride + head * D)[:, None] + v
+    o = tl.load(here, mask=mask, other=0.0).to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(o * o, axis=1) / D + norm_eps)[:, None]
+    tl.store(here, gated_rms_norm(o, inverse_rms, weight, z).to(out.dtype.element_ty), mask=mask)
+
+
+def kda_prefill(
+    qkv: Tensor,
+    gate: Tensor,
+    beta: Tensor,
+    out_gate: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
+    conv_pool: Tensor,
+    state_pool: Tensor,
+    cu_seqlens: Tensor,
+    context_len: Tensor,
+    slot_table: Tensor,
+    block_size: int,
+    out: Tensor,
+    nonfinite: Tensor | None = None,
+    exact: bool | None = None,
+    config: launch.Prefill | None = None,
+) -> None:
+    """Run every sequence over its new tokens; arguments as `dispatch.kda_prefill`.
+
+    Args:
+        nonfinite: ``[S]`` int32 or None. Set to 1 at every written slot whose state, or an output of the step up to
+            it, is not finite; never cleared here.
+        exact: True: float32 operands, every exponent taken, error below 1e-5 of the largest output. False:
+            bfloat16 operands and decays of at least e^-10 per token, error about 3e-3. None: exact for float32
+            activations.
+        config: Launch parameters; from the checked-in table if None.
+
+    Raises:
+        ValueError: `block_size` is not a multiple of 64: states exist at ends of chunks.
+    """
+    T, N = qkv.shape[0], context_len.shape[0]
+    S, H, _, D = state_pool.shape
+    if T == 0:
+        return
+    if block_size % _CHUNK:
+        raise ValueError(
+            f"block_size is {block_size}; on {qkv.device.type} it must be a multiple of {_CHUNK}: set --block-size"
+        )
+    launch.require_dtype(torch.int32, cu_seqlens=cu_seqlens, context_len=context_len, slot_table=slot_table)
+    launch.require_dtype(qkv.dtype, gate=gate, beta=beta, out_gate=out_gate, out=out)
+    pdl = launch.pdl(qkv.device)
+    conv_shape = {"W": conv_weight.shape[0], "R": conv_pool.shape[1]}
+    if T <= launch.EXTEND_TOKENS and exact is None and config is None:
+        extend[((N + 1) * H,)](
+            qkv, gate, beta, out_gate, out, conv_weight, A_log, dt_bias, norm_weight, norm_eps, conv_pool, state_pool,
+            cu_seqlens, context_len, slot_table, block_size, nonfinite,
+            N, T, S, slot_table.stride(0), slot_table.shape[1],
+            qkv.stride(0), gate.stride(0), beta.stride(0), out_gate.stride(0), out.stride(0),
+            conv_pool.stride(0), conv_pool.stride(1), state_pool.stride(0), state_pool.stride(1),
+            H=H, D=D, FOLD=2, **conv_shape, **pdl, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return
+    exact = qkv.dtype == torch.float32 if exact is None else exact
+    config = config or launch.prefill(N * H, D, exact)
+    chunks = (T + _SLACK * N) // _CHUNK
+    # Triton's interpreter, the only way to run this on a CPU, multiplies the bits of bfloat16 as integers.
+    operand = torch.float32 if exact or qkv.device.type == "cpu" else torch.bfloat16
+    # One piece for all, so that the allocator is asked once.
+    tiles, scores = chunks * H * _CHUNK * D, chunks * H * _CHUNK * _CHUNK
+    q, k, down, v, qk = torch.empty(4 * tiles + scores, dtype=operand, device=qkv.device).split([tiles] * 4 + [scores])
+    # The log decay of every block, then the decay of every chunk.
+    sizes = [chunks * H * _CHUNK // _BLOCK * D, chunks * H * D]
+    blocks, decay = torch.empty(sum(sizes), dtype=torch.float32, device=qkv.device).split(sizes)
+    shape = {"H": H, "D": D, "EXACT": exact, **pdl}
+    chunk_features[(chunks * _CHUNK // _BLOCK * H,)](
+        qkv, gate, beta, conv_weight, A_log, dt_bias, conv_pool,
+        cu_seqlens, context_len, slot_table, block_size, q, k, down, v, blocks,
+        N, S, slot_table.stride(0), slot_table.shape[1], qkv.stride(0), gate.stride(0), beta.stride(0),
+        conv_pool.stride(0), conv_pool.stride(1),
+        **shape, **conv_shape, num_warps=config.features_warps, num_stages=1,
+    )  # fmt: skip
+    intra_chunk[(chunks * H,)](
+        beta, cu_seqlens, context_len, q, k, down, v, blocks, qk, decay, N, beta.stride(0),
+        **shape, num_warps=config.intra_warps, num_stages=1,
+    )  # fmt: skip
+    splits = D // config.value_block
+    inter_chunk[(splits * H * (N + 1),)](
+        qkv, out_gate, out, norm_weight, norm_eps, conv_pool, state_pool,
+        cu_seqlens, context_len, slot_table, block_size, k, v, q, down, qk, decay,
+        N, T, S, slot_table.stride(0), slot_table.shape[1], qkv.stride(0), out_gate.stride(0), out.stride(0),
+        conv_pool.stride(0), conv_pool.stride(1), state_pool.stride(0), state_pool.stride(1), nonfinite,
+        **shape, **conv_shape, BV=config.value_block, STAGES=config.inter_stages, num_warps=config.inter_warps,
+    )  # fmt: skip
+    if splits > 1:
+        rows_per_program = 2048 // D
+        _norm[(triton.cdiv(T * H, rows_per_program),)](
+            out, out_gate, norm_weight, norm_eps, T, out.stride(0), out_gate.stride(0),
+            H=H, D=D, ROWS=rows_per_program, num_warps=4, **pdl,
+        )  # fmt: skip
