@@ -1,7 +1,9 @@
-"""``python -m kimi_vllm.kernels.bench cpu``: verify the kernels against the spec, then time them."""
+"""``python -m kimi_vllm.kernels.bench cpu`` or ``cuda``: verify the kernels against the spec, then time them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from json import loads
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,7 @@ import typer
 from rich.console import Console
 
 from kimi_vllm.kernels.bench import cpu as cpu_bench
-from kimi_vllm.kernels.bench.common import WrongResult, environment, report
+from kimi_vllm.kernels.bench.common import Row, WrongResult, append, environment, report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -38,6 +40,50 @@ def cpu(
         Console(stderr=True).print(f"[red]not timed:[/red] {wrong}")
         raise typer.Exit(1) from wrong
     report(rows, "torch", environment(), json)
+
+
+@app.command()
+def cuda(
+    heads: Annotated[list[int], typer.Option(help="Heads of a layer; repeat for several.")] = [32, 16, 8, 4],  # noqa: B006
+    states: Annotated[list[str], typer.Option(help="State of the decode step: fp32, bf16, fp16.")] = ["fp32", "bf16"],  # noqa: B006
+    peers: Annotated[
+        bool, typer.Option(help="Time vLLM's layer and fla beside ours, where they are installed.")
+    ] = True,
+    json: Annotated[Path | None, typer.Option(help="Append one JSON line per row to this file.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder.")] = None,
+) -> None:
+    """Time the CUDA kernels; refuses to time a kernel, ours or a peer's, that is wrong."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("no CUDA device here; `cpu` times the CPU kernels")
+    from kimi_vllm.kernels.bench import cuda as cuda_bench
+    from kimi_vllm.kernels.bench import gpu
+
+    env = gpu.environment()
+    rows: list[Row] = []
+
+    def take(some: Iterable[Row]) -> None:
+        for row in some:
+            rows.append(row)
+            if json is not None:
+                append([row], env, json)
+
+    try:
+        with torch.inference_mode():
+            for H in heads:
+                for state in states:
+                    take(cuda_bench.decode_rows(H, 128, state, peers))
+                # One number of heads says how the peers' prefill compares; they tune themselves for minutes.
+                take(cuda_bench.prefill_rows(H, 128, peers and max(heads) == H))
+    except WrongResult as wrong:
+        Console(stderr=True).print(f"[red]not timed:[/red] {wrong}")
+        raise typer.Exit(1) from wrong
+    finally:
+        cuda_bench.report(rows, env)
+    if plots is not None:
+        from kimi_vllm.kernels.bench.plots import plot
+
+        plots.mkdir(parents=True, exist_ok=True)
+        plot([loads(row.as_json(env)) for row in rows], plots)
 
 
 app()

@@ -27,7 +27,8 @@ class WrongResult(Exception):  # noqa: N818  # it is the answer that is wrong, n
 class Row:
     """One provider on one case.
 
-    `state_bytes` is the state read plus the state written, where that is what bounds the step.
+    `state_bytes` is the state read plus the state written, where that is what bounds the step; `moved_bytes` all
+    that must be read and written once.
     """
 
     bench: str
@@ -38,11 +39,13 @@ class Row:
     p50_us: float
     p80_us: float
     state_bytes: int | None = None
+    moved_bytes: int | None = None
 
     @property
     def rate_gbps(self) -> float | None:
-        """State traffic per second at the median."""
-        return None if self.state_bytes is None else self.state_bytes / self.p50_us / 1e3
+        """That traffic per second at the median."""
+        counted = self.moved_bytes or self.state_bytes
+        return None if counted is None else counted / self.p50_us / 1e3
 
     def as_json(self, env: dict[str, Any]) -> str:
         """Return the row with its environment, as one line."""
@@ -76,11 +79,14 @@ def require_equal(name: str, result: Tensor, expected: Tensor, tolerance: float)
 
 def environment() -> dict[str, Any]:
     """Return what a number means nothing without: machine, versions, threads, commit."""
+    return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), **machine("torch", "numba", "kimi-vllm")}
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Return the versions of Python and of these packages, the commit and the time."""
     return {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "numba", "kimi-vllm")},
+        **{package: _version(package) for package in packages},
         **_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -108,8 +114,13 @@ def report(rows: Sequence[Row], peer: str, env: dict[str, Any], json_path: Path 
     console.width = max(console.width, 120)
     console.print(table)
     if json_path is not None:
-        with json_path.open("a") as file:
-            file.writelines(row.as_json(env) + "\n" for row in rows)
+        append(rows, env, json_path)
+
+
+def append(rows: Sequence[Row], env: dict[str, Any], path: Path) -> None:
+    """Append the rows to a file as JSON lines."""
+    with path.open("a") as file:
+        file.writelines(row.as_json(env) + "\n" for row in rows)
 
 
 def _cpu_name() -> str:
