@@ -58,6 +58,11 @@ def cuda(
     from kimi_vllm.kernels.bench import cuda as cuda_bench
     from kimi_vllm.kernels.bench import gpu
 
+    if unknown := sorted(set(states) - set(cuda_bench.DTYPES)):
+        raise typer.BadParameter(f"--states is {unknown[0]}; it must be one of {', '.join(cuda_bench.DTYPES)}")
+    for name, reason in cuda_bench.missing_peers().items() if peers else ():
+        Console(stderr=True).print(f"[yellow]{name} is not timed:[/yellow] {reason}")
+
     env = gpu.environment()
     rows: list[Row] = []
 

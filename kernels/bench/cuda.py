@@ -66,11 +66,12 @@ def prefill_rows(H: int, D: int, with_peers: bool) -> Iterator[Row]:
     Raises:
         WrongResult: a provider disagrees with the spec.
     """
+    missing = missing_peers()
     for lengths in (*LENGTHS, *MIXES):
         T, N = sum(lengths), len(lengths)
         moved = _activation_bytes(T, H, D) + 2 * N * H * D * D * 4
         sets = min(24, max(1, -(-COLD_BYTES // moved)))
-        providers = (OURS, *(name for name in (IN_TREE, FLA) if with_peers and _peer_or_none(name) is not None))
+        providers = (OURS, *(name for name in (IN_TREE, FLA) if with_peers and name not in missing))
         case = {"T": T, "N": N, "H": H, "D": D}
         index = _prefill_index(lengths)
         expected = None
@@ -164,9 +165,14 @@ def _decode_providers(
         yield IN_TREE, peer.step
 
 
-def _peer_or_none(name: str) -> Any:
-    peer: Any = {IN_TREE: peers.InTreePrefill, FLA: peers.FlaPrefill}[name]
-    return peer if peers.unavailable(peer) is None else None
+def missing_peers() -> dict[str, str]:
+    """Return why a peer cannot run here, by its name; empty where both can."""
+    reasons = {IN_TREE: peers.unavailable(peers.InTreePrefill), FLA: peers.unavailable(peers.FlaPrefill)}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _prefill_peer(name: str) -> Any:
+    return {IN_TREE: peers.InTreePrefill, FLA: peers.FlaPrefill}[name]
 
 
 def _prefill_steps(name: str, arguments: dict[str, Any], index: dict[str, Any], out: Tensor) -> tuple[Step, Step]:
@@ -174,7 +180,7 @@ def _prefill_steps(name: str, arguments: dict[str, Any], index: dict[str, Any], 
     if name == OURS:
         step = partial(prefill.kda_prefill, **arguments, **index, out=out)
         return step, step
-    peer = _peer_or_none(name)
+    peer = _prefill_peer(name)
     if name == IN_TREE:
         step = partial(peer(arguments, index["cu_seqlens"], index["slot_table"][:, 0], index["context_len"]).step, out)
         return step, step
