@@ -1,14 +1,15 @@
-"""Prefill on CUDA: two launches per layer for packed sequences of any lengths, a third where heads are split.
+"""Prefill on CUDA: packed sequences of any lengths, in chunks of 64 tokens, three or four launches per layer.
 
-The first (`prefill_intra.py`) does what can be done inside a chunk of 64 tokens, for all chunks at once. The
-second, here, walks the chunks of each sequence with the state in registers (Eq. 8 and 9)::
+The first (`prefill_features.py`) turns projections into features, for blocks of 16 tokens; the second
+(`prefill_intra.py`) does what can be done inside a chunk; both for all chunks at once. The third, here, walks the
+chunks of each sequence with the state in registers (Eq. 8 and 9)::
 
     v' = u - w S    o = qg S + qk v'    S = decay*S + kg^T v'
 
 It reads the first state from the pool by slot, writes the states at block ends where the table has a slot, and
 the last one, and with each the convolution's history. A program that owns a whole head also applies the gated
-norm; with one long sequence there are too few heads to fill the device, so a head is split along its value
-channels and the norm is a launch of its own.
+norm; heads split along their value channels, which is faster wherever it was measured, leave the norm to a fourth.
+Steps of a few tokens take one launch instead (`extend.py`). Nothing is planned on the host or waits for the device.
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 
