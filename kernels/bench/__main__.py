@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from json import loads
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -85,10 +85,23 @@ def cuda(
     finally:
         cuda_bench.report(rows, env)
     if plots is not None:
-        from kimi_vllm.kernels.bench.plots import plot
+        _plot([loads(row.as_json(env)) for row in rows], plots)
 
-        plots.mkdir(parents=True, exist_ok=True)
-        plot([loads(row.as_json(env)) for row in rows], plots)
+
+@app.command("plot")
+def plot_file(
+    json: Annotated[Path, typer.Argument(help="JSON lines of the `cuda` command.")],
+    folder: Annotated[Path, typer.Argument(help="Draw plots into this folder.")],
+) -> None:
+    """Draw the plots of a file that `cuda --json` has written."""
+    _plot([loads(line) for line in json.read_text().splitlines()], folder)
+
+
+def _plot(rows: list[dict[str, Any]], folder: Path) -> None:
+    from kimi_vllm.kernels.bench.plots import plot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plot(rows, folder)
 
 
 app()

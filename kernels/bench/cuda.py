@@ -24,6 +24,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = ((64,), (128,), (256,), (512,), (2048,), (8192,), (32768,), (65536,))
 MIXES = ((512,) * 16, (4000, 1, 17, 900, 64, 2000, 333, 877), (16,) * 64)
 OURS, IN_TREE, FLA = "kimi-vllm", "in-tree", "fla"
+FLAGGED = "kimi-vllm, flagged"
+"""Ours with a flag per slot for states that are not finite, as the engine's guard runs it: a case of its own."""
 POSITION = 100
 COLD_BYTES = 256 << 20
 """Memory that the steps of one graph touch: four times the cache of an H200."""
@@ -59,7 +61,7 @@ def decode_rows(H: int, D: int, state: str, with_peers: bool) -> Iterator[Row]:
             _require(f"{name} decode N={N} H={H} {state}", out, expected)
             steps = [partial(step, slots[i % sets]) for i in range(max(sets, 20))]
             times = gpu.measure_graph(steps)
-            yield Row("decode", name, {"N": N, "H": H, "D": D}, _dtypes(state), *times, moved_bytes=moved)
+            yield _row("decode", name, {"N": N, "H": H, "D": D}, state, times, moved)
         del arguments
         torch.cuda.empty_cache()
 
@@ -75,7 +77,7 @@ def prefill_rows(H: int, D: int, with_peers: bool) -> Iterator[Row]:
         T, N = sum(lengths), len(lengths)
         moved = _activation_bytes(T, H, D) + 2 * N * H * D * D * 4
         sets = min(24, max(1, -(-COLD_BYTES // moved)))
-        providers = (OURS, *(name for name in (IN_TREE, FLA) if with_peers and name not in missing))
+        providers = (OURS, FLAGGED, *(name for name in (IN_TREE, FLA) if with_peers and name not in missing))
         case = {"T": T, "N": N, "H": H, "D": D}
         index = _prefill_index(lengths)
         expected: Tensor | None = None
@@ -93,11 +95,11 @@ def prefill_rows(H: int, D: int, with_peers: bool) -> Iterator[Row]:
                 steps.append(step)
             flush = gpu.flush_buffer() if sets == 1 else None
             times = gpu.measure_graph(steps, replays=15, flush=flush)
-            yield Row("prefill", name, case, _dtypes("fp32"), *times, moved_bytes=moved)
-            if T <= 8192:
+            yield _row("prefill", name, case, "fp32", times, moved)
+            if T <= 8192 and name != FLAGGED:
                 # With its launches, as a step outside of a graph has them.
                 times = gpu.measure_eager(steps[0])
-                yield Row("prefill-eager", name, case, _dtypes("fp32"), *times, moved_bytes=moved)
+                yield _row("prefill-eager", name, case, "fp32", times, moved)
             del steps, check, step
             torch.cuda.empty_cache()
 
@@ -162,8 +164,13 @@ def _decode_providers(
     in_tree = None if IN_TREE in missing else peers.InTreeDecode(arguments, POSITION)
     flash = None if FLA in missing else peers.FlaDecode(arguments, POSITION, first)
 
-    def ours(slots: Tensor) -> None:
-        decode.kda_decode(**arguments, read_slot=slots, write_slot=slots, position=position, out=out)
+    flags = torch.zeros(len(arguments["state_pool"]), dtype=torch.int32, device="cuda")
+    before = arguments["state_pool"][first.long()]
+
+    def ours(slots: Tensor, nonfinite: Tensor | None = None) -> None:
+        decode.kda_decode(
+            **arguments, read_slot=slots, write_slot=slots, position=position, out=out, nonfinite=nonfinite
+        )
 
     yield OURS, ours, ours
     if in_tree is not None:
@@ -172,6 +179,13 @@ def _decode_providers(
     if flash is not None:
         # fla allocates its own output: only the step that is verified copies it.
         yield FLA, partial(flash.step, out=out), flash.step
+    flagged = partial(ours, nonfinite=flags)
+
+    def flagged_once(slots: Tensor) -> None:
+        arguments["state_pool"][slots.long()] = before  # ours was timed on it
+        flagged(slots)
+
+    yield FLAGGED, flagged_once, flagged
 
 
 def missing_peers() -> dict[str, str]:
@@ -186,8 +200,9 @@ def _prefill_peer(name: str) -> Any:
 
 def _prefill_steps(name: str, arguments: dict[str, Any], index: dict[str, Any], out: Tensor) -> tuple[Step, Step]:
     """Return a provider's step twice: to verify, and to time."""
-    if name == OURS:
-        step = partial(prefill.kda_prefill, **arguments, **index, out=out)
+    if name in (OURS, FLAGGED):
+        flags = torch.zeros(len(arguments["state_pool"]), dtype=torch.int32, device="cuda")
+        step = partial(prefill.kda_prefill, **arguments, **index, out=out, nonfinite=flags if name == FLAGGED else None)
         return step, step
     peer = _prefill_peer(name)
     if name == IN_TREE:
@@ -255,5 +270,7 @@ def _activation_bytes(T: int, H: int, D: int) -> int:
     return 2 * T * H * (6 * D + 1)
 
 
-def _dtypes(state: str) -> dict[str, str]:
-    return {"act": "bf16", "state": state}
+def _row(bench: str, name: str, case: dict[str, int], state: str, times: tuple[float, float, float], moved: int) -> Row:
+    if name == FLAGGED:
+        bench, name = f"{bench}-flagged", OURS
+    return Row(bench, name, case, {"act": "bf16", "state": state}, *times, moved_bytes=moved)
