@@ -80,6 +80,7 @@ def prefill_rows(H: int, D: int, with_peers: bool) -> Iterator[Row]:
         providers = (OURS, FLAGGED, *(name for name in (IN_TREE, FLA) if with_peers and name not in missing))
         case = {"T": T, "N": N, "H": H, "D": D}
         index = _prefill_index(lengths)
+        sequences = peers.FlaPrefill.sequences_of(index["cu_seqlens"])
         expected: Tensor | None = None
         for name in providers:
             steps, out = [], torch.full((T, H * D), float("nan"), dtype=torch.bfloat16, device="cuda")
@@ -87,7 +88,7 @@ def prefill_rows(H: int, D: int, with_peers: bool) -> Iterator[Row]:
                 arguments = _arguments(T, N + 1, H, D, torch.float32, seed)
                 if expected is None:
                     expected = _expected_prefill(arguments, lengths)
-                check, step = _prefill_steps(name, arguments, index, out)
+                check, step = _prefill_steps(name, arguments, index, sequences, out)
                 if seed == 0:
                     check()
                     part = out[: expected.shape[0], : expected.shape[1]]
@@ -198,7 +199,9 @@ def _prefill_peer(name: str) -> Any:
     return {IN_TREE: peers.InTreePrefill, FLA: peers.FlaPrefill}[name]
 
 
-def _prefill_steps(name: str, arguments: dict[str, Any], index: dict[str, Any], out: Tensor) -> tuple[Step, Step]:
+def _prefill_steps(
+    name: str, arguments: dict[str, Any], index: dict[str, Any], sequences: dict[str, Tensor], out: Tensor
+) -> tuple[Step, Step]:
     """Return a provider's step twice: to verify, and to time."""
     if name in (OURS, FLAGGED):
         flags = torch.zeros(len(arguments["state_pool"]), dtype=torch.int32, device="cuda")
@@ -208,7 +211,7 @@ def _prefill_steps(name: str, arguments: dict[str, Any], index: dict[str, Any], 
     if name == IN_TREE:
         step = partial(peer(arguments, index["cu_seqlens"], index["slot_table"][:, 0], index["context_len"]).step, out)
         return step, step
-    flash = peer(arguments, index["cu_seqlens"])
+    flash = peer(arguments, sequences)
     # fla allocates its own output: only the step that is verified copies it.
     return partial(flash.step, out), flash.step
 

@@ -220,24 +220,32 @@ class FlaPrefill:
         result: ``[1, T, H, V]``, the last step's output, in memory of fla's own.
         final_state: ``[N, H, K, V]`` float32 after it, K first as fla has it by default.
         conv_caches: Of q, k and v, ``[N, H·D, W]``.
+
+    Args:
+        sequences: `sequences_of`, the same object for all steps of a graph: fla plans its chunks on the host, once
+            for each tensor it meets.
     """
 
     load = staticmethod(_load_fla)
 
-    def __init__(self, arguments: dict[str, Any], cu_seqlens: Tensor) -> None:
+    @staticmethod
+    def sequences_of(cu_seqlens: Tensor) -> dict[str, Tensor]:
+        """Return the bounds of the sequences, ``[N + 1]``, as fla takes them."""
+        bounds = cu_seqlens.long()
+        return {"cu_seqlens": bounds, "cu_seqlens_cpu": bounds.cpu()}
+
+    def __init__(self, arguments: dict[str, Any], sequences: dict[str, Tensor]) -> None:
         self.kernels = self.load()
         self.name = self.kernels.name
         self.x = _fla_inputs(arguments, rows_are_sequences=False)
-        self.cu_seqlens = cu_seqlens.long()
-        self.cu_seqlens_cpu = self.cu_seqlens.cpu()
+        self.sequences = sequences
         self.result = torch.empty_like(self.x.v)
         self.final_state: Tensor | None = None
         self.conv_caches: list[Tensor] = []
 
     def step(self, out: Tensor | None = None) -> None:
         """Run every sequence over its tokens; `out`, if given, gets a copy of `result`: leave it out of a timing."""
-        x = self.x
-        sequences = {"cu_seqlens": self.cu_seqlens, "cu_seqlens_cpu": self.cu_seqlens_cpu}
+        x, sequences = self.x, self.sequences
         convolved = [
             self.kernels.causal_conv1d(part, weight, activation="silu", output_final_state=True, **sequences)
             for part, weight in zip((x.q, x.k, x.v), x.conv_weights, strict=True)
