@@ -4,25 +4,30 @@ Runs in the process that parses the arguments. Wrong configs and options are ref
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import psutil
 from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
-from vllm.utils.math_utils import cdiv
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from kimi_vllm import patches
 from kimi_vllm.geometry import GeometryError, KimiGeometry
-from kimi_vllm.options import KimiOptions
+from kimi_vllm.options import KimiOptions, OptionsError
+from kimi_vllm.planning import Costs, Demand, cache_bytes, size
 
 logger = init_logger("vllm.kimi_vllm")
 
 NATURAL_BLOCK_SIZE = 64
 """Tokens per MLA page on the CPU, and so the grid on which prefixes can be resumed."""
 
+_SCHEDULER = "kimi_vllm.cache.scheduler.KimiScheduler"
+_WORKER = "kimi_vllm.worker.KimiWorker"
 _GEOMETRY_ATTRIBUTE = "kimi_geometry"
 
 
@@ -48,21 +53,23 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse what the state cache cannot do yet, by the name of the option, and set the block size on CPUs.
+        """Refuse what the state cache cannot do yet, by the name of the option, and size the caches.
 
         Raises:
             ValueError: an unsupported combination of vLLM options.
-            OptionsError: see `KimiOptions.from_additional_config`.
+            OptionsError: see `KimiOptions.from_additional_config`; or more state slots than memory.
+            PlanError: see `planning.size`.
         """
-        KimiOptions.from_additional_config(vllm_config.additional_config)
+        options = KimiOptions.from_additional_config(vllm_config.additional_config)
         _refuse_unserved(vllm_config)
         cache_config = vllm_config.cache_config
         if current_platform.is_cpu() and not cache_config.user_specified_block_size:
             cache_config.block_size = NATURAL_BLOCK_SIZE
             # The CPU platform replaces every block size nobody asked for by 128, which would halve the hits.
             cache_config.user_specified_block_size = True
-        if current_platform.is_cpu():
-            _limit_cpu_cache(vllm_config)
+        if any(geometry_of(vllm_config.model_config).kda):
+            _bring_our_own(vllm_config)
+        _size(vllm_config, options)
         logger.info("kimi-vllm serves KimiLinearForCausalLM (KIMI_VLLM_DISABLE=1 leaves it to vLLM).")
 
 
@@ -90,28 +97,110 @@ def _config_as_written(model_config: ModelConfig) -> dict[str, Any]:
     return {**written, **overrides} if isinstance(overrides, dict) else written
 
 
-def _limit_cpu_cache(vllm_config: VllmConfig) -> None:
-    """Ask for the pages that all sequences at full length can use, where that is less than what vLLM would take.
+def _bring_our_own(vllm_config: VllmConfig) -> None:
+    """Put our scheduler and worker, thin layers over vLLM's, in their places."""
+    for option, config, name, default, ours in (
+        ("--scheduler-cls", vllm_config.scheduler_config, "scheduler_cls", None, _SCHEDULER),
+        ("--worker-cls", vllm_config.parallel_config, "worker_cls", "auto", _WORKER),
+    ):
+        if getattr(config, name) not in (default, ours):
+            raise ValueError(
+                f"{option} {getattr(config, name)}: kimi-vllm needs {ours} there, which swaps and guards KDA state. "
+                "Drop the option, or set KIMI_VLLM_DISABLE=1 to use vLLM's own Kimi Linear."
+            )
+        setattr(config, name, ours)
 
-    vLLM takes nearly all free memory of a CPU and writes zeros to it before it is ready: a minute for 20 GiB, and
-    nothing left for anybody else, whatever the model's size.
-    """
-    cache_config, model_config = vllm_config.cache_config, vllm_config.model_config
-    if cache_config.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        return
-    geometry = geometry_of(model_config)
-    num_mla = geometry.num_layers - sum(geometry.kda)
-    page_bytes = cache_config.block_size * geometry.latent_dim * model_config.dtype.itemsize * num_mla
-    pages = 1 + vllm_config.scheduler_config.max_num_seqs * cdiv(model_config.max_model_len, cache_config.block_size)
-    if pages * page_bytes >= psutil.virtual_memory().available * cache_config.gpu_memory_utilization:
-        return
-    cache_config.kv_cache_memory_bytes = pages * page_bytes
-    logger.info(
-        "kimi-vllm: %.2f GiB of KV cache hold %d sequences of %d tokens; --kv-cache-memory-bytes asks for more.",
-        pages * page_bytes / 2**30,
-        vllm_config.scheduler_config.max_num_seqs,
-        model_config.max_model_len,
+
+def _size(vllm_config: VllmConfig, options: KimiOptions) -> None:
+    """Divide memory before anything is loaded, and write the outcome where scheduler and workers look for it."""
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    costs = _costs(vllm_config)
+    memory, utilization = _memory(vllm_config), cache.gpu_memory_utilization
+    if options.state_slots is not None:
+        _check_slots(options.state_slots, costs.slot, memory)
+    demand = Demand(
+        max_num_seqs=scheduler.max_num_seqs,
+        max_model_len=vllm_config.model_config.max_model_len,
+        block_size=cache.block_size or NATURAL_BLOCK_SIZE,
+        prefix_caching=bool(cache.enable_prefix_caching),
+        checkpoint_share=options.checkpoint_share,
+        state_slots=options.state_slots,
+        num_pages=_pages_asked(vllm_config, costs.page),
+        fill=not current_platform.is_cpu(),
+        any_length=vllm_config.model_config.original_max_model_len == -1,
     )
+    sizing = size(costs, demand, cache_bytes(memory, utilization, costs))
+    if sizing.live < scheduler.max_num_seqs:
+        logger.warning(
+            "kimi-vllm: --max-num-seqs %d is lowered to %d: there are no more KDA state slots for running requests. "
+            "kimi.state_slots in --additional-config sets their number.",
+            scheduler.max_num_seqs,
+            sizing.live,
+        )
+        scheduler.max_num_seqs = sizing.live
+    given = vllm_config.additional_config
+    given = given if isinstance(given, dict) else {}
+    # A new dictionary: the caller may start another engine with the one it gave us.
+    vllm_config.additional_config = {**given, "kimi": {**given.get("kimi", {}), "state_slots": sizing.state_slots}}
+    if current_platform.is_cpu() and demand.num_pages is None:
+        # vLLM would take nearly all free memory and write zeros to it before it is ready: a minute for 20 GiB, and
+        # nothing left for anybody else, whatever the model's size.
+        cache.kv_cache_memory_bytes = sizing.kv_bytes
+    logger.info("%s", sizing.table())
+
+
+def _costs(vllm_config: VllmConfig) -> Costs:
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    geometry, ranks = geometry_of(model), parallel.tensor_parallel_size
+    cached = STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype)
+    stages = []
+    for stage in range(parallel.pipeline_parallel_size):
+        layers = slice(*get_pp_indices(geometry.num_layers, stage, parallel.pipeline_parallel_size))
+        part = replace(geometry, kda=geometry.kda[layers], sparse=geometry.sparse[layers])
+        # vLLM splits experts over data-parallel ranks too.
+        costs = Costs.of(
+            part,
+            model.dtype.itemsize,
+            cache.block_size or NATURAL_BLOCK_SIZE,
+            ranks=ranks,
+            expert_ranks=ranks * parallel.data_parallel_size,
+            cache_itemsize=cached.itemsize,
+        )
+        stages.append(costs)
+    heaviest = Costs.heaviest(stages)
+    if model.quantization is None:
+        return heaviest
+    index = get_hf_file_to_dict("model.safetensors.index.json", model.model, model.revision) or {}
+    total = index.get("metadata", {}).get("total_size")
+    workers = ranks * parallel.pipeline_parallel_size
+    return heaviest if total is None else replace(heaviest, weights=min(heaviest.weights, int(total) // workers))
+
+
+def _memory(vllm_config: VllmConfig) -> int:
+    """Bytes that one worker may count on before its share of `gpu_memory_utilization`."""
+    if current_platform.is_cpu():
+        available: int = psutil.virtual_memory().available
+        return available // vllm_config.parallel_config.world_size
+    return int(current_platform.get_device_total_memory())
+
+
+def _pages_asked(vllm_config: VllmConfig, page_bytes: int) -> int | None:
+    cache = vllm_config.cache_config
+    if cache.num_gpu_blocks_override is not None:
+        return int(cache.num_gpu_blocks_override)
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE") if current_platform.is_cpu() else None
+    asked = int(space) * 2**30 if space else cache.kv_cache_memory_bytes
+    return int(asked) // page_bytes if asked else None
+
+
+def _check_slots(asked: int, slot_bytes: int, memory: int) -> None:
+    # Memory of a CPU is handed out on first touch: too large a pool would end in a kill, long after "ready".
+    needed = (1 + asked) * slot_bytes
+    if needed > memory:
+        raise OptionsError(
+            f"kimi.state_slots: {asked} KDA state slots of {slot_bytes / 2**20:.1f} MiB need {needed / 2**30:.1f} GiB, "
+            f"and there are {memory / 2**30:.1f} GiB. Lower it, or leave it out: then as many are chosen as fit."
+        )
 
 
 def _refuse_unserved(vllm_config: VllmConfig) -> None:

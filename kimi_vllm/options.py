@@ -14,14 +14,28 @@ class KimiOptions:
     """What can be set, each with its default.
 
     Attributes:
-        state_slots: slots of the KDA state pool that requests and checkpoints share. Default: one per running
-            sequence (``--max-num-seqs``), and as many again for checkpoints when prefix caching is on.
+        state_slots: slots of the KDA state pool that requests and checkpoints share. Default: chosen from
+            memory by `planning.size`, at most one per sequence (``--max-num-seqs``) beside those for checkpoints.
         checkpoint_interval: with prefix caching, also keep the state every so many tokens of a prompt, rounded up
             to the attention block. 0 keeps only the boundaries that a later request is likely to resume at.
+        checkpoint_share: share of the memory for state and KV cache, from 0 to below 1, that slots for checkpoints may
+            take beside those for running sequences. A tenth: slots that no running request needs hold checkpoints too,
+            so this is what remains of them when every sequence runs, and more would cost pages, without which a
+            checkpoint cannot be resumed.
+        eviction: which checkpoint goes first when a slot is needed: "value", the one that saves least computation, or
+            "lru", the one unused for longest.
+        host_memory_gib: host memory per worker for states that were evicted or whose request was preempted, in GiB.
+            0 recomputes them. The states only: pages of the KV cache that vLLM has given away are computed again.
+        on_nonfinite: what happens to a request whose state becomes NaN or infinite: "abort" ends it with an error,
+            "resume" computes it again from its last good checkpoint, once.
     """
 
     state_slots: int | None = None
     checkpoint_interval: int = 0
+    checkpoint_share: float = 0.1
+    eviction: str = "value"
+    host_memory_gib: float = 0
+    on_nonfinite: str = "abort"
 
     def __post_init__(self) -> None:
         if self.state_slots is not None and (not _is_int(self.state_slots) or self.state_slots < 2):
@@ -33,6 +47,15 @@ class KimiOptions:
             raise OptionsError(
                 f"kimi.checkpoint_interval={self.checkpoint_interval!r}: expected a number of tokens, or 0."
             )
+        share = self.checkpoint_share
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share < 1:
+            raise OptionsError(f"kimi.checkpoint_share={share!r}: expected a number from 0 to below 1.")
+        memory = self.host_memory_gib
+        if not isinstance(memory, int | float) or isinstance(memory, bool) or not 0 <= memory < float("inf"):
+            raise OptionsError(f"kimi.host_memory_gib={memory!r}: expected a number of GiB, or 0.")
+        for name, known in {"eviction": ("value", "lru"), "on_nonfinite": ("abort", "resume")}.items():
+            if (value := getattr(self, name)) not in known:
+                raise OptionsError(f"kimi.{name}={value!r}: expected one of {', '.join(known)}.")
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> "KimiOptions":

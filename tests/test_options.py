@@ -15,6 +15,11 @@ def test_values_are_read():
     assert (options.state_slots, options.checkpoint_interval) == (12, 512)
 
 
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_checkpoint_share_is_a_number_below_one(share):
+    assert KimiOptions.from_additional_config({"kimi": {"checkpoint_share": share}}).checkpoint_share == share
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -22,6 +27,9 @@ def test_values_are_read():
         ({"kimi": {"state_slots": 1}}, "kimi.state_slots=1: expected an integer of at least 2"),
         ({"kimi": {"state_slots": "many"}}, "kimi.state_slots='many'"),
         ({"kimi": {"checkpoint_interval": -1}}, "kimi.checkpoint_interval=-1"),
+        ({"kimi": {"checkpoint_share": 1}}, "kimi.checkpoint_share=1: expected a number from 0 to below 1"),
+        ({"kimi": {"checkpoint_share": -0.1}}, "kimi.checkpoint_share=-0.1"),
+        ({"kimi": {"checkpoint_share": "half"}}, "kimi.checkpoint_share='half'"),
         ({"kimi": 3}, "--additional-config: expected"),
     ],
 )

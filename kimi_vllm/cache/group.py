@@ -4,13 +4,11 @@ vLLM forms cache groups by spec and sizes them alike, so the state group has exa
 layers: then there are two groups, one block table and one metadata build for all KDA layers, and no page is enlarged.
 """
 
-from typing import cast
+from typing import Any, cast
 
-import psutil
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -18,12 +16,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.metadata import KDAStateBackend
 from kimi_vllm.cache.pool import StatePool
-from kimi_vllm.cache.slots import MIN_SLOTS
 from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.options import KimiOptions
-
-logger = init_logger("vllm.kimi_vllm")
 
 
 class StateGroupMember(nn.Module, AttentionLayerBase):
@@ -33,16 +28,16 @@ class StateGroupMember(nn.Module, AttentionLayerBase):
 
     Args:
         beside: the MLA layer whose page the spec copies.
+        values: the attributes of `KDAStateSpec` that are not the page's.
         prefix: a name with exactly one integer, as vLLM's cache binding requires.
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, beside: AttentionLayerBase, num_slots: int, interval: int, prefix: str
+        self, vllm_config: VllmConfig, beside: AttentionLayerBase, values: dict[str, Any], prefix: str
     ) -> None:
         super().__init__()
         self._beside = [beside]  # in a list, so that nn.Module does not adopt the layer twice
-        self._num_slots = num_slots
-        self._interval = interval
+        self._values = values
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
@@ -51,9 +46,9 @@ class StateGroupMember(nn.Module, AttentionLayerBase):
         return KDAStateBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KDAStateSpec:
-        """A page like the MLA layer's, and the number of slots."""
+        """A page like the MLA layer's, and what the scheduler must know of the pool."""
         attention = cast("AttentionSpec", self._beside[0].get_kv_cache_spec(vllm_config))
-        return KDAStateSpec.beside(attention, self._num_slots, self._interval)
+        return KDAStateSpec.beside(attention, **self._values)
 
 
 class StateHome:
@@ -73,17 +68,11 @@ class StateHome:
         layout = SlotLayout.of(geometry, num_layers, tensor_parallel)
         self.prefix = prefix
         self.options = KimiOptions.from_additional_config(vllm_config.additional_config)
-        self.num_slots = num_slots(vllm_config, self.options)
-        device = vllm_config.device_config.device
-        _check_memory(self.num_slots, layout, device)
-        self.pool = StatePool(layout, self.num_slots, device)
-        logger.info(
-            "kimi-vllm: %d KDA state slots of %.2f MiB for %d layers beside the paged KV cache (%.1f MiB in all).",
-            self.num_slots - 1,
-            layout.slot_bytes / 2**20,
-            num_layers,
-            self.pool.nbytes / 2**20,
-        )
+        # The config hook chose it, so that scheduler and workers have the same number.
+        assert self.options.state_slots is not None
+        self.num_slots = 1 + self.options.state_slots
+        num_host_slots = int(self.options.host_memory_gib * 2**30 // layout.slot_bytes)
+        self.pool = StatePool(layout, self.num_slots, vllm_config.device_config.device, num_host_slots)
         self.metadata_name = self.member_name(mla_layer)
         self._num_claimed = 0
 
@@ -98,28 +87,11 @@ class StateHome:
 
     def member(self, vllm_config: VllmConfig, mla_layer: int, beside: AttentionLayerBase) -> StateGroupMember:
         """The group member beside an MLA layer."""
-        return StateGroupMember(
-            vllm_config, beside, self.num_slots, self.options.checkpoint_interval, self.member_name(mla_layer)
-        )
-
-
-def _check_memory(num_slots: int, layout: SlotLayout, device: torch.device) -> None:
-    # Memory of a CPU is handed out on first touch: too large a pool would end in a kill, long after "ready".
-    if device.type != "cpu":
-        return
-    needed, available = num_slots * layout.slot_bytes, psutil.virtual_memory().available
-    if needed > available:
-        raise ValueError(
-            f"kimi.state_slots: {num_slots - 1} KDA state slots of {layout.slot_bytes / 2**20:.1f} MiB need "
-            f"{needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are free. Lower --max-num-seqs, or set "
-            '--additional-config \'{"kimi": {"state_slots": ...}}\'.'
-        )
-
-
-def num_slots(vllm_config: VllmConfig, options: KimiOptions) -> int:
-    """Slots of the pool, the null slot included: as asked, or one per running sequence and as many for checkpoints."""
-    if options.state_slots is not None:
-        return 1 + options.state_slots
-    sequences: int = vllm_config.scheduler_config.max_num_seqs
-    caching = vllm_config.cache_config.enable_prefix_caching
-    return max(MIN_SLOTS, 1 + sequences * (2 if caching else 1))
+        values = {
+            "num_slots": self.num_slots,
+            "slot_bytes": self.pool.layout.slot_bytes,
+            "num_host_slots": self.pool.num_host_slots,
+            "checkpoint_interval": self.options.checkpoint_interval,
+            "eviction": self.options.eviction,
+        }
+        return StateGroupMember(vllm_config, beside, values, self.member_name(mla_layer))

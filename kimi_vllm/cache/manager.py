@@ -20,7 +20,6 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
     BlockHashList,
     KVCacheBlock,
-    make_block_hash_with_group_id,
     resolve_block_hashes,
 )
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -41,21 +40,26 @@ class KDAStateSpec(AttentionSpec):
 
     Attributes:
         num_slots: slots of the pool, the null slot included.
-        checkpoint_interval: see `KimiOptions`.
+        slot_bytes: bytes of one slot on one rank.
+        num_host_slots: states that host memory has room for.
+        checkpoint_interval, eviction: see `KimiOptions`.
     """
 
     dcp_sharded: bool = False
     num_slots: int = 0
+    slot_bytes: int = 0
+    num_host_slots: int = 0
     checkpoint_interval: int = 0
+    eviction: str = "value"
 
     @classmethod
-    def beside(cls, attention: AttentionSpec, num_slots: int, checkpoint_interval: int) -> Self:
-        """The spec for a state group that lives beside the given MLA layers."""
+    def beside(cls, attention: AttentionSpec, **values: Any) -> Self:
+        """The spec for a state group that lives beside the given MLA layers; `values` are the attributes above."""
         page: dict[str, Any] = {
             field.name: getattr(attention, field.name) for field in fields(AttentionSpec) if field.init
         }
         page["dcp_sharded"] = False
-        return cls(**page, num_slots=num_slots, checkpoint_interval=checkpoint_interval)
+        return cls(**page, **values)
 
     @property
     def uses_slot_mapping(self) -> bool:
@@ -81,7 +85,12 @@ class KDAStateManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         # An answer larger than the page pool is how a manager tells the scheduler "not now" (Mamba's does the same).
         self._not_now: int = block_pool.num_gpu_blocks + 1
-        self.block_pool = SlotPool(kv_cache_spec.num_slots, block_pool.hash_block_size)
+        self.block_pool = SlotPool(
+            kv_cache_spec.num_slots,
+            block_pool.hash_block_size,
+            kv_cache_spec.num_host_slots,
+            kv_cache_spec.eviction,
+        )
         self._null_block = self.block_pool.null_block
         self._interval = kv_cache_spec.checkpoint_interval
         self._new_entries: dict[str, tuple[int, list[KVCacheBlock]]] = {}
@@ -137,11 +146,14 @@ class KDAStateManager(SingleTypeKVCacheManager):
             return 0 if self.block_pool.slots.can_take(1) or self._can_stay(table) else self._not_now
         wanted = 1
         if new_computed_blocks:
-            checkpoint = new_computed_blocks[-1].block_id
-            if checkpoint in self._unsettled:
+            checkpoint = new_computed_blocks[-1]
+            if checkpoint.block_id in self._unsettled:
                 # Its writer runs in this very step, beside us: wait for the next one.
                 return self._not_now
-            wanted += not self.block_pool.slots.references(checkpoint)
+            # One on the host needs a slot to be loaded into; an idle one can no longer be evicted for us.
+            wanted += self.block_pool.is_on_host(checkpoint) or not self.block_pool.slots.references(
+                checkpoint.block_id
+            )
         return 0 if self.block_pool.slots.can_take(wanted) else self._not_now
 
     def add_local_computed_blocks(
@@ -152,8 +164,12 @@ class KDAStateManager(SingleTypeKVCacheManager):
         num_external_computed_tokens: int,
     ) -> None:
         """Start a request's table from a prefix hit, holding the checkpoint it resumes from."""
-        self.block_pool.touch(block for block in new_computed_blocks if not block.is_null)
-        self.req_to_blocks[request_id].extend(new_computed_blocks)
+        table = self.req_to_blocks[request_id]
+        table.extend(new_computed_blocks)
+        if table and self.block_pool.is_on_host(table[-1]):
+            table[-1] = self.block_pool.load(table[-1], self.kv_cache_group_id)
+        else:
+            self.block_pool.touch(block for block in new_computed_blocks if not block.is_null)
         self.num_cached_block[request_id] = len(new_computed_blocks)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
@@ -200,13 +216,11 @@ class KDAStateManager(SingleTypeKVCacheManager):
             block = table[index]
             if block.is_null:
                 continue
-            key = make_block_hash_with_group_id(hashes[index], self.kv_cache_group_id)
-            boundary = (index + 1) * block_size
-            if not self.block_pool.publish(block, key, boundary):
+            if not self.block_pool.publish(block, hashes, index + 1, self.kv_cache_group_id):
                 continue
             self._unsettled.add(block.block_id)
-            if boundary not in kept:
-                self._roll(request_id, index, key)
+            if (index + 1) * block_size not in kept:
+                self._roll(request_id, index, hashes[index])
         self.num_cached_block[request_id] = max(num_full, num_cached)
 
     def remove_skipped_blocks(
@@ -242,6 +256,26 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._unsettled.clear()
         self._new_entries.clear()
         return []
+
+    def written_slots(self, request_id: str, first_token: int) -> list[int]:
+        """Slots that a step writes which computes the request's tokens from `first_token` on."""
+        table = self.req_to_blocks[request_id]
+        return [block.block_id for block in table[first_token // self.block_size :] if not block.is_null]
+
+    def quarantine(self, request_id: str, first_token: int) -> set[str]:
+        """Withdraw every state of a request from the one after `first_token` on: they are not finite.
+
+        Returns:
+            Other requests that resumed from one of them.
+        """
+        sick = set(self.written_slots(request_id, first_token))
+        for slot in sick:
+            self.block_pool.withdraw(self.block_pool.blocks[slot])
+        return {
+            name
+            for name, table in self.req_to_blocks.items()
+            if name != request_id and any(block.block_id in sick for block in table)
+        }
 
     def _next_slot(self, table: list[KVCacheBlock]) -> KVCacheBlock:
         # Without prefix caching nobody resumes from a boundary, so there is no reason to leave the slot.

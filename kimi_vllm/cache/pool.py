@@ -17,13 +17,26 @@ class StatePool:
         layout: shapes and dtypes of a slot.
         num_slots: slots, the null slot included.
         device: where the kernels run.
+        num_host_slots: slots in host memory behind it, page-locked where the device is not the host itself.
+
+    Attributes:
+        nonfinite: ``[S]`` int32; the kernels of all layers set it where a state that they write is not finite.
     """
 
-    def __init__(self, layout: SlotLayout, num_slots: int, device: torch.device | str) -> None:
+    def __init__(self, layout: SlotLayout, num_slots: int, device: torch.device | str, num_host_slots: int = 0) -> None:
         self.layout = layout
         self.num_slots = num_slots
+        self.num_host_slots = num_host_slots
         self.state = torch.zeros(num_slots, *layout.state_shape, dtype=layout.state_dtype, device=device)
         self.conv = torch.zeros(num_slots, *layout.conv_shape, dtype=layout.conv_dtype, device=device)
+        self.nonfinite = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        pinned = self.state.device.type != "cpu"
+        self.host_state = torch.empty(
+            num_host_slots, *layout.state_shape, dtype=layout.state_dtype, device="cpu", pin_memory=pinned
+        )
+        self.host_conv = torch.empty(
+            num_host_slots, *layout.conv_shape, dtype=layout.conv_dtype, device="cpu", pin_memory=pinned
+        )
 
     @property
     def nbytes(self) -> int:
@@ -33,3 +46,11 @@ class StatePool:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """The pool of the `index`-th KDA layer of this stage: conv ``[S, R, 3·H·D]``, state ``[S, H, V, K]``."""
         return self.conv[:, index], self.state[:, index]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot to another, in order with the steps; ids from `num_slots` on are host slots."""
+        for pool, host in ((self.state, self.host_state), (self.conv, self.host_conv)):
+            self._row(pool, host, target).copy_(self._row(pool, host, source), non_blocking=True)
+
+    def _row(self, pool: Tensor, host: Tensor, slot: int) -> Tensor:
+        return pool[slot] if slot < self.num_slots else host[slot - self.num_slots]

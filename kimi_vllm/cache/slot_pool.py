@@ -1,34 +1,77 @@
-"""The slots as vLLM's coordinator sees a block pool."""
+"""The slots as vLLM's coordinator sees a block pool, and the tier of host memory behind them."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.request import Request
 
+from kimi_vllm.cache.checkpoints import Lineage
+from kimi_vllm.cache.eviction import POLICIES
+from kimi_vllm.cache.host_tier import HostTier
 from kimi_vllm.cache.slots import NULL_SLOT, SlotAllocator
 
 
 class SlotPool:
-    """One handle per slot for vLLM; the bookkeeping is `SlotAllocator`'s.
+    """One handle per slot for vLLM; the bookkeeping is `SlotAllocator`'s and `HostTier`'s.
 
     Implements the part of `BlockPool` that vLLM calls on a manager's pool. KV events are not emitted for states; the
     pages' events are complete without them.
+
+    Args:
+        num_slots: slots on the device, the null slot included.
+        hash_block_size: tokens per block hash.
+        num_host_slots: states that host memory has room for.
+        eviction: name of a policy in `eviction.POLICIES`.
+
+    Attributes:
+        moves: copies ``(source, target)`` for the workers to make, in order, before their next step. Ids from
+            `num_slots` on are host slots.
+        counts: evictions, swaps_out and swaps_in so far.
     """
 
-    def __init__(self, num_slots: int, hash_block_size: int) -> None:
-        self.slots = SlotAllocator(num_slots)
+    def __init__(self, num_slots: int, hash_block_size: int, num_host_slots: int = 0, eviction: str = "value") -> None:
+        self.slots = SlotAllocator(num_slots, POLICIES[eviction]())
+        self.host = HostTier(num_host_slots, POLICIES[eviction]())
         self.hash_block_size = hash_block_size
-        self.blocks = [KVCacheBlock(slot, pool=self) for slot in range(num_slots)]  # type: ignore[arg-type]
+        handles = [KVCacheBlock(slot, pool=self) for slot in range(num_slots + num_host_slots)]  # type: ignore[arg-type]
+        self.blocks, self.host_blocks = handles[:num_slots], handles[num_slots:]
         self.null_block = self.blocks[NULL_SLOT]
         self.null_block.is_null = True
+        self.moves: list[tuple[int, int]] = []
+        self.counts: Counter[str] = Counter()
 
     def take(self) -> KVCacheBlock:
-        """A slot to write, with one reference."""
+        """A slot to write, with one reference. A checkpoint evicted for it goes to host memory, if there is any."""
         slot, evicted = self.slots.take()
-        if evicted:
+        if evicted is not None:
             self.blocks[slot].reset_hash()
+            self.counts["evictions"] += 1
+            if (host_slot := self.host.store(*evicted)) is not None:
+                self.moves.append((slot, self.slots.num_slots + host_slot))
+                self.counts["swaps_out"] += 1
         return self.blocks[slot]
+
+    def is_on_host(self, block: KVCacheBlock) -> bool:
+        """Whether a hit must be loaded before a step can read it."""
+        return int(block.block_id) >= self.slots.num_slots
+
+    def load(self, block: KVCacheBlock, group_id: int) -> KVCacheBlock:
+        """Bring a state back from host memory, into a slot with one reference that is published in its place."""
+        host_slot = block.block_id - self.slots.num_slots
+        lineage, length = self.host.claim(host_slot)
+        loaded = self.take()  # may store a state in the tier; not in the slot we are loading from
+        self.moves.append((block.block_id, loaded.block_id))
+        self.host.release(host_slot)
+        self.counts["swaps_in"] += 1
+        self.publish(loaded, lineage, length, group_id)
+        return loaded
+
+    def take_moves(self) -> list[tuple[int, int]]:
+        """The copies since the last call."""
+        moves, self.moves = self.moves, []
+        return moves
 
     def touch(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Add a reference to each slot."""
@@ -41,11 +84,12 @@ class SlotPool:
             if not block.is_null:
                 self.slots.release(block.block_id)
 
-    def publish(self, block: KVCacheBlock, key: Any, num_tokens: int) -> bool:
-        """Offer a slot's state, after `num_tokens` tokens, to requests with the same prefix."""
-        if not self.slots.publish(block.block_id, key):
+    def publish(self, block: KVCacheBlock, lineage: Lineage, length: int, group_id: int) -> bool:
+        """Offer a slot's state, after `length` blocks of `lineage`, to requests with the same prefix."""
+        if not self.slots.publish(block.block_id, lineage, length):
             return False
-        block.set_block_hash(key, num_tokens=num_tokens)
+        key: Any = lineage[length - 1]
+        block.set_block_hash(make_block_hash_with_group_id(key, group_id))
         return True
 
     def withdraw(self, block: KVCacheBlock) -> None:
@@ -54,11 +98,16 @@ class SlotPool:
             block.reset_hash()
 
     def get_cached_block(self, block_hash: BlockHash, kv_cache_group_ids: list[int]) -> list[KVCacheBlock] | None:
-        """The published slot of each group for this prefix, or None if a group has none."""
-        found = [self.slots.find(make_block_hash_with_group_id(block_hash, group)) for group in kv_cache_group_ids]
-        if any(slot is None for slot in found):
-            return None
-        return [self.blocks[slot] for slot in found if slot is not None]
+        """The slot that holds the state for this prefix, on the device or on the host, or None.
+
+        All KDA layers are one group, so there is one slot.
+        """
+        [_] = kv_cache_group_ids
+        if (slot := self.slots.find(block_hash)) is not None:
+            return [self.blocks[slot]]
+        if (host_slot := self.host.find(block_hash)) is not None:
+            return [self.host_blocks[host_slot]]
+        return None
 
     def reset_prefix_cache(self) -> bool:
         """Forget every checkpoint. False, and nothing changed, while requests still hold slots."""
@@ -66,6 +115,7 @@ class SlotPool:
             return False
         for slot in self.slots.withdraw_all():
             self.blocks[slot].reset_hash()
+        self.host.clear()
         return True
 
     def emit_cached_block_events(

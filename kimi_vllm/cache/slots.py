@@ -10,7 +10,8 @@ Pure on purpose: slots are integers, keys are opaque. No vLLM, no torch.
 from collections import deque
 from collections.abc import Hashable
 
-from kimi_vllm.cache.checkpoints import CheckpointIndex
+from kimi_vllm.cache.checkpoints import CheckpointIndex, Lineage
+from kimi_vllm.cache.eviction import EvictionPolicy
 
 NULL_SLOT = 0
 MIN_SLOTS = 3
@@ -28,15 +29,16 @@ class SlotAllocator:
 
     Args:
         num_slots: all slots, the null slot included; at least `MIN_SLOTS`.
+        policy: the order in which idle checkpoints are evicted; by value if None.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, policy: EvictionPolicy | None = None) -> None:
         if num_slots < MIN_SLOTS:
             raise ValueError(f"num_slots={num_slots}: at least {MIN_SLOTS} are needed (one of them is the null slot).")
         self.num_slots = num_slots
         self._free: deque[int] = deque(range(1, num_slots))
         self._references = [0] * num_slots
-        self._checkpoints = CheckpointIndex()
+        self._checkpoints = CheckpointIndex(policy)
 
     @property
     def num_free(self) -> int:
@@ -62,24 +64,24 @@ class SlotAllocator:
         """Whether `count` calls of `take` will succeed."""
         return count <= self.num_available
 
-    def take(self) -> tuple[int, bool]:
+    def take(self) -> tuple[int, tuple[Lineage, int] | None]:
         """Hand out a slot with one reference.
 
         Returns:
-            The slot, and whether a checkpoint had to be evicted for it. Its contents are whatever they were:
-            a fresh slot is never read before it is written.
+            The slot, and what the checkpoint was published with that had to be evicted for it. The slot's contents
+            are whatever they were: a fresh slot is never read before it is written.
 
         Raises:
             NoSlotError: nothing is free and every checkpoint is in use.
         """
         if self._free:
-            slot, evicted = self._free.popleft(), False
+            slot, evicted = self._free.popleft(), None
         else:
             victim = self._checkpoints.victim()
             if victim is None:
                 raise NoSlotError(f"all {self.num_slots - 1} slots are live")
+            slot, evicted = victim, self._checkpoints.origin(victim)
             self._checkpoints.forget(victim)
-            slot, evicted = victim, True
         self._references[slot] = 1
         return slot, evicted
 
@@ -107,11 +109,15 @@ class SlotAllocator:
         """How many requests reference the slot."""
         return self._references[slot]
 
-    def publish(self, slot: int, key: Hashable) -> bool:
-        """Offer a live slot's contents to other requests under `key`. False if the key is known already."""
+    def publish(self, slot: int, lineage: Lineage, length: int) -> bool:
+        """Offer a live slot to other requests as the state after `length` blocks of `lineage`.
+
+        Returns:
+            False if that state is published already.
+        """
         if not self._references[slot]:
             raise ValueError(f"slot {slot} is not live: only its owner can publish it")
-        return self._checkpoints.add(slot, key)
+        return self._checkpoints.add(slot, lineage, length)
 
     def withdraw(self, slot: int) -> bool:
         """Make a checkpoint an ordinary slot again; an idle one becomes free. False if it was none."""

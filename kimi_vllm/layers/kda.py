@@ -120,6 +120,7 @@ class KimiDeltaAttention(nn.Module):
 
         self.metadata_name = home.metadata_name
         self.conv_pool, self.state_pool = home.claim_layer()
+        self.nonfinite = home.pool.nonfinite
         dispatch.prepare(self.state_pool.device.type, head_dim)
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
@@ -146,7 +147,7 @@ class KimiDeltaAttention(nn.Module):
             step: which rows are decodes and prefills, and their slots.
 
         Mutates:
-            The pool at the step's write slots, and `out`.
+            The pool at the step's write slots and their flags, and `out`.
         """
         decodes, end = step.num_decodes, step.num_tokens
         weights = (self.conv_weight, self.A_log, self.dt_bias, self.o_norm.weight, self.norm_eps)
@@ -155,7 +156,14 @@ class KimiDeltaAttention(nn.Module):
             inputs = (qkv[:decodes], gate[:decodes], beta[:decodes], out_gate[:decodes])
             rows = step.decode
             torch.ops.kimi_vllm.kda_decode(
-                *inputs, *weights, *pools, rows.read_slot, rows.write_slot, rows.position, out[:decodes]
+                *inputs,
+                *weights,
+                *pools,
+                rows.read_slot,
+                rows.write_slot,
+                rows.position,
+                out[:decodes],
+                self.nonfinite,
             )
         if step.prefill is not None:
             inputs = (qkv[decodes:end], gate[decodes:end], beta[decodes:end], out_gate[decodes:end])
@@ -169,6 +177,7 @@ class KimiDeltaAttention(nn.Module):
                 packed.slot_table,
                 step.block_size,
                 out[decodes:end],
+                self.nonfinite,
             )
 
 

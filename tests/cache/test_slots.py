@@ -24,7 +24,7 @@ def test_too_few_slots_are_refused():
 def test_a_released_slot_is_free_and_a_released_checkpoint_idle():
     slots = SlotAllocator(4)
     plain, kept = slots.take()[0], slots.take()[0]
-    assert slots.publish(kept, "key")
+    assert slots.publish(kept, ["key"], 1)
     slots.release(plain)
     slots.release(kept)
     assert (slots.num_free, slots.num_idle, slots.num_live) == (2, 1, 0)
@@ -35,11 +35,11 @@ def test_eviction_takes_the_checkpoint_unused_for_longest():
     slots = SlotAllocator(4)
     taken = [slots.take()[0] for _ in range(3)]
     for slot in taken:
-        slots.publish(slot, slot)
+        slots.publish(slot, [slot], 1)
         slots.release(slot)
     slots.retain(taken[0])
     slots.release(taken[0])
-    assert [slots.take() for _ in range(3)] == [(taken[1], True), (taken[2], True), (taken[0], True)]
+    assert [slots.take() for _ in range(3)] == [(slot, ([slot], 1)) for slot in (taken[1], taken[2], taken[0])]
     assert slots.find(taken[1]) is None
 
 
@@ -47,7 +47,7 @@ def test_a_checkpoint_in_use_is_not_evicted():
     slots = SlotAllocator(4)
     for key in "ab":
         slot, _ = slots.take()
-        slots.publish(slot, key)
+        slots.publish(slot, [key], 1)
         slots.release(slot)
     used = slots.find("a")
     slots.retain(used)
@@ -60,8 +60,8 @@ def test_a_checkpoint_in_use_is_not_evicted():
 def test_a_second_state_for_the_same_prefix_is_not_published():
     slots = SlotAllocator(4)
     first, second = slots.take()[0], slots.take()[0]
-    assert slots.publish(first, "key")
-    assert not slots.publish(second, "key")
+    assert slots.publish(first, ["key"], 1)
+    assert not slots.publish(second, ["key"], 1)
     slots.release(second)
     assert slots.num_free == 2
 
@@ -71,15 +71,15 @@ def test_a_second_state_for_the_same_prefix_is_not_published():
     [
         lambda slots, free, live: slots.retain(free),
         lambda slots, free, live: slots.release(free),
-        lambda slots, free, live: slots.publish(free, "key"),
-        lambda slots, free, live: slots.publish(live, "again"),
+        lambda slots, free, live: slots.publish(free, ["key"], 1),
+        lambda slots, free, live: slots.publish(live, ["again"], 1),
     ],
     ids=["retain-free", "release-free", "publish-free", "publish-twice"],
 )
 def test_misuse_raises_and_changes_nothing(misuse):
     slots = SlotAllocator(4)
     live = slots.take()[0]
-    slots.publish(live, "live")
+    slots.publish(live, ["live"], 1)
     free = next(slot for slot in (1, 2, 3) if slot != live)
     before = (slots.num_free, slots.num_live, slots.num_idle, slots.references(live))
     with pytest.raises(ValueError, match="slot"):
@@ -91,8 +91,8 @@ def test_misuse_raises_and_changes_nothing(misuse):
 def test_withdraw_frees_an_idle_checkpoint_and_unpublishes_a_live_one():
     slots = SlotAllocator(4)
     idle, live = slots.take()[0], slots.take()[0]
-    slots.publish(idle, "idle")
-    slots.publish(live, "live")
+    slots.publish(idle, ["idle"], 1)
+    slots.publish(live, ["live"], 1)
     slots.release(idle)
     assert slots.withdraw_all() == [idle, live]
     assert (slots.num_free, slots.num_live) == (2, 1)
@@ -117,13 +117,13 @@ def test_random_histories_keep_the_books(num_slots, history):
             slot, evicted = slots.take()
             assert slot not in references
             assert slot != NULL_SLOT
-            assert evicted == (slot in published.values())
+            assert (evicted is not None) == (slot in published.values())
             published = {key: owner for key, owner in published.items() if owner != slot}
             references[slot] = 1
         elif action == "publish" and live:
             slot = live[number % len(live)]
             if slot not in published.values():
-                assert slots.publish(slot, number) == (number not in published)
+                assert slots.publish(slot, [number], 1) == (number not in published)
                 published.setdefault(number, slot)
         elif action == "retain" and published:
             slot = sorted(published.values())[number % len(published)]

@@ -1,0 +1,78 @@
+"""States that were evicted from the pool, kept in the host's memory: found by key, given up by the same policy.
+
+Pure on purpose: host slots are integers, keys are opaque. No vLLM, no torch. `SlotPool.moves` tells who copies what.
+"""
+
+from collections.abc import Hashable
+
+from kimi_vllm.cache.checkpoints import CheckpointIndex, Lineage
+from kimi_vllm.cache.eviction import EvictionPolicy
+
+
+class HostTier:
+    """Host slots, each free or holding one state that nobody is using.
+
+    Args:
+        num_slots: host slots, from 0; none at all is fine.
+        policy: the order in which states are given up when room is needed; by value if None.
+    """
+
+    def __init__(self, num_slots: int, policy: EvictionPolicy | None = None) -> None:
+        self.num_slots = num_slots
+        self._free = list(range(num_slots))
+        self._index = CheckpointIndex(policy)
+
+    @property
+    def num_held(self) -> int:
+        """States in host memory."""
+        return self._index.num_idle
+
+    def find(self, key: Hashable) -> int | None:
+        """The host slot that holds the state for `key`."""
+        return self._index.find(key)
+
+    def store(self, lineage: Lineage, length: int) -> int | None:
+        """Make room for the state after `length` blocks of `lineage`.
+
+        Returns:
+            The host slot to copy it to; None if it is here already, or if there is no host memory at all.
+        """
+        if not self.num_slots or self._index.find(lineage[length - 1]) is not None:
+            return None
+        if self._free:
+            slot = self._free.pop()
+        elif (victim := self._index.victim()) is not None:
+            self._index.forget(victim)
+            slot = victim
+        else:
+            return None  # the only ones are being loaded
+        self._index.add(slot, lineage, length)
+        self._index.park(slot)
+        return slot
+
+    def claim(self, slot: int) -> tuple[Lineage, int]:
+        """Take a state out to load it; its host slot stays reserved until `release`.
+
+        Returns:
+            What it was stored with.
+        """
+        origin = self._index.origin(slot)
+        self._index.forget(slot)
+        return origin
+
+    def release(self, slot: int) -> None:
+        """A claimed slot has been copied, or will be before anything that is copied to it from now on."""
+        self._free.append(slot)
+
+    def clear(self) -> None:
+        """Forget every state."""
+        for slot in self._index.slots():
+            self.claim(slot)
+            self.release(slot)
+
+    def check(self) -> None:
+        """Verify that no host slot is lost; raises AssertionError."""
+        held = set(self._index.slots())
+        assert held.isdisjoint(self._free), "a host slot is free and held"
+        assert len(held) + len(self._free) == self.num_slots, "a host slot is lost"
+        self._index.check()

@@ -1,0 +1,325 @@
+"""How memory is divided before anything is loaded: weights, state slots, KV cache; and how many requests that serves.
+
+The engine's config hook and `kimi-vllm plan` both call `size`, so a plan is what the engine will do. All bytes are
+those of one worker. Pure arithmetic: no vLLM, and torch only for the sizes of its dtypes.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import torch
+
+from kimi_vllm.cache.slots import MIN_SLOTS
+from kimi_vllm.cache.spec import SlotLayout
+from kimi_vllm.geometry import KimiGeometry
+
+TYPICAL_TOKENS = 8192
+"""Tokens of KV cache that come with every live slot when memory does not suffice for all sequences asked for. A slot
+without pages is of no use: the request would be preempted. Fewer would favour many short requests, more would favour
+few long ones; with this many, the 48B model gives about half of its cache memory to either kind."""
+
+_VOCAB_MULTIPLE = 64
+_INPUT_COLUMNS = 16
+
+
+class PlanError(ValueError):
+    """What was asked does not fit into memory. Says what is needed, what is there and which option changes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What things weigh on one worker, in bytes.
+
+    Attributes:
+        weights: parameters, in the dtypes in which we hold them.
+        slot: KDA state of one request; 0 for a model without KDA.
+        page: one block of the KV cache, all MLA layers together.
+    """
+
+    weights: int
+    slot: int
+    page: int
+
+    @classmethod
+    def of(
+        cls,
+        geometry: KimiGeometry,
+        itemsize: int,
+        block_size: int,
+        *,
+        ranks: int = 1,
+        expert_ranks: int | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        cache_itemsize: int | None = None,
+    ) -> Self:
+        """The costs of a model, or of one pipeline stage given as a geometry of fewer layers.
+
+        Args:
+            geometry: the model.
+            itemsize: bytes per weight.
+            block_size: tokens per block of the KV cache.
+            ranks: tensor-parallel size. Heads are split over ranks, and so is the state; the latents of MLA are not.
+            expert_ranks: workers over which the routed experts are split, if not `ranks`.
+            state_dtype: of the recurrent matrix. The conv ring is float32.
+            cache_itemsize: bytes per cached latent element, if not `itemsize`.
+
+        Raises:
+            ValueError: the heads do not divide over the ranks.
+        """
+        num_kda = sum(geometry.kda)
+        layout = replace(SlotLayout.of(geometry, num_kda, ranks), state_dtype=state_dtype)
+        latent = geometry.latent_dim * (cache_itemsize or itemsize)
+        return cls(
+            weights=_weight_bytes(geometry, itemsize, ranks, expert_ranks or ranks),
+            slot=layout.slot_bytes,
+            page=(geometry.num_layers - num_kda) * latent * block_size,
+        )
+
+    @classmethod
+    def heaviest(cls, stages: Sequence[Self]) -> Self:
+        """One worker that is as heavy as the heaviest in each respect: all workers must agree on one division."""
+        return cls(*(max(values) for values in zip(*((s.weights, s.slot, s.page) for s in stages), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is asked of the engine.
+
+    Attributes:
+        max_num_seqs: requests that may run at once.
+        max_model_len: tokens of the longest request.
+        block_size: tokens per block of the KV cache.
+        prefix_caching: whether states are kept for later requests.
+        checkpoint_share: see `KimiOptions`.
+        state_slots: slots asked for by the user; None to choose.
+        num_pages: blocks of the KV cache asked for by the user; None to choose.
+        fill: whether to use all memory, as is the custom on a GPU. Otherwise no more than the sequences can use.
+        any_length: whether `max_model_len` may still be lowered to what fits (``--max-model-len auto``).
+    """
+
+    max_num_seqs: int
+    max_model_len: int
+    block_size: int
+    prefix_caching: bool
+    checkpoint_share: float
+    state_slots: int | None = None
+    num_pages: int | None = None
+    fill: bool = True
+    any_length: bool = False
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """The division of memory. Slots and pages are counted without the null slot, but with the null page, as vLLM does.
+
+    Attributes:
+        live: slots for running requests, and so the most that run at once.
+        checkpoints: further slots. Slots that no running request needs hold checkpoints too.
+        num_pages: blocks of the KV cache. One of them is vLLM's null block.
+    """
+
+    costs: Costs
+    demand: Demand
+    live: int
+    checkpoints: int
+    num_pages: int
+
+    @property
+    def state_slots(self) -> int:
+        """Slots that requests and checkpoints share."""
+        return self.live + self.checkpoints
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state pool, its null slot included."""
+        return (1 + self.state_slots) * self.costs.slot
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache, its null block included."""
+        return self.num_pages * self.costs.page
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens the KV cache holds."""
+        return (self.num_pages - 1) * self.demand.block_size
+
+    def concurrency(self, tokens: int) -> int:
+        """Requests of so many tokens that run at once without preempting each other."""
+        return min(self.live, (self.num_pages - 1) // self.demand.blocks(tokens))
+
+    def longest(self, requests: int) -> int:
+        """Tokens each of so many requests can have at once; at most `max_model_len`."""
+        return min(self.demand.max_model_len, (self.num_pages - 1) // requests * self.demand.block_size)
+
+    def table(self) -> str:
+        """What the engine logs when it starts, in lines."""
+        costs, block_size = self.costs, self.demand.block_size
+        longest = ", ".join(f"{self.longest(count):,} for {count:,} at once" for count in _steps(self.live))
+        lines = [
+            "kimi-vllm divides the memory of each worker so:",
+            f"  weights           about {_bytes(costs.weights)}",
+            f"  state slots       {_bytes(costs.slot)} each, {_bytes(self.state_bytes)} in all and one null slot",
+            f"    live            {self.live:,}: requests that run at once (--max-num-seqs)",
+            f"    checkpoints     {self.checkpoints:,}: prefixes to resume at, besides those in idle live slots",
+            f"  KV cache          {_bytes(self.kv_bytes)}: {self.kv_tokens:,} tokens in blocks of {block_size}",
+            f"  longest contexts  {longest}",
+        ]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self) | {
+            "state_slots": self.state_slots,
+            "state_bytes": self.state_bytes,
+            "kv_bytes": self.kv_bytes,
+            "kv_tokens": self.kv_tokens,
+        }
+
+
+def allowance(memory: int) -> int:
+    """Bytes set aside for activations, CUDA graphs and libraries: 4 GiB, or a twentieth of a smaller memory.
+
+    An assumption, not a measurement. Where vLLM then finds more or less in its profiling run, the KV cache differs.
+    """
+    return min(4 * 2**30, memory // 20)
+
+
+def cache_bytes(memory: int, utilization: float, costs: Costs) -> int:
+    """Bytes left for state and KV cache; negative when not even the weights fit."""
+    return int(memory * utilization) - allowance(memory) - costs.weights
+
+
+def size(costs: Costs, demand: Demand, available: int) -> Sizing:
+    """Divide `available` bytes, those of `cache_bytes`, between state slots and KV cache.
+
+    Live slots come first, each with KV cache for `TYPICAL_TOKENS`, up to one per sequence; then checkpoints within
+    their share; the KV cache gets the rest. Numbers that the user gave are taken as they are.
+
+    Raises:
+        PlanError: not even two slots and one request of `max_model_len` fit.
+    """
+    longest = 1 if demand.any_length else demand.blocks(demand.max_model_len)
+    if demand.state_slots is not None:
+        live = min(demand.max_num_seqs, demand.state_slots)
+        checkpoints = demand.state_slots - live
+    else:
+        live, checkpoints = _slots(costs, demand, available, longest)
+    pages = demand.num_pages
+    if pages is None:
+        pages = (available - (1 + live + checkpoints) * costs.slot) // costs.page
+        if not demand.fill:
+            pages = min(pages, 1 + live * demand.blocks(demand.max_model_len))
+    sizing = Sizing(costs, demand, live, checkpoints, pages)
+    # Of the pages that the user fixed, vLLM asks only that the request fits; of ours one is its null block.
+    if live < 1 or pages < longest + (demand.num_pages is None):
+        slots = (1 + (demand.state_slots or MIN_SLOTS - 1)) * costs.slot
+        needed = slots + (1 + longest) * costs.page
+        raise PlanError(
+            f"--max-model-len {demand.max_model_len}: one request and its state slots need {_gib(needed)}, and "
+            f"{_gib(max(0, available))} are left beside weights of {_gib(costs.weights)}. Lower --max-model-len or "
+            "kimi.state_slots, raise --gpu-memory-utilization or --tensor-parallel-size, or set both kimi.state_slots "
+            "and --kv-cache-memory-bytes if this estimate is wrong."
+        )
+    return sizing
+
+
+def _slots(costs: Costs, demand: Demand, available: int, longest: int) -> tuple[int, int]:
+    share = int(max(0, available) * demand.checkpoint_share) if demand.prefix_caching else 0
+    left = available - share - costs.slot
+    if demand.num_pages is not None:
+        live = _fit(left - demand.num_pages * costs.page, costs.slot)
+    else:
+        typical = demand.blocks(min(TYPICAL_TOKENS, demand.max_model_len)) * costs.page
+        # The longest request must fit whatever the number of slots, or vLLM refuses to start once all is loaded.
+        live = min(_fit(left - costs.page, costs.slot + typical), _fit(left - (1 + longest) * costs.page, costs.slot))
+    live = min(live, demand.max_num_seqs)
+    # A checkpoint needs at least one page of its own. Memory that is not set aside anyway stays free for others: then
+    # as many checkpoints as sequences.
+    useful = _fit(left - live * costs.slot, costs.page) if demand.fill else live
+    checkpoints = min(_fit(share, costs.slot), max(0, useful))
+    # One that resumes from a checkpoint reads one slot and writes another.
+    return live, max(checkpoints, MIN_SLOTS - 1 - live) if live > 0 else 0
+
+
+def best_concurrency(costs: Costs, demand: Demand, available: int, tokens: int) -> int:
+    """Requests of so many tokens that fit with as many slots as requests and no checkpoints."""
+    left = available - costs.slot - costs.page
+    return max(0, _fit(left, costs.slot + demand.blocks(tokens) * costs.page))
+
+
+def memory_needed(costs: Costs, demand: Demand, utilization: float) -> int:
+    """The least memory of a device on which the engine starts: weights, two slots, one request of `max_model_len`."""
+    cache = MIN_SLOTS * costs.slot + (1 + demand.blocks(demand.max_model_len)) * costs.page
+    small = (costs.weights + cache) / (utilization - 1 / 20)
+    return round(small if allowance(int(small)) < 4 * 2**30 else (costs.weights + cache + 4 * 2**30) / utilization)
+
+
+def num_parameters(geometry: KimiGeometry) -> int:
+    """Parameters of the model, as its checkpoint has them."""
+    return sum(count for count, _ in _weights(geometry, 1, 1))
+
+
+def _weight_bytes(geometry: KimiGeometry, itemsize: int, ranks: int, expert_ranks: int) -> int:
+    weights = sum(count * (4 if full else itemsize) for count, full in _weights(geometry, ranks, expert_ranks))
+    # Rows and columns that are filled up: of the embeddings by vLLM, of KDA's input projection by us.
+    vocab = 2 * (-geometry.vocab_size % _VOCAB_MULTIPLE) // ranks
+    columns = sum(geometry.kda) * (-(geometry.linear_num_heads // ranks) % _INPUT_COLUMNS)
+    return weights + (vocab + columns) * geometry.hidden_size * itemsize
+
+
+def _weights(geometry: KimiGeometry, ranks: int, expert_ranks: int) -> Iterator[tuple[int, bool]]:
+    """Elements on one rank, and whether they are kept in float32 whatever the model's dtype."""
+    hidden = geometry.hidden_size
+    yield 2 * geometry.vocab_size * hidden // ranks, False
+    yield (2 * geometry.num_layers + 1) * hidden, False
+    for is_kda, is_sparse in zip(geometry.kda, geometry.sparse, strict=True):
+        yield from _kda_weights(geometry, ranks) if is_kda else _mla_weights(geometry, ranks)
+        if not is_sparse or geometry.moe is None:
+            yield 3 * geometry.intermediate_size * hidden // ranks, False
+            continue
+        moe = geometry.moe
+        expert = 3 * moe.intermediate_size * hidden
+        yield moe.num_experts * (hidden + 1), True
+        yield moe.num_experts * expert // expert_ranks, False
+        yield moe.num_shared_experts * expert // ranks, False
+
+
+def _kda_weights(geometry: KimiGeometry, ranks: int) -> Iterator[tuple[int, bool]]:
+    hidden, heads, head_dim = geometry.hidden_size, geometry.linear_num_heads // ranks, geometry.linear_head_dim
+    width = heads * head_dim
+    yield (4 * width + heads + 2 * head_dim) * hidden, False  # q, k, v, o; b; f_a, g_a
+    yield 2 * width * head_dim, False  # f_b, g_b
+    yield 3 * width * geometry.conv_width + heads + width + head_dim, True  # convs, A_log, dt_bias, o_norm
+
+
+def _mla_weights(geometry: KimiGeometry, ranks: int) -> Iterator[tuple[int, bool]]:
+    hidden, heads, rank = geometry.hidden_size, geometry.num_attention_heads // ranks, geometry.kv_lora_rank
+    query, low_rank = heads * geometry.qk_head_dim, geometry.q_lora_rank
+    yield (query * hidden if low_rank is None else low_rank * (hidden + 1 + query)), False
+    yield geometry.latent_dim * hidden + rank, False
+    yield heads * (geometry.qk_nope_head_dim + geometry.v_head_dim) * rank, False
+    yield heads * geometry.v_head_dim * hidden, False
+
+
+def _fit(available: int, each: int) -> int:
+    return available // each if each else sys.maxsize
+
+
+def _steps(most: int) -> list[int]:
+    return sorted({1, min(8, most), most})
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _bytes(count: int) -> str:
+    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
+    return f"{count:,} B ({count / unit:.2f} {name})"
