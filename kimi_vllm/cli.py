@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kimi_vllm.doctor import Finding, diagnose
+from kimi_vllm.inspection_command import inspect_state
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +19,8 @@ app = typer.Typer(
     "exact slots beside the paged KV cache. There is nothing to start here: run `vllm serve MODEL` as usual, "
     "and vLLM loads the plugin. This command tells you whether it will.",
 )
+
+app.command()(inspect_state)
 
 _STYLES = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
 
