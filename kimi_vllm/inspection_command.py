@@ -15,7 +15,7 @@ def inspect_state(
     tokens: Annotated[str | None, typer.Option(help="Token ids to run it on instead: 1,2,3.")] = None,
     every: Annotated[
         int | None,
-        typer.Option(min=1, help="Check each so many-th token's transition; 1 checks all. By default about 32 tokens."),
+        typer.Option(min=1, help="Look at every so many-th token; 1: at all. By default at about 32 of them."),
     ] = None,
     all_heads: Annotated[bool, typer.Option("--heads", help="A row for each head, not for each layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
@@ -29,7 +29,7 @@ def inspect_state(
     Runs the model with transformers on the CPU: the WHOLE MODEL must fit in memory, so take a small model or a big
     machine. Needs no vLLM and no running server. Give --prompt or --tokens.
 
-    Exit status: 0 if all states are finite and no step can grow one, 1 if not, 2 if the model cannot be run.
+    Exit status: 0 if all states are finite and no checked step can grow one, 1 if not, 2 if the model cannot be run.
     """
     if (prompt is None) == (tokens is None):
         raise typer.BadParameter("give one of --prompt and --tokens.")
