@@ -116,6 +116,8 @@ def _size(vllm_config: VllmConfig, options: KimiOptions) -> None:
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     costs = _costs(vllm_config)
     memory, utilization = _memory(vllm_config), cache.gpu_memory_utilization
+    if current_platform.is_cpu():
+        memory -= int(options.host_memory_gib * 2**30)  # the host's memory is the device's
     if options.state_slots is not None:
         _check_slots(options.state_slots, costs.slot, memory)
     demand = Demand(
@@ -180,7 +182,7 @@ def _memory(vllm_config: VllmConfig) -> int:
     """Bytes that one worker may count on before its share of `gpu_memory_utilization`."""
     if current_platform.is_cpu():
         available: int = psutil.virtual_memory().available
-        return available // vllm_config.parallel_config.world_size
+        return available // int(vllm_config.parallel_config.world_size)
     return int(current_platform.get_device_total_memory())
 
 

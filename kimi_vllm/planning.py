@@ -67,8 +67,14 @@ class Costs:
 
         Raises:
             ValueError: the heads do not divide over the ranks.
+            PlanError: there is no MLA layer beside which states could be kept.
         """
         num_kda = sum(geometry.kda)
+        if num_kda == geometry.num_layers:
+            raise PlanError(
+                "a pipeline stage with KDA layers needs at least one MLA layer. Use fewer --pipeline-parallel-size "
+                "stages, or set VLLM_PP_LAYER_PARTITION."
+            )
         layout = replace(SlotLayout.of(geometry, num_kda, ranks), state_dtype=state_dtype)
         latent = geometry.latent_dim * (cache_itemsize or itemsize)
         return cls(
