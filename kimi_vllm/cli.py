@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kimi_vllm.doctor import Finding, diagnose
 from kimi_vllm.inspection_command import inspect_state
+from kimi_vllm.plan_command import plan
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +21,7 @@ app = typer.Typer(
     "and vLLM loads the plugin. This command tells you whether it will.",
 )
 
+app.command()(plan)
 app.command()(inspect_state)
 
 _STYLES = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}

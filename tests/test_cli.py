@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +16,7 @@ from kimi_vllm import _vllm, doctor
 from kimi_vllm.cli import app
 from kimi_vllm.doctor import Finding
 
+CONFIG_48B = Path(__file__).parents[1] / "configs" / "models" / "48b-a3b"
 HEAVY = ("torch", "vllm", "numba", "transformers")
 
 
@@ -129,3 +133,109 @@ def test_help_imports_nothing_heavy() -> None:
         f"assert not set(sys.modules) & set({HEAVY})"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def run_plan(*arguments: str, model: Path = CONFIG_48B, memory: str = "141GB") -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", "--model", str(model), "--memory", memory, *arguments])
+    return result.exit_code, result.output
+
+
+def plan_json(*arguments: str) -> dict[str, Any]:
+    status, output = run_plan("--json", *arguments)
+    assert status == 0, output
+    report: dict[str, Any] = json.loads(output)
+    return report
+
+
+def test_plan_of_the_48b_model() -> None:
+    report = plan_json("--contexts", "4k,1M,1000")
+    assert report["parameters"] == 49_122_681_728
+    assert report["memory"] == 141 * 10**9
+    assert [row["tokens"] for row in report["contexts"]] == [4096, 2**20, 1000]
+    assert report["contexts"][1]["bytes"] == {
+        "ours": 45_875_200 + 2**20 * 8064,
+        "all_mla": 2**20 * 31_104,
+        "in_tree": (547 + 6) * 7 * 1920 * 1152,
+    }
+    assert report["sizing"]["costs"]["slot"] == 45_875_200
+    assert report["out_of_memory"]["longest_context"] == 2**20
+    sizing = report["sizing"]
+    assert sizing["state_bytes"] + sizing["kv_bytes"] <= report["available"] < 129_720_000_000 - 98_245_363_456
+
+
+def test_plan_takes_a_file_half_the_state_and_a_binary_size() -> None:
+    status, output = run_plan("--json", "--state-dtype", "bfloat16", model=CONFIG_48B / "config.json", memory="131GiB")
+    report = json.loads(output)
+    assert status == 0
+    assert report["memory"] == 131 * 2**30
+    assert report["sizing"]["costs"]["slot"] == 20 * (2**20 + 4 * 12_288 * 4)
+    assert report["in_tree_block_size"] == 1024
+
+
+def test_plan_on_two_devices_halves_the_state_but_not_the_latents() -> None:
+    costs = plan_json("--tp", "2")["sizing"]["costs"]
+    assert (costs["slot"], costs["page"]) == (45_875_200 // 2, 64 * 8064)
+
+
+def test_plan_table_says_what_the_json_says() -> None:
+    sizing = plan_json()["sizing"]
+    _, text = run_plan()
+    assert f"state slots       45,875,200 B (43.75 MiB) each, {sizing['state_bytes']:,} B" in text
+    assert f"{sizing['kv_tokens']:,} tokens in blocks of 64" in text
+    assert f"--max-num-seqs 256 does not fit and is lowered to {sizing['live']}." in text
+    assert "lowered" not in run_plan("--max-num-seqs", "2")[1]
+
+
+def test_plan_draws_a_picture(tmp_path: Path) -> None:
+    assert run_plan("--plot", str(tmp_path / "plan.png"))[0] == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "memory", "message"),
+    [
+        ((), "80GB", "--max-model-len 1048576: one request and its state slots need"),
+        ((), "lots", "'lots': expected 141GB, 80GiB or a number of bytes"),
+        ((), "141XB", "'141XB': expected 141GB"),
+        (("--contexts", "4k,long"), "141GB", "'long': expected 4k, 1M or a number of tokens"),
+        (("--tp", "3"), "141GB", "--tensor-parallel-size 3: the model's 32 KDA heads do not divide by it"),
+        (("--checkpoint-share", "1.5"), "141GB", "kimi.checkpoint_share=1.5: expected a number from 0 to below 1"),
+        (("--dtype", "int3"), "141GB", "'int3' is not one of 'auto', 'bfloat16'"),
+    ],
+)
+def test_plan_errors_name_what_is_wrong(
+    arguments: Sequence[str], memory: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    status, output = run_plan(*arguments, memory=memory)
+    assert status != 0
+    assert message in output
+
+
+def test_plan_of_a_folder_without_a_config_names_it(tmp_path: Path) -> None:
+    status, output = run_plan(model=tmp_path)
+    assert status == 1
+    assert f"--model {tmp_path}: expected a config.json or a folder with one" in output
+
+
+def test_plan_needs_no_vllm_and_draws_only_when_asked() -> None:
+    arguments = ["plan", "--model", str(CONFIG_48B), "--memory", "141GB"]
+    code = (
+        "import sys; from typer.testing import CliRunner; from kimi_vllm.cli import app; "
+        f"assert CliRunner().invoke(app, {arguments}).exit_code == 0; "
+        "assert not set(sys.modules) & {'vllm', 'numba', 'transformers', 'matplotlib'}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_readme_shows_what_plan_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = CONFIG_48B.parents[2]
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("COLUMNS", "100")
+    _, output = run_plan(model=Path("configs/models/48b-a3b"))
+    _, shown = (
+        (root / "README.md").read_text().split("$ kimi-vllm plan --model configs/models/48b-a3b --memory 141GB\n")
+    )
+    printed = [line.rstrip() for line in output.splitlines()]
+    expected = shown.split("```")[0].splitlines()
+    assert printed[: len(expected)] == expected
