@@ -10,5 +10,5 @@ NONFINITE = "kimi_nonfinite"
 """On a `ModelRunnerOutput`: list of slot ids that the step left with NaN or infinity in them."""
 
 STATS = "kimi_state:"
-"""Prefix of our keys in `SchedulerStats.running_lora_adapters`. LoRA is refused with KDA state, so the field is free, and the
-only open dictionary that the engine sends to the API servers without a connector."""
+"""Prefix of our keys in `SchedulerStats.running_lora_adapters`. LoRA is refused with KDA state, so the field is
+free, and no other open dictionary goes from the engine to the API servers without a connector."""

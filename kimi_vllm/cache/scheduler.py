@@ -96,6 +96,7 @@ class _StateScheduling:
             return None
         pool = self._states.block_pool
         now = self._counts + pool.counts
+        now["swap_bytes"] = (now["swaps_out"] + now["swaps_in"]) * self._states.kv_cache_spec.slot_bytes
         changes = {name: now[name] - self._sent[name] for name in now if now[name] != self._sent[name]}
         self._sent = Counter(now)
         gauges = {
