@@ -177,7 +177,7 @@ def show(plan: Plan) -> None:
     console.print(plan.sizing.table(), markup=False)
     if plan.sizing.live < demand.max_num_seqs:
         console.print(f"  --max-num-seqs {demand.max_num_seqs} does not fit and is lowered to {plan.sizing.live}.")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("\ncontext", no_wrap=True)
     sizes, counts = ("ours\nGiB", "all-MLA\nGiB", "\nsaved", "in-tree\nGiB"), ("so", "at best", "all-MLA", "in-tree")
     for title in (*sizes, *(f"fit\n{count}" for count in counts)):
