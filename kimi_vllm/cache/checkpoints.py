@@ -113,9 +113,8 @@ class CheckpointIndex:
         new = _Checkpoint(lineage, length)
         if new.key in self._slot_by_key:
             return False
-        new.parent = next(
-            (found for i in range(length - 2, -1, -1) if (found := self._slot_by_key.get(lineage[i]))), None
-        )
+        ancestors = (self._slot_by_key.get(lineage[i]) for i in range(length - 2, -1, -1))
+        new.parent = next((ancestor for ancestor in ancestors if ancestor is not None), None)
         self._slot_by_key[new.key] = slot
         self._checkpoints[slot] = new
         siblings = self._children(new.parent)

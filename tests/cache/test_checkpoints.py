@@ -1,10 +1,10 @@
-"""Which boundaries of a prompt are worth a slot."""
+"""Which boundaries of a prompt are worth a slot, and what losing a kept one costs."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_vllm.cache.checkpoints import boundaries_to_keep
+from kimi_vllm.cache.checkpoints import CheckpointIndex, boundaries_to_keep
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,13 @@ def test_boundaries_lie_on_the_grid_inside_the_prompt(prompt, block, junction, i
     kept = boundaries_to_keep(prompt, block, min(junction, prompt), interval)
     assert all(0 < boundary <= prompt and boundary % block == 0 for boundary in kept)
     assert (prompt - 1) // block * block in kept | {0}
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_every_slot_can_be_an_ancestor(slot):
+    """Slot 0 is the null slot on a device, but a slot like any other on the host."""
+    index, lineage = CheckpointIndex(), "abcdef"
+    index.add(slot, lineage, 2)
+    index.add(7, lineage, 5)
+    assert index.value(7) == 3
+    index.check()
