@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
@@ -29,6 +30,8 @@ from vllm.v1.request import Request
 
 from kimi_vllm.cache.checkpoints import boundaries_to_keep
 from kimi_vllm.cache.slot_pool import SlotPool
+
+logger = init_logger("vllm.kimi_vllm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,13 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._rolling: dict[str, tuple[int, KVCacheBlock, Any]] = {}
         # Published while a step is being scheduled, so written only when that step runs.
         self._unsettled: set[int] = set()
+        logger.info(
+            "kimi-vllm: %d KV tokens in %d blocks beside %d state slots, %d more in host memory.",
+            (block_pool.num_gpu_blocks - 1) * self.block_size,
+            block_pool.num_gpu_blocks,
+            kv_cache_spec.num_slots - 1,
+            kv_cache_spec.num_host_slots,
+        )
 
     @classmethod
     def find_longest_cache_hit(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.checkpoints import GEOMETRIES, make_transformers_layout, to_hub_layout
+from support.checkpoints import GEOMETRIES, make_sick_checkpoint, make_transformers_layout, to_hub_layout
 from support.engine import RECALL
 from support.oracle import Oracle
 
@@ -33,6 +33,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
         if "sd" not in values["mlp_layer_types"]:
             found[name, "hub"] = to_hub_layout(found[name, "transformers"], folder / f"{name}-hub")
     return found
+
+
+@pytest.fixture(scope="session")
+def sick_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recall checkpoint with one token that makes states infinite."""
+    return make_sick_checkpoint(tmp_path_factory.mktemp("sick") / "recall")
 
 
 @pytest.fixture(scope="session")

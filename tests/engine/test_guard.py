@@ -1,26 +1,10 @@
 """A state that becomes NaN or infinite: its request ends alone, or starts again; nobody else notices."""
 
-import shutil
-
 import pytest
-from safetensors.torch import load_file, save_file
+from support.checkpoints import SICK_TOKEN
 from support.engine import RECALL, check_cold, engine, poison, random_prompts
 
 pytestmark = pytest.mark.engine
-
-SICK_TOKEN = 99
-"""A token whose embedding is infinite in `sick_checkpoint`: whatever reads it has no finite state afterwards."""
-
-
-@pytest.fixture(scope="module")
-def sick_checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sick") / "recall"
-    shutil.copytree(RECALL, folder)
-    [file] = folder.glob("*.safetensors")
-    tensors = load_file(file)
-    tensors["model.embed_tokens.weight"][SICK_TOKEN] = float("inf")
-    save_file(tensors, file, metadata={"format": "pt"})
-    return folder
 
 
 def prompts_without_it(lengths, seed):

@@ -1,67 +1,25 @@
 """`vllm serve` as users start it: its own processes, the OpenAI API, and our plugin in each of them."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import httpx
 import pytest
 from openai import OpenAI
 from support.engine import RECALL
+from support.server import serving, start
 
 pytestmark = pytest.mark.engine
-
-START_SECONDS = 240
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(port, log, **environment):
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(RECALL), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", "recall", "--dtype", "float32", "--max-num-seqs", "8"]
-    command += ["--max-model-len", "2048", "--enforce-eager", "--enable-prompt-tokens-details"]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"} | environment
-    return subprocess.Popen(
-        command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
-    )
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
-    process = start(port, log)
-    deadline = time.monotonic() + START_SECONDS
-    try:
-        while True:
-            assert process.poll() is None, log.read_text()[-5000:]
-            assert time.monotonic() < deadline, log.read_text()[-5000:]
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.2)
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with serving(RECALL, log) as port:
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none"), log, port
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_our_model_was_built_in_the_worker(server):
     _, log, _ = server
     assert "kimi-vllm serves KimiLinearForCausalLM" in log.read_text()
-    assert "KDA state slots" in log.read_text()
+    assert "kimi-vllm divides the memory of each worker so" in log.read_text()
 
 
 def test_completion_and_chat(server):
@@ -108,5 +66,5 @@ def test_a_prompt_that_is_too_long_is_an_http_error(server):
 def test_a_taken_port_is_an_error_that_says_so(server, tmp_path):
     _, _, port = server
     log = tmp_path / "log"
-    assert start(port, log).wait(120) != 0
+    assert start(RECALL, port, log).wait(120) != 0
     assert "Address already in use" in log.read_text()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.engine import RECALL
+
 GEOMETRIES: dict[str, dict[str, Any]] = {
     # Other head counts and sizes than the shipped checkpoint, and two shared experts.
     "wide-heads": {
@@ -146,3 +148,17 @@ def write_checkpoint(
 
 def _hub_name(name: str) -> str:
     return re.sub(r"block_sparse_moe\.((?:gate|up|down)_proj\.)", r"mlp.\1", name)
+
+
+SICK_TOKEN = 99
+"""A token whose embedding is infinite in `make_sick_checkpoint`: what has read it has no finite state afterwards."""
+
+
+def make_sick_checkpoint(folder: Path) -> Path:
+    """Write the recall checkpoint with one infinite embedding."""
+    shutil.copytree(RECALL, folder)
+    [file] = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][SICK_TOKEN] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder

@@ -1,0 +1,147 @@
+"""Which checkpoint goes first: by value with ageing, or by recency."""
+
+import random
+
+import pytest
+
+from kimi_vllm.cache.checkpoints import CheckpointIndex
+from kimi_vllm.cache.eviction import ByRecency, ByValue
+from kimi_vllm.cache.host_tier import HostTier
+
+CHAIN = list("abcdefghij")
+
+
+def published(index, slot, lineage, length):
+    assert index.add(slot, lineage, length)
+    index.park(slot)
+
+
+def evicted(index):
+    slot = index.victim()
+    index.forget(slot)
+    index.check()
+    return slot
+
+
+@pytest.mark.parametrize(("policy", "order"), [(ByValue, [2, 1, 3]), (ByRecency, [1, 2, 3])])
+def test_value_counts_blocks_since_the_nearest_ancestor(policy, order):
+    index = CheckpointIndex(policy())
+    published(index, 1, CHAIN, 4)
+    published(index, 2, CHAIN, 6)  # two blocks more than slot 1
+    published(index, 3, list("xyzuvw"), 6)
+    assert [index.value(slot) for slot in (1, 2, 3)] == [4, 2, 6]
+    assert [evicted(index) for _ in range(3)] == order
+
+
+def test_losing_an_ancestor_makes_its_heirs_dearer():
+    index = CheckpointIndex(ByValue())
+    for slot, length in enumerate((2, 5, 9), 1):
+        published(index, slot, CHAIN, length)
+    assert index.value(3) == 4
+    index.forget(2)
+    index.check()
+    assert index.value(3) == 7
+    index.forget(1)
+    assert index.value(3) == 9
+
+
+def test_a_junction_published_later_comes_between():
+    index = CheckpointIndex(ByValue())
+    published(index, 1, CHAIN, 8)
+    other = [*CHAIN[:4], "p", "q"]
+    published(index, 2, other, 6)
+    published(index, 3, CHAIN[:4], 4)
+    index.check()
+    assert [index.value(slot) for slot in (1, 2, 3)] == [4, 2, 4]
+
+
+def test_equal_values_go_by_recency():
+    index = CheckpointIndex(ByValue())
+    for slot in (1, 2, 3):
+        published(index, slot, [f"{slot}a", f"{slot}b"], 2)
+    index.wake(1)
+    index.park(1)
+    assert [evicted(index) for _ in range(3)] == [2, 3, 1]
+
+
+def test_a_dear_checkpoint_that_nobody_uses_goes_in_the_end():
+    index = CheckpointIndex(ByValue())
+    published(index, 1, [f"dear{i}" for i in range(10)], 10)
+    gone = []
+    for slot in range(2, 40):
+        published(index, slot, [f"{slot}a", f"{slot}b"], 2)
+        if index.num_idle > 2:
+            gone.append(evicted(index))
+    assert gone.index(1) > 2
+    assert 1 in gone
+
+
+def test_asking_for_the_victim_twice_gives_the_same():
+    index = CheckpointIndex(ByValue())
+    published(index, 1, ["a", "b"], 2)
+    published(index, 2, ["c"], 1)
+    assert index.victim() == index.victim() == 2
+
+
+@pytest.mark.parametrize("policy", [ByValue, ByRecency])
+def test_random_histories_keep_the_tree(policy):
+    rng = random.Random(7)
+    index = CheckpointIndex(policy())
+    free, idle = set(range(1, 12)), set()
+    for _ in range(2000):
+        action = rng.random()
+        if action < 0.5 and free:
+            tokens, lineage = rng.choices("ab", k=6), []
+            for token in tokens:
+                lineage.append((lineage[-1] if lineage else "") + token)
+            slot = min(free)
+            if index.add(slot, lineage, rng.randint(1, 6)):
+                free.remove(slot)
+                index.park(slot)
+                idle.add(slot)
+        elif action < 0.7 and idle:
+            slot = rng.choice(sorted(idle))
+            index.wake(slot)
+            index.park(slot)
+        elif action < 0.8 and idle:
+            slot = rng.choice(sorted(idle))
+            index.forget(slot)
+            idle.remove(slot)
+            free.add(slot)
+        elif idle:
+            slot = evicted(index)
+            assert slot in idle
+            idle.remove(slot)
+            free.add(slot)
+        index.check()
+        assert index.idle_slots() == idle
+
+
+def test_host_tier_keeps_what_is_worth_most_and_finds_it():
+    tier = HostTier(2)
+    first = tier.store(CHAIN, 3)
+    second = tier.store(list("xy"), 2)
+    assert {first, second} == {0, 1}
+    assert tier.store(CHAIN, 3) is None  # here already
+    assert tier.store(list("pqrst"), 5) == second  # the cheapest goes
+    assert tier.find("y") is None
+    assert tier.find("t") == second
+    tier.check()
+
+
+def test_a_slot_that_is_being_loaded_is_not_given_away():
+    tier = HostTier(1)
+    slot = tier.store(CHAIN, 3)
+    assert tier.claim(slot) == (CHAIN, 3)
+    assert tier.store(list("xyz"), 3) is None
+    tier.release(slot)
+    assert tier.store(list("xyz"), 3) == slot
+    tier.clear()
+    assert tier.num_held == 0
+    tier.check()
+
+
+def test_no_host_memory_stores_nothing():
+    tier = HostTier(0)
+    assert tier.store(CHAIN, 3) is None
+    tier.check()
