@@ -21,6 +21,9 @@ _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
 _BUILDER = "vllm.v1.attention.backend:AttentionMetadataBuilder"
 _MERGED = "vllm.model_executor.layers.linear:MergedColumnParallelLinear"
 _SPEC = "vllm.v1.kv_cache_interface:KVCacheSpec"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_WORKER = "vllm.v1.worker.gpu_worker:Worker"
+_STAT_LOGGER = "vllm.v1.metrics.loggers:StatLoggerBase"
 
 _PARAMETERS = {
     f"{_MANAGER}.__init__": (
@@ -46,6 +49,18 @@ _PARAMETERS = {
     f"{_MANAGER}.take_new_block_ids": "self",
     f"{_BUILDER}.__init__": "self kv_cache_spec layer_names vllm_config device",
     f"{_BUILDER}.build": "self common_prefix_len common_attn_metadata fast_build",
+    f"{_SCHEDULER}.schedule": "self throttle_prefills",
+    f"{_SCHEDULER}.update_from_output": "self scheduler_output model_runner_output",
+    f"{_SCHEDULER}.make_stats": (
+        "self spec_decoding_stats kv_connector_stats cudagraph_stats perf_stats ec_connector_stats"
+    ),
+    f"{_SCHEDULER}.finish_requests": "self request_ids finished_status",
+    f"{_SCHEDULER}._preempt_request": "self request timestamp drop_stale_output",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": "self block_ids",
+    f"{_WORKER}.execute_model": "self scheduler_output",
+    f"{_WORKER}.sample_tokens": "self grammar_output",
+    f"{_WORKER}.get_model": "self",
+    f"{_STAT_LOGGER}.record": "self scheduler_stats iteration_stats mm_cache_stats engine_idx",
     f"{_SPEC}.max_memory_usage_bytes": "self vllm_config",
     f"{_SPEC}.uses_slot_mapping": "self",
     f"{_SPEC}.block_table_token_alignment": "self",
@@ -71,6 +86,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {name: tuple(words.split()) for name, w
 USED: dict[str, tuple[str, ...]] = {
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry": ("_ensure_registered", "register"),
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": ("_null_block", "req_to_blocks"),
+    "vllm.v1.metrics.stats:SchedulerStats": ("running_lora_adapters",),
     "vllm.v1.attention.backend:AttentionBackend": (
         "get_name",
         "get_impl_cls",

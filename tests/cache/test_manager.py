@@ -7,6 +7,7 @@ import torch
 from vllm.v1.core.block_pool import BlockPool
 
 from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
+from kimi_vllm.cache.slot_pool import SlotPool
 
 BLOCK = 4
 PAGES = 100
@@ -213,3 +214,86 @@ def test_random_traffic_loses_no_slot(num_slots):
     assert served > 50
     assert manager.block_pool.slots.num_live == 0
     manager.block_pool.slots.check()
+
+
+def host_manager(num_slots, num_host_slots):
+    manager = make_manager(num_slots=num_slots)
+    manager.block_pool = SlotPool(num_slots, BLOCK, num_host_slots)
+    manager._null_block = manager.block_pool.null_block
+    return manager
+
+
+def test_an_evicted_state_goes_to_host_memory_and_comes_back_before_the_step_that_reads_it():
+    manager = host_manager(3, 2)
+    first, second = Request("a", [1] * 5), Request("b", [2] * 5)
+    assert schedule(manager, first, 0, 4)
+    slot = table(manager, "a")[0]
+    settle(manager)
+    manager.free("a")
+    for request in (second, Request("c", [3] * 5)):
+        assert schedule(manager, request, 0, 4)
+        settle(manager)
+        manager.free(request.request_id)
+    moves = manager.block_pool.take_moves()
+    assert [source for source, _ in moves] == [slot]
+    assert manager.block_pool.take_moves() == []
+    host_id = moves[0][1]
+
+    blocks, tokens = hit_of(manager, Request("d", [1] * 5))
+    assert (tokens, blocks[0].block_id) == (4, host_id)
+    assert schedule(manager, Request("d", [1] * 5), 4, 5, hit=blocks)
+    read, write = table(manager, "d")
+    moves = manager.block_pool.take_moves()
+    # Both slots held checkpoints: they are saved first, and the loading comes before its host slot is used again.
+    assert (host_id, read) in moves
+    saved = [move for move in moves if move[1] >= 3]
+    assert {source for source, _ in saved} == {read, write}
+    assert [target for _, target in moves].index(read) < len(moves)
+    for position, (source, target) in enumerate(moves):
+        if target == host_id:
+            assert (host_id, read) in moves[:position]
+        if source == read:
+            assert (host_id, read) not in moves[:position]
+    settle(manager)
+    assert hit_of(manager, Request("e", [1] * 5))[0][0].block_id == read
+    manager.free("d")
+    manager.block_pool.slots.check()
+    manager.block_pool.host.check()
+
+
+def test_a_hit_in_host_memory_needs_a_slot_to_be_loaded_into():
+    manager = host_manager(4, 1)
+    assert schedule(manager, Request("a", [1] * 5), 0, 4)
+    settle(manager)
+    manager.free("a")
+    holders = [Request(name, [ord(name)] * 3) for name in "xyz"]
+    for request in holders:
+        assert schedule(manager, request, 0, 3)
+    settle(manager)
+    again = Request("b", [1] * 5)
+    blocks, _ = hit_of(manager, again)
+    assert manager.block_pool.is_on_host(blocks[0])
+    manager.free("x")
+    assert not schedule(manager, again, 4, 5, hit=blocks), "one slot is not enough for reading and writing"
+    manager.free("y")
+    assert schedule(manager, again, 4, 5, hit=blocks)
+
+
+def test_quarantine_withdraws_what_the_step_wrote_and_names_who_resumed_from_it():
+    manager = make_manager()
+    sick = Request("sick", list(range(20)), junction=4)
+    assert schedule(manager, sick, 0, 4)
+    settle(manager)
+    assert schedule(manager, sick, 4, 12)
+    settle(manager)
+    other, older = Request("other", [*range(12), 99]), Request("older", [*range(4), 98])
+    for request, start in ((other, 12), (older, 4)):
+        blocks, tokens = hit_of(manager, request)
+        assert tokens == start
+        assert schedule(manager, request, start, start + 1, hit=blocks)
+    assert manager.quarantine("sick", 4) == {"other"}
+    assert hit_of(manager, sick)[1] == 4
+    for name in ("sick", "other", "older"):
+        manager.free(name)
+    manager.block_pool.slots.check()
+    assert manager.block_pool.slots.num_live == 0

@@ -24,6 +24,15 @@ if __name__ == "__main__":
     outputs = llm.generate([prompt for prompt, _ in asked], SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
     right = sum(output.outputs[0].text.strip() == answer for output, (_, answer) in zip(outputs, asked))
     print("RIGHT", right, "of", len(asked))
+
+    # A rank reports what another rank's heads saw: one state of the second rank alone becomes infinite.
+    def poison(worker):
+        if worker.rank == 1:
+            worker.get_model().model.layers[-2].self_attn.A_log.data[0] = float("nan")
+
+    llm.collective_rpc(poison)
+    [output] = llm.generate([asked[0][0]], SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+    print("SICK", output.outputs[0].finish_reason)
 """
 
 
@@ -31,7 +40,9 @@ def test_two_tensor_parallel_workers(tmp_path):
     script = tmp_path / "two_workers.py"  # a file, because workers are spawned and import the main module again
     script.write_text(SCRIPT)
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": "tests"}
+    environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to send a function to the workers
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert "RIGHT 40 of 40" in done.stdout, done.stderr[-4000:]
+    assert "SICK error" in done.stdout, done.stdout[-500:] + done.stderr[-4000:]
