@@ -30,6 +30,11 @@ def test_checkpoint_share_is_a_number_below_one(share):
         ({"kimi": {"checkpoint_share": 1}}, "kimi.checkpoint_share=1: expected a number from 0 to below 1"),
         ({"kimi": {"checkpoint_share": -0.1}}, "kimi.checkpoint_share=-0.1"),
         ({"kimi": {"checkpoint_share": "half"}}, "kimi.checkpoint_share='half'"),
+        ({"kimi": {"eviction": "fifo"}}, "kimi.eviction='fifo': expected one of value, lru"),
+        ({"kimi": {"on_nonfinite": "ignore"}}, "kimi.on_nonfinite='ignore': expected one of abort, resume"),
+        ({"kimi": {"host_memory_gib": -1}}, "kimi.host_memory_gib=-1: expected a number of GiB"),
+        ({"kimi": {"host_memory_gib": True}}, "kimi.host_memory_gib=True"),
+        ({"kimi": {"host_memory_gib": float("inf")}}, "kimi.host_memory_gib=inf"),
         ({"kimi": 3}, "--additional-config: expected"),
     ],
 )

@@ -86,8 +86,10 @@ def test_a_tensor_of_the_wrong_shape_is_named(config, tensors, tmp_path):
         ),
         ({"enable_lora": True}, "--enable-lora: kimi-vllm does not support it|does not support LoRA"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls .*: kimi-vllm needs"),
+        ({"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "--worker-cls .*: kimi-vllm needs"),
     ],
-    ids=["option", "memory", "speculative", "lora", "fp8-cache"],
+    ids=["option", "memory", "speculative", "lora", "fp8-cache", "scheduler", "worker"],
 )
 def test_what_is_not_served_is_refused_by_name(options, message):
     fails(message, RECALL, **options)

@@ -89,3 +89,21 @@ def test_salted_prompts_share_nothing(cached):
         inputs = TokensPrompt(prompt_token_ids=prompt, cache_salt=salt)
         hits.append(cached.llm.generate(inputs, parameters, use_tqdm=False)[0].num_cached_tokens)
     assert hits == [0, 0, 192]
+
+
+def test_kv_events_tell_of_pages_as_ever():
+    """Routers follow them to know which prefixes a server holds."""
+    from vllm.config import KVEventsConfig
+    from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
+
+    [prompt] = random_prompts([200], 100, seed=15)
+    events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    with engine(RECALL, enable_prefix_caching=True, kv_events_config=events) as running:
+        published = []
+        running.scheduler.kv_event_publisher.publish = lambda batch: published.extend(batch.events)
+        running.complete([prompt], max_tokens=2)
+        stored = [event for event in published if isinstance(event, BlockStored)]
+        assert [token for event in stored for token in event.token_ids] == prompt[:192]
+        assert running.llm.reset_prefix_cache()
+        running.complete([prompt[:10]], max_tokens=2)
+        assert any(isinstance(event, AllBlocksCleared) for event in published)
