@@ -44,6 +44,7 @@ class _Checkpoint:
 
     lineage: Lineage
     length: int
+    uses: int = 0
     parent: int | None = None
     children: set[int] = field(default_factory=set)
 
@@ -102,6 +103,13 @@ class CheckpointIndex:
         parent = checkpoint.parent
         return checkpoint.length - (0 if parent is None else self._checkpoints[parent].length)
 
+    def worth(self, slot: int) -> int:
+        """What keeping the slot is expected to save: its value, times its uses so far and one.
+
+        States that were resumed from before are the ones that will be again: a document's end rather than a question's.
+        """
+        return self.value(slot) * (1 + self._checkpoints[slot].uses)
+
     def add(self, slot: int, lineage: Lineage, length: int) -> bool:
         """Publish a referenced slot as the state after `length` blocks of `lineage`, which may only grow from now on.
 
@@ -136,11 +144,12 @@ class CheckpointIndex:
     def park(self, slot: int) -> None:
         """The last reference is gone: the slot may be evicted."""
         self._idle.add(slot)
-        self._policy.park(slot, self.value(slot))
+        self._policy.park(slot, self.worth(slot))
 
     def wake(self, slot: int) -> None:
         """Somebody resumes from the slot: it may not be evicted."""
         self._idle.remove(slot)
+        self._checkpoints[slot].uses += 1
         self._policy.remove(slot)
 
     def victim(self) -> int | None:
@@ -155,7 +164,7 @@ class CheckpointIndex:
         for orphan in orphans:
             self._checkpoints[orphan].parent = parent
             if orphan in self._idle:
-                self._policy.revalue(orphan, self.value(orphan))
+                self._policy.revalue(orphan, self.worth(orphan))
 
     def check(self) -> None:
         """Verify that maps, tree and policy agree; raises AssertionError."""

@@ -1,13 +1,16 @@
 """Which idle checkpoint goes first when a slot is needed: two policies with one interface.
 
-Pure on purpose: slots are integers, values are tokens. No vLLM, no torch.
+Pure on purpose: slots are integers, values are whole numbers. No vLLM, no torch.
 """
 
 from typing import Protocol
 
 
 class EvictionPolicy(Protocol):
-    """Keeps the idle checkpoints in its order. Their value is what losing them would cost: blocks computed again."""
+    """Keeps the idle checkpoints in its order.
+
+    Their value is what keeping them is expected to save: blocks that need not be computed, times uses.
+    """
 
     def park(self, slot: int, value: int) -> None:
         """The checkpoint has just been used for the last time so far, and may be evicted from now on."""
@@ -45,11 +48,12 @@ class ByRecency:
 
 
 class ByValue:
-    """Fewest blocks saved first, ageing; least recently used among equals.
+    """Least expected saving first, ageing; least recently used among equals.
 
     All slots have the same size, so value per byte is value. A value alone would keep a long document that nobody asks
     for again for ever. So a checkpoint is parked at the value of the last one evicted plus its own (GreedyDual:
-    N. Young, "The k-server dual and loose competitiveness for paging", Algorithmica 1994): unused, it is overtaken.
+    N. Young, "The k-server dual and loose competitiveness for paging", Algorithmica 1994; with uses in the value it is
+    that of Cherkasova, HPL-98-69R1): unused, it is overtaken.
     Where all values are equal this is least recently used first.
     """
 

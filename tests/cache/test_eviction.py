@@ -145,3 +145,14 @@ def test_no_host_memory_stores_nothing():
     tier = HostTier(0)
     assert tier.store(CHAIN, 3) is None
     tier.check()
+
+
+def test_a_state_that_was_used_is_worth_more():
+    index = CheckpointIndex(ByValue())
+    for slot, lineage in ((1, "ab"), (2, "cde")):
+        index.add(slot, lineage, len(lineage))
+        index.park(slot)
+    index.wake(1)
+    index.park(1)
+    assert (index.value(1), index.worth(1), index.worth(2)) == (2, 4, 3)
+    assert evicted(index) == 2

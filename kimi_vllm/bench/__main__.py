@@ -1,0 +1,91 @@
+"""``python -m kimi_vllm.bench cache`` or ``scheduler``: what the state cache spares, and what it costs."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Protocol, TypeVar
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+class Row(Protocol):
+    """One line of a result."""
+
+    def as_json(self, env: dict[str, Any]) -> str:
+        """The row with its environment, as one line."""
+
+
+R = TypeVar("R", bound=Row)
+
+Json = Annotated[Path | None, typer.Option(help="Append one JSON line per row to this file.")]
+
+
+@app.callback()
+def main() -> None:
+    """Benchmarks of the state cache. None needs a GPU or more than this repository."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # The engine in this process: its scheduler is what is measured, not the pipe to it.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+@app.command()
+def cache(
+    traces: Annotated[list[str], typer.Option(help="chat, agent, rag; repeat for several.")] = ["chat", "agent", "rag"],  # noqa: B006
+    policies: Annotated[
+        list[str], typer.Option(help="value and lru are ours, align is vLLM's own; repeat for several.")
+    ] = ["value", "lru", "align"],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Draws the traces.")] = 0,
+    engine: Annotated[
+        bool, typer.Option(help="Serve shortened traces with a real engine instead, and time first tokens.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Replay traffic with prefixes to reuse through vLLM's real scheduler, and count what need not be computed.
+
+    Three traces: a chat of 32 users, agents that branch, questions about documents. Each is replayed with memory
+    for all its states and with memory for a third of those it still needs. A minute, the same numbers every time.
+    """
+    from kimi_vllm.bench import cache as bench
+    from kimi_vllm.bench.traces import TRACES
+
+    for option, asked, known in (("--traces", traces, tuple(TRACES)), ("--policies", policies, bench.POLICIES)):
+        if unknown := sorted(set(asked) - set(known)):
+            raise typer.BadParameter(f"{option} is {unknown[0]}; it must be one of {', '.join(known)}")
+    env = _environment()
+    if engine:
+        from kimi_vllm.bench import engine as real
+
+        real.report(_take(real.rows(traces, policies, seed), env, json), env)
+    else:
+        bench.report(_take(bench.rows(traces, policies, seed), env, json), env)
+
+
+@app.command()
+def scheduler(json: Json = None) -> None:
+    """Time our part of a scheduling step, and the metadata of a step, with 256 requests."""
+    from kimi_vllm.bench import overhead as bench
+
+    env = _environment()
+    bench.report(_take([*bench.scheduler_rows(), *bench.metadata_rows()], env, json), env)
+
+
+def _environment() -> dict[str, Any]:
+    from kimi_vllm.kernels.bench.common import environment, machine
+
+    return {**environment(), "vllm": machine("vllm")["vllm"]}
+
+
+def _take(rows: Iterable[R], env: dict[str, Any], path: Path | None) -> list[R]:
+    taken = []
+    for row in rows:
+        taken.append(row)
+        if path is not None:
+            with path.open("a") as file:
+                file.write(row.as_json(env) + "\n")
+    return taken
+
+
+if __name__ == "__main__":
+    app()
