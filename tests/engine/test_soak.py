@@ -1,0 +1,37 @@
+"""The soak of serve/bench/soak.py, short: everything is scarce, nothing leaks, every answer is right."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "bench"))
+import soak
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def _clean_process():
+    yield
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.usefixtures("_clean_process")
+def test_nothing_leaks_and_nothing_is_wrong():
+    counts = soak.soak(400, seed=1)
+    assert counts["finished"] + counts["aborted"] == counts["requests"] == 400
+    assert (counts["wrong"], counts["leaked"]) == (0, 0)
+    for path in ("aborted", "preemptions", "evictions", "swaps_out", "swaps_in", "hits", "long_answers"):
+        assert counts[path] > 0, path
+
+
+@pytest.mark.usefixtures("_clean_process")
+def test_a_lost_state_is_a_wrong_answer(monkeypatch):
+    """The soak must be able to fail: states from host memory that are another's do not go unnoticed."""
+    from kimi_vllm.cache.pool import StatePool
+
+    monkeypatch.setattr(StatePool, "move", lambda self, source, target: None)
+    assert soak.soak(400, seed=1)["wrong"] > 0
