@@ -1,7 +1,7 @@
 """Real vLLM engines on the CPU, several per process, and a look inside them."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,11 @@ class Engine:
         return self.manager.block_pool.slots
 
     @property
+    def counts(self) -> Any:
+        """Evictions and swaps so far."""
+        return self.manager.block_pool.counts
+
+    @property
     def pool(self) -> Any:
         """The worker's state tensors."""
         return self.model.model.state_home.pool
@@ -99,6 +104,7 @@ class Engine:
     def check_idle(self) -> None:
         """No request is left, so no slot may be live and none may be lost."""
         self.slots.check()
+        self.manager.block_pool.host.check()
         assert self.slots.num_live == 0, f"{self.slots.num_live} slots leaked"
         assert self.slots.num_free + self.slots.num_idle == self.slots.num_slots - 1
         assert not self.manager.req_to_blocks
@@ -107,14 +113,31 @@ class Engine:
 @contextmanager
 def engine(checkpoint: Path, **options: Any) -> Iterator[Engine]:
     """An engine that is shut down again, so that the next one finds a clean process."""
+    with engines(checkpoint, {"": options}) as started:
+        yield started[""]
+
+
+@contextmanager
+def engines(checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -> Iterator[dict[Any, Engine]]:
+    """Several engines at once, by name. They share vLLM's process groups, so they go together."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    running = Engine(checkpoint, **options)
+    started: dict[Any, Engine] = {}
     try:
-        yield running
+        for name, options in configurations.items():
+            started[name] = Engine(checkpoint, **options)
+        yield started
     finally:
-        running.llm.llm_engine.engine_core.shutdown()
+        for running in started.values():
+            running.llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
+
+
+def check_equal(completion: Completion, plain: Completion) -> None:
+    """The same tokens, and log-probabilities to 1e-3, as a run that started at the prompt's first token."""
+    assert plain.cached == 0
+    assert completion.tokens == plain.tokens, f"{len(completion.prompt)} tokens, {completion.cached} cached"
+    assert all(abs(ours - theirs) <= 1e-3 for ours, theirs in zip(completion.logprobs, plain.logprobs, strict=True))
 
 
 def check_cold(running: Engine, completions: Sequence[Completion]) -> None:
@@ -123,9 +146,7 @@ def check_cold(running: Engine, completions: Sequence[Completion]) -> None:
         [cold] = running.complete(
             [completion.prompt], max_tokens=len(completion.tokens), skip_reading_prefix_cache=True
         )
-        assert cold.cached == 0
-        assert completion.tokens == cold.tokens, f"{len(completion.prompt)} tokens, {completion.cached} cached"
-        assert all(abs(ours - theirs) <= 1e-3 for ours, theirs in zip(completion.logprobs, cold.logprobs, strict=True))
+        check_equal(completion, cold)
 
 
 def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
