@@ -1,0 +1,185 @@
+"""Random schedules against the plain run: prefixes that coincide, arrivals and aborts at any step, everything scarce.
+
+A case is two rounds of a few requests on an engine whose cache is empty at first, so that a failure can be repeated.
+Every answer that finishes must be the plain run's, and after every step each slot must be in exactly one place.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.engine import RECALL, Completion, check_equal, engines, random_prompts
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 64
+LONGEST_ANSWER = 70
+CASES = 52  # each of four configurations, so 208
+SLOT_GIB = 233_472 / 2**30
+# Two texts for each of four blocks, so that prompts share prefixes and part at boundaries, and a tail for all.
+BLOCKS = [random_prompts([BLOCK, BLOCK], 100, seed=40 + level) for level in range(4)]
+[TAIL] = random_prompts([BLOCK], 100, seed=44)
+TAILS = (0, 1, 2, 23, BLOCK - 1)
+
+
+def scarce(sequences, slots, chunk, pages=100, **more):
+    kimi = {"state_slots": slots} | more.pop("kimi", {})
+    return {
+        "enable_prefix_caching": True,
+        "max_model_len": 512,
+        "max_num_seqs": sequences,
+        "max_num_batched_tokens": chunk,
+        "num_gpu_blocks_override": pages,
+        "additional_config": {"kimi": kimi},
+    } | more
+
+
+CONFIGURATIONS = {
+    "slots": scarce(3, 4, 97),
+    "host": scarce(3, 4, 97, kimi={"host_memory_gib": 6.5 * SLOT_GIB}),
+    "pages": scarce(4, 12, 150, pages=9),
+    "lru-host-pages-priority": scarce(
+        4,
+        5,
+        61,
+        pages=9,
+        scheduling_policy="priority",
+        kimi={"host_memory_gib": 4.5 * SLOT_GIB, "eviction": "lru", "checkpoint_interval": 128},
+    ),
+}
+PATHS = {
+    "slots": {"hits", "aborts", "evictions"},
+    "host": {"hits", "aborts", "evictions", "swaps_out", "swaps_in"},
+    "pages": {"hits", "aborts", "preemptions"},
+    "lru-host-pages-priority": {"hits", "aborts", "evictions", "swaps_out", "swaps_in", "preemptions"},
+}
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request of a schedule; `texts` chooses its blocks, steps count from the start of its round."""
+
+    texts: tuple[int, ...]
+    tail: int
+    max_tokens: int
+    step: int
+    abort_after: int | None
+    priority: int
+
+    @property
+    def prompt(self) -> list[int]:
+        stem = [token for level, text in zip(BLOCKS, self.texts, strict=False) for token in level[text]]
+        return [*stem, *TAIL[: self.tail]] or TAIL[:1]
+
+
+arrivals = st.builds(
+    Arrival,
+    texts=st.lists(st.integers(0, 1), max_size=len(BLOCKS)).map(tuple),
+    tail=st.sampled_from(TAILS),
+    max_tokens=st.sampled_from([1, 2, 5, 12, LONGEST_ANSWER]),
+    step=st.integers(0, 12),
+    abort_after=st.none() | st.none() | st.none() | st.integers(0, 20),
+    priority=st.integers(0, 2),
+)
+rounds = st.tuples(st.lists(arrivals, min_size=3, max_size=4), st.lists(arrivals, max_size=3))
+
+
+@pytest.fixture(scope="module")
+def running():
+    configurations = {"plain": {"max_model_len": 512, "num_gpu_blocks_override": 100}} | CONFIGURATIONS
+    with engines(RECALL, configurations) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def plain(running):
+    """The answer to a prompt without caching, chunks or shortage: computed once, as long as any case asks for."""
+    known = {}
+
+    def answer(prompts):
+        new = {tuple(prompt) for prompt in prompts} - known.keys()
+        for completion in running["plain"].complete(sorted(new), max_tokens=LONGEST_ANSWER) if new else ():
+            known[tuple(completion.prompt)] = completion
+        return known
+
+    return answer
+
+
+def play(engine, schedule, seen):
+    """Run one round to its end. Returns what finished, by its place in the schedule."""
+    from vllm import SamplingParams, TokensPrompt
+
+    core = engine.llm.llm_engine
+    prioritised = engine.scheduler.policy.value == "priority"
+    waiting, finished, step = set(range(len(schedule))), {}, 0
+    while waiting or core.has_unfinished_requests():
+        for index in sorted(waiting):
+            arrival = schedule[index]
+            if arrival.step <= step:
+                waiting.remove(index)
+                parameters = SamplingParams(
+                    temperature=0, max_tokens=arrival.max_tokens, ignore_eos=True, logprobs=0, detokenize=False
+                )
+                prompt = TokensPrompt(prompt_token_ids=arrival.prompt)
+                priority = arrival.priority if prioritised else 0
+                core.add_request(str(index), prompt, parameters, priority=priority)
+        for index, arrival in enumerate(schedule):
+            if arrival.abort_after is not None and step == arrival.step + arrival.abort_after:
+                seen["aborts"] += index not in finished
+                core.abort_request([str(index)])
+        for output in core.step():
+            if output.finished:
+                finished[int(output.request_id)] = output
+        engine.slots.check()
+        engine.manager.block_pool.host.check()
+        step += 1
+        assert step < 2000, "requests that never finish"
+    core.step()
+    engine.check_idle()
+    return finished
+
+
+def completed(output):
+    [answer] = output.outputs
+    tokens = list(answer.token_ids)
+    return Completion(
+        prompt=list(output.prompt_token_ids),
+        tokens=tokens,
+        logprobs=[entry[token].logprob for entry, token in zip(answer.logprobs, tokens, strict=True)],
+        cached=output.num_cached_tokens or 0,
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_answer_is_the_plain_one(running, plain, name):
+    engine, seen = running[name], Counter()
+
+    @settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @given(rounds=rounds, reset_between=st.booleans())
+    def cases(rounds, reset_between):
+        assert engine.llm.reset_prefix_cache()
+        seen["cases"] += 1
+        for number, schedule in enumerate(rounds):
+            if number and reset_between:
+                assert engine.llm.reset_prefix_cache()
+            expected = plain([arrival.prompt for arrival in schedule])
+            finished = play(engine, schedule, seen)
+            for index, arrival in enumerate(schedule):
+                if index not in finished:
+                    assert arrival.abort_after is not None
+                    continue
+                ours = completed(finished[index])
+                theirs = expected[tuple(arrival.prompt)]
+                seen["hits"] += ours.cached > 0
+                if arrival.abort_after is None:
+                    assert len(ours.tokens) == arrival.max_tokens
+                count = len(ours.tokens)
+                check_equal(ours, Completion(theirs.prompt, theirs.tokens[:count], theirs.logprobs[:count], 0))
+
+    cases()
+    seen += engine.counts
+    seen["preemptions"] += engine.num_preemptions
+    assert seen["cases"] >= CASES
+    assert {path for path in PATHS[name] if not seen[path]} == set(), seen
