@@ -1,0 +1,107 @@
+"""Our additions to vLLM's scheduler, driven without a model: sick slots with two steps in flight, statistics, copies."""
+
+import pytest
+from vllm.v1.metrics.stats import PrefixCacheStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import RequestStatus
+
+from kimi_vllm.bench.replay import Memory, make_request, our_scheduler, step
+from kimi_vllm.cache.exchange import MOVES, NONFINITE, STATS
+from kimi_vllm.cache.scheduler import KimiScheduler, _KimiAsyncScheduler, _KimiScheduler
+
+ANSWER = list(range(40, 60))
+
+
+@pytest.fixture
+def scheduler():
+    return our_scheduler(Memory(concurrency=4, pages=200, slots=12, step_tokens=256))
+
+
+def report(scheduler, output, sick=(), token=7):
+    names = list(output.num_scheduled_tokens)
+    result = ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: i for i, name in enumerate(names)},
+        sampled_token_ids=[[token] if name in done(scheduler) else [] for name in names],
+    )
+    if sick:
+        setattr(result, NONFINITE, list(sick))
+    return scheduler.update_from_output(output, result)
+
+
+def done(scheduler):
+    return {name for name, r in scheduler.requests.items() if r.num_computed_tokens >= r.num_tokens}
+
+
+def test_who_resumed_from_a_state_that_turns_out_sick_starts_again(scheduler):
+    """With a second step scheduled before the first reports, as asynchronous scheduling and pipelines do."""
+    prompt = list(range(3, 93)) * 4
+    scheduler.add_request(make_request(scheduler, "sick", prompt[:300], 4))
+    first = scheduler.schedule()
+    sick_slot = scheduler._states.req_to_blocks["sick"][-1].block_id
+    scheduler.add_request(make_request(scheduler, "other", [*prompt[:256], 5, 6], len(ANSWER)))
+    scheduler.add_request(make_request(scheduler, "unrelated", [9] * 20, len(ANSWER)))
+    scheduler.max_num_scheduled_tokens = 512
+    second = scheduler.schedule()
+    assert second.num_scheduled_tokens["other"] == 2, "it resumes after 256 tokens"
+
+    outputs = report(scheduler, first, sick=[sick_slot])
+    [ended] = outputs[0].outputs
+    assert (ended.request_id, str(ended.finish_reason)) == ("sick", "error")
+    assert "sick" not in scheduler.requests
+    assert scheduler.requests["other"].status == RequestStatus.PREEMPTED
+    assert scheduler.requests["unrelated"].status == RequestStatus.RUNNING
+
+    report(scheduler, second)
+    assert scheduler.requests["other"].num_output_tokens == 0, "a token computed from a sick state"
+    assert scheduler.requests["unrelated"].num_output_tokens == 1
+    again = scheduler.schedule()
+    # The step has room for 256 tokens, one of them is the other request's.
+    assert again.num_scheduled_tokens["other"] == 255, "nothing of the sick state is left to resume from"
+    report(scheduler, again)
+    answers = {"other": ANSWER, "unrelated": ANSWER}
+    while scheduler.requests:
+        step(scheduler, answers)
+    scheduler._states.block_pool.slots.check()
+    assert scheduler._states.block_pool.slots.num_live == 0
+
+
+def test_a_report_about_a_slot_that_has_changed_hands_harms_nobody(scheduler):
+    scheduler.add_request(make_request(scheduler, "gone", [3] * 20, 4))
+    first = scheduler.schedule()
+    slot = scheduler._states.req_to_blocks["gone"][-1].block_id
+    scheduler.finish_requests("gone", RequestStatus.FINISHED_ABORTED)
+    scheduler.add_request(make_request(scheduler, "next", [4] * 20, 4))
+    second = scheduler.schedule()
+    report(scheduler, first, sick=[slot])
+    assert scheduler.requests["next"].status == RequestStatus.RUNNING
+    report(scheduler, second)
+    assert scheduler.requests["next"].num_output_tokens == 1
+    assert scheduler._counts["quarantined"] == 0
+
+
+def test_statistics_are_changes_and_gauges(scheduler):
+    scheduler.add_request(make_request(scheduler, "a", [3] * 100, 2))
+    report(scheduler, scheduler.schedule())
+    report(scheduler, scheduler.schedule())
+    scheduler.log_stats = scheduler.kv_cache_manager.log_stats = True
+    scheduler.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
+    stats = scheduler.make_stats().running_lora_adapters
+    assert stats[f"{STATS}miss_tokens"] == 100
+    assert stats[f"{STATS}hit_length:0"] == 1
+    assert sum(stats[f"{STATS}slots_{kind}"] for kind in ("live", "checkpoint", "free")) == 12
+    assert f"{STATS}miss_tokens" not in scheduler.make_stats().running_lora_adapters
+
+
+def test_a_step_without_copies_carries_none(scheduler):
+    scheduler.add_request(make_request(scheduler, "a", [3] * 100, 2))
+    assert not hasattr(scheduler.schedule(), MOVES)
+
+
+@pytest.mark.parametrize(("asynchronous", "expected"), [(False, _KimiScheduler), (True, _KimiAsyncScheduler)])
+def test_the_scheduler_follows_the_final_configuration(asynchronous, expected, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(expected, "__init__", lambda self, *args, **kwargs: None)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=asynchronous))
+    assert type(KimiScheduler(config)) is expected
