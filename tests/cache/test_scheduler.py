@@ -1,4 +1,4 @@
-"""Our additions to vLLM's scheduler, driven without a model: sick slots with two steps in flight, statistics, copies."""
+"""Our additions to vLLM's scheduler, driven without a model: sick slots with two steps in flight, statistics."""
 
 import pytest
 from vllm.v1.metrics.stats import PrefixCacheStats
