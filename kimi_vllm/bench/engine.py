@@ -17,14 +17,16 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 from kimi_vllm.bench.cache import FITS, THIRD, Workload
 from kimi_vllm.bench.replay import CHECKPOINT
-from kimi_vllm.bench.traces import Turn, prompt_of
+from kimi_vllm.bench.traces import BLOCK, Turn, prompt_of
+from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.planning import Costs
 
 SHORT: dict[str, dict[str, int]] = {
-    "chat": {"users": 6, "turns": 8},
-    "agent": {"tasks": 4, "steps": 14},
-    "rag": {"documents": 16, "requests": 60},
+    "chat": {"users": 4, "turns": 6, "limit": 2560},
+    "agent": {"tasks": 3, "steps": 8, "limit": 2560},
+    "rag": {"documents": 8, "requests": 24, "limit": 2560},
 }
-"""Sizes with which a trace takes about a minute on two cores."""
+"""Sizes with which a trace takes a minute or two on two cores: attention on a CPU is slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,14 @@ def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[R
 def _serve(workload: Workload, slots: int, eviction: str | None) -> tuple[list[int], list[float]]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    geometry = KimiGeometry.from_config(json.loads((CHECKPOINT / "config.json").read_text()))
+    costs = Costs.of(geometry, itemsize=4, block_size=BLOCK)
     llm = LLM(
         str(CHECKPOINT),
         max_model_len=8192,
         max_num_seqs=1,
         max_num_batched_tokens=8192,
-        num_gpu_blocks_override=workload.pages,
+        kv_cache_memory_bytes=workload.pages * costs.page,
         enable_prefix_caching=eviction is not None,
         additional_config={"kimi": {"state_slots": slots, "eviction": eviction or "value"}},
         skip_tokenizer_init=True,

@@ -115,16 +115,16 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     def _decode_rows(self, table: Tensor, seq_lens: Tensor) -> DecodeRows:
         # A padded row has length 0, so position -1: it must find the null slot on both sides.
         position = seq_lens.to(torch.int64) - 1
-        return DecodeRows(
-            read_slot=self._entry(table, position - 1),
-            write_slot=self._entry(table, position),
-            position=position,
-        )
+        # Both at once: a step's cost on the host is the number of operations, not their size.
+        read_slot, write_slot = self._entries(table, torch.stack((position - 1, position)))
+        return DecodeRows(read_slot, write_slot, position)
 
-    def _entry(self, table: Tensor, position: Tensor) -> Tensor:
-        column = position.clamp(min=0).div(self.block_size, rounding_mode="floor")
-        slot = table.gather(1, column[:, None])[:, 0]
-        return torch.where(position >= 0, self._slots(slot), NULL_SLOT)
+    def _entries(self, table: Tensor, position: Tensor) -> Tensor:
+        """The slots ``[2, N]`` at two positions of each row."""
+        column = position.clamp(min=0).div_(self.block_size, rounding_mode="floor")
+        slot = table.gather(1, column.T).T.contiguous()
+        known = (slot < self.num_slots).logical_and_(position >= 0)
+        return torch.where(known, slot, NULL_SLOT).to(torch.int32)
 
     def _slots(self, entries: Tensor) -> Tensor:
         # vLLM's warm-up makes up block ids without regard to groups; out-of-range ones are padding to us.
