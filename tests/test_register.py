@@ -65,7 +65,9 @@ def test_register_twice(registry):
 @pytest.mark.parametrize("release", ["0.31.0", "0.34.0", "0.34.0rc1", "1.0"])
 def test_outside_the_range_vllms_own_model_serves_and_one_warning_says_so(release, registry, monkeypatch, caplog):
     monkeypatch.setattr(_vllm, "installed_vllm", lambda: ("vllm", release))
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    # vLLM's logger does not propagate. If an earlier test has made it, pytest listens to it directly.
+    vllm_logger = logging.getLogger("vllm")
+    monkeypatch.setattr(vllm_logger, "propagate", caplog.handler not in vllm_logger.handlers)
     with caplog.at_level(logging.WARNING, logger="vllm.kimi_vllm"):
         kimi_vllm.register()
     assert kimi_vllm.ARCHITECTURE not in registry
