@@ -7,6 +7,17 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler is what is measured, not the pipe to it
+    "OMP_NUM_THREADS": "1",  # threads bound to shared cores wait for each other, a hundred times longer than they work
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "KIMI_VLLM_STRICT": "1",  # else vLLM's own model could answer
+}
+"""Set unless the caller has set them."""
+
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
@@ -25,9 +36,8 @@ Json = Annotated[Path | None, typer.Option(help="Append one JSON line per row to
 @app.callback()
 def main() -> None:
     """Benchmarks of the state cache. None needs a GPU or more than this repository."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # The engine in this process: its scheduler is what is measured, not the pipe to it.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kimi_vllm.bench.replay import ALIGN_BLOCK, Memory, Outcome, align_scheduler, our_scheduler, replay
+from kimi_vllm.bench.replay import ALIGN_BLOCK, LONGEST, Memory, Outcome, align_scheduler, our_scheduler, replay
 from kimi_vllm.bench.traces import BLOCK, TRACES, Turn, block_keys, prompt_of, reusable_tokens, working_set
 
 POLICIES = ("value", "lru", "align")
@@ -83,6 +83,7 @@ class Workload:
         blocks = {key for p, a in zip(prompts, answers, strict=True) for key in block_keys(p + a, BLOCK)}
         # Requests that run side by side hold pages of their own until one of them is done.
         pages = len(blocks) + concurrency * (max(map(len, prompts)) // BLOCK + 8) + 1
+        pages = max(pages, LONGEST // BLOCK + 1)  # vLLM refuses less than its longest sequence
         fits = replay(our_scheduler(Memory(concurrency, pages, 4 * len(turns))), turns)
         needed = working_set(prompts, answers, fits.hits)
         reusable = sum(reusable_tokens(prompts, answers))

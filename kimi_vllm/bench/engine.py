@@ -26,7 +26,7 @@ SHORT: dict[str, dict[str, int]] = {
     "agent": {"tasks": 3, "steps": 8, "limit": 2560},
     "rag": {"documents": 8, "requests": 24, "limit": 2560},
 }
-"""Sizes with which a trace takes a minute or two on two cores: attention on a CPU is slow."""
+"""Sizes with which a trace takes a minute or two on two cores."""
 
 
 @dataclass(frozen=True, slots=True)

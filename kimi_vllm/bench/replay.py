@@ -42,6 +42,8 @@ from kimi_vllm.config_hook import geometry_of
 CHECKPOINT = Path(__file__).parents[2] / "configs" / "models" / "recall"
 ALIGN_BLOCK = 1920
 """Tokens of vLLM's attention block for the 48B model: as many as make a page as large as a layer's float32 state."""
+LONGEST = 8192
+"""Tokens of the tiny checkpoint's longest sequence, and so of a trace's."""
 _ROOM = 2**40
 
 
@@ -61,7 +63,7 @@ class Memory:
     pages: int
     slots: int
     step_tokens: int = 8192
-    longest: int = 8192
+    longest: int = LONGEST
 
 
 def our_scheduler(memory: Memory, eviction: str = "value") -> Any:
