@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kimi_vllm.cache.eviction import POLICIES
+
 
 class OptionsError(ValueError):
     """An option that does not exist or has a value that cannot be used. Names the option."""
@@ -53,7 +55,7 @@ class KimiOptions:
         memory = self.host_memory_gib
         if not isinstance(memory, int | float) or isinstance(memory, bool) or not 0 <= memory < float("inf"):
             raise OptionsError(f"kimi.host_memory_gib={memory!r}: expected a number of GiB, or 0.")
-        for name, known in {"eviction": ("value", "lru"), "on_nonfinite": ("abort", "resume")}.items():
+        for name, known in {"eviction": tuple(POLICIES), "on_nonfinite": ("abort", "resume")}.items():
             if (value := getattr(self, name)) not in known:
                 raise OptionsError(f"kimi.{name}={value!r}: expected one of {', '.join(known)}.")
 
