@@ -1,0 +1,181 @@
+"""A vLLM engine in this process, stepped at its core: no tokenizer, no front end, the same for every variant."""
+
+import itertools
+import random
+import time
+from typing import Any
+
+from serving.plan import OURS, Plan
+from serving.synthetic import adopt_context, fill_memory, randomise
+
+FOREVER = 1 << 20
+
+
+class WrongModel(RuntimeError):  # noqa: N818  # it is the model that is wrong, not the program
+    """Another implementation serves than the one that is to be measured."""
+
+
+class BenchEngine:
+    """One variant's engine, and the requests in it.
+
+    Attributes:
+        num_preemptions: how often a request lost its memory so far.
+        facts: what the engine chose by itself, for the rows.
+    """
+
+    def __init__(self, plan: Plan, provider: str, *, cuda: bool) -> None:
+        from vllm import LLM
+
+        options: dict[str, Any] = {
+            "load_format": plan.load_format,
+            "max_model_len": plan.model_len,
+            "max_num_seqs": plan.max_num_seqs,
+            "max_num_batched_tokens": plan.batched_tokens,
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "enforce_eager": not cuda,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        if provider != OURS and provider.startswith(OURS):
+            options["additional_config"] = {"kimi": {"state_slots": plan.state_slots}}
+        started = time.perf_counter()
+        llm = LLM(plan.model, **(options | plan.engine))
+        ready_s = time.perf_counter() - started
+        client: Any = llm.llm_engine.engine_core
+        self.core = client.engine_core
+        self.scheduler = self.core.scheduler
+        self.config: Any = llm.llm_engine.vllm_config
+        worker = self.core.model_executor.driver_worker.worker
+        self.runner = worker.model_runner
+        model = self.runner.get_model()
+        module = type(model).__module__
+        if module.startswith("kimi_vllm") != provider.startswith(OURS):
+            raise WrongModel(f"{provider} was to be measured, but {module} serves. `kimi-vllm doctor` says why.")
+        drawn = randomise(model) if plan.load_format == "dummy" else {}
+        self.model = model
+        filled = self.make_noise()
+        self.max_running = int(self.scheduler.max_num_running_reqs)
+        self.max_model_len = int(self.config.model_config.max_model_len)
+        self.facts = {
+            "model_class": f"{module}.{type(model).__name__}",
+            "ready_s": round(ready_s, 1),
+            "max_num_seqs": self.max_running,
+            "max_num_batched_tokens": self.config.scheduler_config.max_num_batched_tokens,
+            "max_model_len": self.max_model_len,
+            "block_size": self.config.cache_config.block_size,
+            "num_pages": self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks,
+            "async_scheduling": bool(self.config.scheduler_config.async_scheduling),
+            "cudagraph_mode": str(self.config.compilation_config.cudagraph_mode),
+            "dtype": str(self.config.model_config.dtype),
+            "weights_drawn": drawn,
+            "noise_bytes": filled,
+            "additional_config": str(self.config.additional_config),
+        }
+        self.num_preemptions = 0
+        self._count_preemptions()
+        self._names = itertools.count()
+        self._held: set[str] = set()
+        rng = random.Random(0)
+        vocabulary = plan.geometry().vocab_size
+        self._tokens = [rng.randrange(3, vocabulary) for _ in range(self.max_model_len + 4096)]
+        self._rng = rng
+
+    def add(self, prompt: int, max_tokens: int) -> str:
+        """Queue a request with a prompt of so many random tokens, to be computed; return its id."""
+        request = self._request(prompt, max_tokens)
+        self.core.add_request(request)
+        return self._hold(request)
+
+    def add_decoding(self, context: int, growth: int) -> str | None:
+        """Queue a request whose next step decodes its first token after `context` made-up ones; None if full.
+
+        It stops after more than `growth` tokens; so many are sure to fit.
+        """
+        prompt = min(context, self.max_model_len - growth - 1)
+        request = self._request(prompt, min(FOREVER, self.max_model_len - prompt))
+        if not adopt_context(self.scheduler, request, growth, others=len(self._held)):
+            return None
+        self.core.add_request(request)
+        return self._hold(request)
+
+    def fill(self, context: int, most: int, growth: int) -> list[str]:
+        """Queue decoding requests until `most` or as many as fit are there; return their ids."""
+        added: list[str] = []
+        while len(added) < min(most, self.max_running):
+            name = self.add_decoding(context, growth)
+            if name is None:
+                break
+            added.append(name)
+        return added
+
+    def make_noise(self) -> int:
+        """Fill the memory of all contexts with noise; return the bytes filled.
+
+        Pages that vLLM's own model takes are cleared when a request gets them, so this is called again then.
+        """
+        context = self.config.compilation_config.static_forward_context
+        return fill_memory(self.runner, context, self.model, self.config.model_config.dtype)
+
+    def step(self) -> tuple[float, dict[str, int]]:
+        """One step of the core; the time at which its tokens were there, and how many each request got."""
+        outputs, executed = self.core.step_fn()
+        self.core.post_step(model_executed=executed)
+        now = time.perf_counter()
+        got: dict[str, int] = {}
+        for group in (outputs or {}).values():
+            for output in group.outputs:
+                if output.new_token_ids:
+                    got[output.request_id] = len(output.new_token_ids)
+                if output.finish_reason is not None:
+                    self._held.discard(output.request_id)
+        return now, got
+
+    def clear(self) -> None:
+        """Abort all requests, and step until the worker has heard of it.
+
+        Raises:
+            RuntimeError: pages are still in use.
+        """
+        self.core.abort_requests(list(self._held))
+        self._held.clear()
+        for _ in range(20):
+            if not self.scheduler.has_requests() and not getattr(self.core, "batch_queue", None):
+                break
+            self.step()
+        pool = self.scheduler.kv_cache_manager.block_pool
+        if (used := pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) > 0:
+            raise RuntimeError(f"{used} pages are still in use after all requests were aborted.")
+
+    def _request(self, prompt: int, max_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        start = self._rng.randrange(4096)
+        request = EngineCoreRequest(
+            request_id=f"bench-{next(self._names)}",
+            prompt_token_ids=self._tokens[start : start + prompt],
+            mm_features=None,
+            sampling_params=SamplingParams(
+                temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, stop_token_ids=[]
+            ),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        return self.core.preprocess_add_request(request)[0]
+
+    def _hold(self, request: Any) -> str:
+        self._held.add(request.request_id)
+        return str(request.request_id)
+
+    def _count_preemptions(self) -> None:
+        preempt = self.scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.num_preemptions += 1
+            return preempt(*args, **kwargs)
+
+        self.scheduler._preempt_request = counted

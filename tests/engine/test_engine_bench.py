@@ -1,0 +1,39 @@
+"""serve/bench/engine_bench.py, all of it, with the tiny geometry: every measurement leaves a row that makes sense."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "bench"))
+from serving.rows import read
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.engine
+
+
+def test_every_measurement_leaves_a_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    few = ["--contexts", "128,4K", "--steps", "4", "--prompts", "4K", "--prefills", "128", "--arrivals", "2"]
+    command = [sys.executable, str(ROOT / "serve" / "bench" / "engine_bench.py"), "run", "--json", str(path), *few]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read(path)
+    assert not [row for row in rows if "error" in row or "error_after" in row]
+    assert [row["provider"] for row in rows if "skipped" in row] == ["in-tree"]
+    ours = {(row["bench"], *row["case"].values()): row for row in rows if row["provider"] == "kimi-vllm"}
+    assert ours["header", "recall"]["env"]["vllm"].startswith("vllm")
+    assert ours["engine", "recall"]["model_class"].startswith("kimi_vllm.")
+    for batch, context, requests in (("1", 128, 1), ("1", 4096, 1), ("largest", 128, 8), ("largest", 4096, 4)):
+        row = ours["tpot", context, batch]
+        assert row["context"] == "synthetic"
+        assert (row["requests"], row["tpot"]["count"], row["preemptions"]) == (requests, 4, 0)
+        assert row["steps_with_all_requests"] == "5/5"
+    # 299 pages of 64 tokens hold four prompts of 4K and what they grow by.
+    assert (ours["concurrency", 4096]["running"], ours["concurrency", 4096]["limited_by"]) == (4, "memory")
+    mixed = next(row for row in rows if row["bench"] == "mixed")
+    assert (mixed["running_decoders"], mixed["answered"], mixed["preemptions"]) == (4, 2, 0)
+    assert ours["prefill", 128]["context"] == "real"
+    assert ours["prefill", 128]["tokens_per_s"] > 0
