@@ -20,7 +20,7 @@ CONV_WIDTHS = range(2, 9)
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
-_MIN_CAPABILITY = (9, 0)
+MIN_CAPABILITY = (9, 0)
 _OTHERWISE = "With KIMI_VLLM_DISABLE=1 kimi-vllm stays out of vLLM, and vLLM's own Kimi Linear serves."
 
 _SHARED = (
@@ -77,7 +77,7 @@ def _cuda_backend() -> Backend:
     if torch.version.hip is not None or not torch.cuda.is_available():
         raise RuntimeError(f"the KDA kernels on cuda need an NVIDIA device and found none. {_OTHERWISE}")
     capability = torch.cuda.get_device_capability()
-    if capability < _MIN_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         raise RuntimeError(
             f"the KDA kernels on cuda need compute capability 9.0 or newer; {torch.cuda.get_device_name()} has "
             f"{capability[0]}.{capability[1]}. {_OTHERWISE}"
@@ -88,7 +88,7 @@ def _cuda_backend() -> Backend:
 
     def prepare(head_dim: int) -> None:
         # A head's size alone compiles nothing: Triton needs the number of heads, the dtypes and the ring too, which a
-        # layer's first step brings. One of padding rows (slot 0) touches no memory and will do.
+        # layer's first steps bring. Steps of padding rows (slot 0) touch no memory and will do; the layer makes them.
         pass
 
     return Backend(f"triton {triton.__version__}", decode.kda_decode, prefill.kda_prefill, prepare)

@@ -41,7 +41,10 @@ def _feature(qkv, ring, conv_weight, row, stride, column_stride, position, conte
     return silu(total).to(qkv.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width"],
+    do_not_specialize_on_alignment=["slot_table"],
+)
 def extend(
     qkv, gate, beta, out_gate, out, conv_weight, A_log, dt_bias, norm_weight, norm_eps, conv_pool, state_pool,
     cu_seqlens, context_len, slot_table, block_size, nonfinite,

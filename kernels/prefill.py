@@ -30,7 +30,10 @@ from kimi_vllm.kernels.triton_slots import export_history, slot_or_null
 _CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width"],
+    do_not_specialize_on_alignment=["slot_table"],
+)
 def inter_chunk(
     qkv, out_gate, out, norm_weight, norm_eps, conv_pool, state_pool,
     cu_seqlens, context_len, slot_table, block_size,

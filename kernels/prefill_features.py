@@ -112,7 +112,10 @@ def _convolve(rows, history, conv_weight, channel, WIDTH: tl.constexpr, W: tl.co
     return outputs
 
 
-@triton.jit(do_not_specialize=["num_sequences", "table_stride", "table_width"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "table_stride", "table_width"],
+    do_not_specialize_on_alignment=["slot_table"],
+)
 def chunk_features(
     qkv, gate, beta, conv_weight, A_log, dt_bias, conv_pool,
     cu_seqlens, context_len, slot_table, block_size,

@@ -60,6 +60,7 @@ _PARAMETERS = {
     f"{_WORKER}.execute_model": "self scheduler_output",
     f"{_WORKER}.sample_tokens": "self grammar_output",
     f"{_WORKER}.get_model": "self",
+    f"{_WORKER}.compile_or_warm_up_model": "self",
     f"{_STAT_LOGGER}.record": "self scheduler_stats iteration_stats mm_cache_stats engine_idx",
     f"{_SPEC}.max_memory_usage_bytes": "self vllm_config",
     f"{_SPEC}.uses_slot_mapping": "self",
@@ -87,6 +88,7 @@ USED: dict[str, tuple[str, ...]] = {
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry": ("_ensure_registered", "register"),
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": ("_null_block", "req_to_blocks"),
     "vllm.v1.metrics.stats:SchedulerStats": ("running_lora_adapters",),
+    "vllm.config.compilation:CompilationConfig": ("_attention_ops",),
     "vllm.v1.attention.backend:AttentionBackend": (
         "get_name",
         "get_impl_cls",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import psutil
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import CacheConfig, CompilationConfig, ModelConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -18,13 +18,14 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from kimi_vllm import patches
 from kimi_vllm.geometry import GeometryError, KimiGeometry
+from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions, OptionsError
 from kimi_vllm.planning import Costs, Demand, cache_bytes, size
 
 logger = init_logger("vllm.kimi_vllm")
 
 NATURAL_BLOCK_SIZE = 64
-"""Tokens per MLA page on the CPU, and so the grid on which prefixes can be resumed."""
+"""Tokens per MLA page, and so the grid on which prefixes can be resumed."""
 
 _SCHEDULER = "kimi_vllm.cache.scheduler.KimiScheduler"
 _WORKER = "kimi_vllm.worker.KimiWorker"
@@ -56,17 +57,15 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         """Refuse what the state cache cannot do yet, by the name of the option, and size the caches.
 
         Raises:
-            ValueError: an unsupported combination of vLLM options.
+            ValueError: an unsupported combination of vLLM options, or a device we have no kernels for.
             OptionsError: see `KimiOptions.from_additional_config`; or more state slots than memory.
             PlanError: see `planning.size`.
         """
         options = KimiOptions.from_additional_config(vllm_config.additional_config)
+        _refuse_device()
         _refuse_unserved(vllm_config)
-        cache_config = vllm_config.cache_config
-        if current_platform.is_cpu() and not cache_config.user_specified_block_size:
-            cache_config.block_size = NATURAL_BLOCK_SIZE
-            # The CPU platform replaces every block size nobody asked for by 128, which would halve the hits.
-            cache_config.user_specified_block_size = True
+        _settle_block_size(vllm_config.cache_config)
+        _split_compiled_graphs(vllm_config.compilation_config)
         if any(geometry_of(vllm_config.model_config).kda):
             _bring_our_own(vllm_config)
         _size(vllm_config, options)
@@ -95,6 +94,46 @@ def _config_as_written(model_config: ModelConfig) -> dict[str, Any]:
         raise GeometryError(f"config.json: not found for {source}.")
     overrides = model_config.hf_overrides
     return {**written, **overrides} if isinstance(overrides, dict) else written
+
+
+def _settle_block_size(cache_config: CacheConfig) -> None:
+    """Our block size unless the user has another, which CUDA kernels want to be a multiple of it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not cache_config.user_specified_block_size:
+        cache_config.block_size = NATURAL_BLOCK_SIZE
+        # vLLM replaces block sizes that nobody asked for: by 128 on CPUs, by what its backend prefers on GPUs.
+        cache_config.user_specified_block_size = True
+    if not current_platform.is_cpu() and cache_config.block_size % NATURAL_BLOCK_SIZE:
+        raise ValueError(
+            f"--block-size {cache_config.block_size}: KDA states on a GPU exist at every {NATURAL_BLOCK_SIZE}th token. "
+            f"Use a multiple of {NATURAL_BLOCK_SIZE}, or drop the option."
+        )
+
+
+def _split_compiled_graphs(compilation: CompilationConfig) -> None:
+    """Let vLLM's compiler leave KDA out of its graphs, as it leaves out attention.
+
+    Only where the user has switched off the graphs that break at run time, vLLM's choice for this architecture.
+    """
+    if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") != "0" or compilation.splitting_ops is not None:
+        return
+    if not current_platform.is_cpu():
+        compilation.splitting_ops = [*CompilationConfig._attention_ops, "vllm::kimi_delta_attention"]
+
+
+def _refuse_device() -> None:
+    if current_platform.is_cpu():
+        return
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    if capability is None or tuple(capability) < MIN_CAPABILITY:
+        least = ".".join(map(str, MIN_CAPABILITY))
+        raise ValueError(
+            f"kimi-vllm serves on CPUs and on NVIDIA GPUs of compute capability {least} or newer; this is "
+            f"{current_platform.get_device_name()}. Set KIMI_VLLM_DISABLE=1 to use vLLM's own Kimi Linear."
+        )
 
 
 def _bring_our_own(vllm_config: VllmConfig) -> None:
@@ -167,6 +206,7 @@ def _costs(vllm_config: VllmConfig) -> Costs:
             ranks=ranks,
             expert_ranks=ranks * parallel.data_parallel_size,
             cache_itemsize=cached.itemsize,
+            gpu_dtype=None if current_platform.is_cpu() else model.dtype,
         )
         stages.append(costs)
     heaviest = Costs.heaviest(stages)

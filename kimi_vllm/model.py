@@ -29,6 +29,7 @@ from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
 from kimi_vllm.layers.kda import KimiDeltaAttention
 from kimi_vllm.layers.mla import KimiMLA
+from kimi_vllm.layers.mla_latent import LatentAttention
 from kimi_vllm.weights import load_weights, packed_modules_mapping
 
 
@@ -167,8 +168,8 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         """Load a checkpoint; see `kimi_vllm.weights.load_weights`."""
         loaded = load_weights(self, self.geometry, weights, check_missing=not self.quantized)
         for module in self.modules():
-            if isinstance(module, KimiMLA):
-                module.attn.forget_projections()
+            if isinstance(module, LatentAttention):
+                module.forget_projections()
         return loaded
 
 

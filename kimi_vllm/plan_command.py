@@ -88,6 +88,7 @@ def plan(
             model=str(model),
             geometry=geometry,
             itemsize=weights.itemsize,
+            gpu_dtype=weights if device == "cuda" else None,
             ranks=tp,
             state_dtype=getattr(torch, state_dtype),
             memory=parse_memory(memory),

@@ -74,6 +74,7 @@ class Plan:
     model: str
     geometry: KimiGeometry
     itemsize: int
+    gpu_dtype: torch.dtype | None
     ranks: int
     state_dtype: torch.dtype
     memory: int
@@ -85,7 +86,12 @@ class Plan:
     def costs(self) -> Costs:
         """What things weigh."""
         return Costs.of(
-            self.geometry, self.itemsize, self.demand.block_size, ranks=self.ranks, state_dtype=self.state_dtype
+            self.geometry,
+            self.itemsize,
+            self.demand.block_size,
+            ranks=self.ranks,
+            state_dtype=self.state_dtype,
+            gpu_dtype=self.gpu_dtype,
         )
 
     @cached_property

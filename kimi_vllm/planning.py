@@ -14,6 +14,7 @@ import torch
 from kimi_vllm.cache.slots import MIN_SLOTS
 from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.precision import conv_dtype, router_dtype
 
 TYPICAL_TOKENS = 8192
 """Tokens of KV cache that come with every live slot when memory does not suffice for all sequences asked for. A slot
@@ -53,6 +54,7 @@ class Costs:
         expert_ranks: int | None = None,
         state_dtype: torch.dtype = torch.float32,
         cache_itemsize: int | None = None,
+        gpu_dtype: torch.dtype | None = None,
     ) -> Self:
         """The costs of a model, or of one pipeline stage given as a geometry of fewer layers.
 
@@ -62,8 +64,9 @@ class Costs:
             block_size: tokens per block of the KV cache.
             ranks: tensor-parallel size. Heads are split over ranks, and so is the state; the latents of MLA are not.
             expert_ranks: workers over which the routed experts are split, if not `ranks`.
-            state_dtype: of the recurrent matrix. The conv ring is float32.
+            state_dtype: of the recurrent matrix.
             cache_itemsize: bytes per cached latent element, if not `itemsize`.
+            gpu_dtype: the model's dtype if a GPU serves it; see `precision`.
 
         Raises:
             ValueError: the heads do not divide over the ranks.
@@ -75,10 +78,14 @@ class Costs:
                 "a pipeline stage with KDA layers needs at least one MLA layer. Use fewer --pipeline-parallel-size "
                 "stages, or set VLLM_PP_LAYER_PARTITION."
             )
-        layout = replace(SlotLayout.of(geometry, num_kda, ranks), state_dtype=state_dtype)
+        device, dtype = ("cpu", torch.float32) if gpu_dtype is None else ("cuda", gpu_dtype)
+        layout = SlotLayout.of(geometry, num_kda, ranks, conv_dtype(device, dtype))
+        layout = replace(layout, state_dtype=state_dtype)
         latent = geometry.latent_dim * (cache_itemsize or itemsize)
         return cls(
-            weights=_weight_bytes(geometry, itemsize, ranks, expert_ranks or ranks),
+            weights=_weight_bytes(
+                geometry, itemsize, router_dtype(device, dtype).itemsize, ranks, expert_ranks or ranks
+            ),
             slot=layout.slot_bytes,
             page=(geometry.num_layers - num_kda) * latent * block_size,
         )
@@ -272,8 +279,10 @@ def num_parameters(geometry: KimiGeometry) -> int:
     return sum(count for count, _ in _weights(geometry, 1, 1))
 
 
-def _weight_bytes(geometry: KimiGeometry, itemsize: int, ranks: int, expert_ranks: int) -> int:
+def _weight_bytes(geometry: KimiGeometry, itemsize: int, router_itemsize: int, ranks: int, expert_ranks: int) -> int:
     weights = sum(count * (4 if full else itemsize) for count, full in _weights(geometry, ranks, expert_ranks))
+    if geometry.moe is not None:
+        weights -= sum(geometry.sparse) * geometry.moe.num_experts * geometry.hidden_size * (4 - router_itemsize)
     # Rows and columns that are filled up: of the embeddings by vLLM, of KDA's input projection by us.
     vocab = 2 * (-geometry.vocab_size % _VOCAB_MULTIPLE) // ranks
     columns = sum(geometry.kda) * (-(geometry.linear_num_heads // ranks) % _INPUT_COLUMNS)

@@ -1,15 +1,18 @@
-"""The worker: vLLM's own for this platform, with the two things a step needs that vLLM has no words for.
+"""The worker: vLLM's own for this platform, with the few things a step needs that vLLM has no words for.
 
-Before a step it makes the copies between the pool and host memory that the scheduler planned. After it, it tells the
-scheduler which slots are no longer finite. Both travel as attributes of what the two exchange anyway.
+When it starts, it compiles our kernels. Before a step it makes the copies between the pool and host memory that the
+scheduler planned. After it, it tells the scheduler which slots are no longer finite. Both travel as attributes of what
+the two exchange anyway.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from kimi_vllm.cache.exchange import MOVES, NONFINITE
 from kimi_vllm.cache.guard import StateGuard
@@ -27,6 +30,12 @@ class KimiWorker(PlatformWorker):
     """Serves the state pool's part of a step. Any other model runs as it would without."""
 
     _pending: Callable[[], list[int]] | None = None
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Compile our kernels for all kinds of steps, then what vLLM compiles: no request waits for a compiler."""
+        if not current_platform.is_cpu():
+            self._warm_up_kernels()
+        return super().compile_or_warm_up_model()  # type: ignore[no-any-return]
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Output | None:
         """Make the step's copies, run it, and report sick slots with its result, now or in `sample_tokens`."""
@@ -49,6 +58,15 @@ class KimiWorker(PlatformWorker):
         output: Output = super().sample_tokens(grammar_output)
         sick, self._pending = self._pending, None
         return output if sick is None else _with_sick_slots(output, sick)
+
+    def _warm_up_kernels(self) -> None:
+        from kimi_vllm.layers.kda import KimiDeltaAttention
+
+        for module in self.get_model().modules():
+            if isinstance(module, KimiDeltaAttention):
+                with torch.inference_mode():
+                    module.warm_up(self.scheduler_config.max_num_batched_tokens, self.model_config.dtype)
+                return  # the layers are alike
 
     def _state_pool(self) -> StatePool | None:
         home = getattr(getattr(self.get_model(), "model", None), "state_home", None)

@@ -45,15 +45,6 @@ def test_doctor_reports_an_active_plugin() -> None:
     assert findings["KDA kernels"]["status"] == "OK"
 
 
-def test_doctor_fails_on_a_device_that_has_kernels_but_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_device_type", lambda: "cuda")
-    monkeypatch.setattr("kimi_vllm.kernels.dispatch.kernel_backend", lambda device_type: "triton 3.6.0")
-    finding = doctor.check_kernels()
-    assert finding.status == "FAIL"
-    assert "serves on CPUs only" in finding.found
-    assert "KIMI_VLLM_DISABLE=1" in finding.fix
-
-
 @pytest.mark.parametrize(
     ("variable", "value", "fix"),
     [("KIMI_VLLM_DISABLE", "1", "unset KIMI_VLLM_DISABLE"), ("VLLM_PLUGINS", "all", "add kimi_vllm to it")],
@@ -153,11 +144,11 @@ def test_plan_of_the_48b_model() -> None:
     assert report["memory"] == 141 * 10**9
     assert [row["tokens"] for row in report["contexts"]] == [4096, 2**20, 1000]
     assert report["contexts"][1]["bytes"] == {
-        "ours": 45_875_200 + 2**20 * 8064,
+        "ours": 43_909_120 + 2**20 * 8064,
         "all_mla": 2**20 * 31_104,
         "in_tree": (547 + 6) * 7 * 1920 * 1152,
     }
-    assert report["sizing"]["costs"]["slot"] == 45_875_200
+    assert report["sizing"]["costs"]["slot"] == 43_909_120
     assert report["out_of_memory"]["longest_context"] == 2**20
     sizing = report["sizing"]
     assert sizing["state_bytes"] + sizing["kv_bytes"] <= report["available"] < 129_720_000_000 - 98_245_363_456
@@ -168,19 +159,19 @@ def test_plan_takes_a_file_half_the_state_and_a_binary_size() -> None:
     report = json.loads(output)
     assert status == 0
     assert report["memory"] == 131 * 2**30
-    assert report["sizing"]["costs"]["slot"] == 20 * (2**20 + 4 * 12_288 * 4)
+    assert report["sizing"]["costs"]["slot"] == 20 * (2**20 + 4 * 12_288 * 2)
     assert report["in_tree_block_size"] == 1024
 
 
 def test_plan_on_two_devices_halves_the_state_but_not_the_latents() -> None:
     costs = plan_json("--tp", "2")["sizing"]["costs"]
-    assert (costs["slot"], costs["page"]) == (45_875_200 // 2, 64 * 8064)
+    assert (costs["slot"], costs["page"]) == (43_909_120 // 2, 64 * 8064)
 
 
 def test_plan_table_says_what_the_json_says() -> None:
     sizing = plan_json()["sizing"]
     _, text = run_plan()
-    assert f"state slots       45,875,200 B (43.75 MiB) each, {sizing['state_bytes']:,} B" in text
+    assert f"state slots       43,909,120 B (41.88 MiB) each, {sizing['state_bytes']:,} B" in text
     assert f"{sizing['kv_tokens']:,} tokens in blocks of 64" in text
     assert f"--max-num-seqs 256 does not fit and is lowered to {sizing['live']}." in text
     assert "lowered" not in run_plan("--max-num-seqs", "2")[1]

@@ -28,6 +28,7 @@ def plan(**changes):
         "model": "48B",
         "geometry": GEOMETRY,
         "itemsize": 2,
+        "gpu_dtype": torch.bfloat16,
         "ranks": 1,
         "state_dtype": torch.float32,
         "memory": 141 * 10**9,
@@ -44,6 +45,10 @@ def test_weights_of_the_48b_model():
     router = 26 * 256 * (2304 + 1)
     small = 20 * (3 * 4096 * 4 + 32 + 4096 + 128)
     assert Costs.of(GEOMETRY, 2, 64).weights == 2 * 49_122_681_728 + 2 * (router + small)
+    on_gpu = Costs.of(GEOMETRY, 2, 64, gpu_dtype=torch.bfloat16)
+    # There a bfloat16 product has a float32 result: of the router only the bias that corrects the choice is float32.
+    assert on_gpu.weights == 2 * 49_122_681_728 + 2 * (26 * 256 + small)
+    assert Costs.of(GEOMETRY, 2, 64, gpu_dtype=torch.float16).weights == Costs.of(GEOMETRY, 2, 64).weights
 
 
 def test_two_ranks_split_all_but_router_latents_low_ranks_and_norms():
@@ -68,14 +73,18 @@ def test_cache_of_the_48b_model():
     assert costs.slot == 20 * (2 * MIB + 4 * 12_288 * 4) == 45_875_200
     half = Costs.of(GEOMETRY, 2, 64, state_dtype=torch.bfloat16)
     assert half.slot == 20 * (1 * MIB + 4 * 12_288 * 4) == 24_903_680
+    # On a GPU the ring is in the model's dtype.
+    on_gpu = Costs.of(GEOMETRY, 2, 64, gpu_dtype=torch.bfloat16)
+    assert on_gpu.slot == 20 * (2 * MIB + 4 * 12_288 * 2) == 43_909_120
 
 
 @pytest.mark.parametrize(("dtype", "mebibytes"), [(torch.float32, 41.41), (torch.bfloat16, 21.41)])
 def test_published_state_has_a_conv_of_three_columns_in_bfloat16(dtype, mebibytes):
-    """The usual figure counts W - 1 columns in the model's dtype; our ring has W columns in float32, 2.34 MiB more."""
+    """The usual figure counts W - 1 columns; our ring has W, 0.47 MiB more on a GPU."""
     published = SlotLayout(20, 32, 128, ring=3, state_dtype=dtype, conv_dtype=torch.bfloat16).slot_bytes
     assert round(published / MIB, 2) == mebibytes
-    assert Costs.of(GEOMETRY, 2, 64, state_dtype=dtype).slot - published == 20 * 12_288 * (4 * 4 - 3 * 2)
+    ours = Costs.of(GEOMETRY, 2, 64, state_dtype=dtype, gpu_dtype=torch.bfloat16)
+    assert ours.slot - published == 20 * 12_288 * 2
 
 
 PUBLISHED = [
@@ -98,12 +107,12 @@ def test_memory_of_one_request_against_all_mla(context, all_mla, hybrid, saved):
     assert round(row["all_mla"] / GIB, digits) == pytest.approx(all_mla, abs=0.0006)
     assert round(published / GIB, 3) == hybrid
     assert 100 * (1 - published / row["all_mla"]) == pytest.approx(saved, abs=0.06)
-    assert row["ours"] - published == 2_457_600
+    assert row["ours"] - published == 491_520
 
 
 def test_break_even():
     made = plan()
-    assert made.break_even == 45_875_200 // 23_040 == 1991
+    assert made.break_even == 43_909_120 // 23_040 == 1905
     published = replace(made.costs, slot=43_417_600)
     made.__dict__["costs"] = published
     assert made.break_even == 1884
@@ -142,10 +151,10 @@ def test_least_that_a_request_holds_in_tree(state, caching, mebibytes):
 def test_an_h200_by_hand():
     """141 GB: each live slot comes with 8,192 tokens; the checkpoints get a tenth; the rest is KV cache."""
     sizing = plan().sizing
-    available = 129_720_000_000 - 4 * GIB - 98_278_183_936
+    available = 129_720_000_000 - 4 * GIB - 98_247_513_088
     assert plan().available == available
-    assert sizing.live == (available - available // 10 - 45_875_200 - 516_096) // (45_875_200 + 8192 * 8064)
-    assert sizing.checkpoints == available // 10 // 45_875_200
+    assert sizing.live == (available - available // 10 - 43_909_120 - 516_096) // (43_909_120 + 8192 * 8064)
+    assert sizing.checkpoints == available // 10 // 43_909_120
     assert sizing.num_pages == (available - sizing.state_bytes) // 516_096
     assert sizing.longest(sizing.live) >= 8192
     assert sizing.concurrency(2**20) == 1

@@ -19,6 +19,7 @@ from kimi_vllm.cache.pool import StatePool
 from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.options import KimiOptions
+from kimi_vllm.precision import conv_dtype
 
 
 class StateGroupMember(nn.Module, AttentionLayerBase):
@@ -64,15 +65,16 @@ class StateHome:
     def __init__(
         self, geometry: KimiGeometry, vllm_config: VllmConfig, num_layers: int, mla_layer: int, prefix: str
     ) -> None:
-        tensor_parallel = vllm_config.parallel_config.tensor_parallel_size
-        layout = SlotLayout.of(geometry, num_layers, tensor_parallel)
+        device = vllm_config.device_config.device
+        held = conv_dtype(device.type, vllm_config.model_config.dtype)
+        layout = SlotLayout.of(geometry, num_layers, vllm_config.parallel_config.tensor_parallel_size, held)
         self.prefix = prefix
         self.options = KimiOptions.from_additional_config(vllm_config.additional_config)
         # The config hook chose it, so that scheduler and workers have the same number.
         assert self.options.state_slots is not None
         self.num_slots = 1 + self.options.state_slots
         num_host_slots = int(self.options.host_memory_gib * 2**30 // layout.slot_bytes)
-        self.pool = StatePool(layout, self.num_slots, vllm_config.device_config.device, num_host_slots)
+        self.pool = StatePool(layout, self.num_slots, device, num_host_slots)
         self.metadata_name = self.member_name(mla_layer)
         self._num_claimed = 0
 

@@ -74,10 +74,26 @@ class KDAMetadata:
     prefill: PrefillRows | None
 
 
+def rehearsal(num_tokens: int, num_sequences: int, block_size: int, device: torch.device) -> KDAMetadata:
+    """A step of new sequences whose states go nowhere: decodes if each has one token, else prefills of equal length.
+
+    Args:
+        num_tokens, num_sequences: of the step; no fewer tokens than sequences.
+    """
+    null = torch.zeros(num_sequences, dtype=torch.int32, device=device)
+    if num_tokens == num_sequences:
+        return KDAMetadata(num_tokens, num_tokens, block_size, DecodeRows(null, null, null.long()), None)
+    # Made on the device: a graph may be under capture.
+    cu_seqlens = torch.arange(num_sequences + 1, device=device) * num_tokens // num_sequences
+    packed = PrefillRows(cu_seqlens.int(), null, null[:, None])
+    return KDAMetadata(0, num_tokens, block_size, None, packed)
+
+
 class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     """Builds `KDAMetadata`; vLLM calls it once per step for the whole state group."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
+    # A graph holds the addresses of the rows below; a decode step of any kind only writes other numbers there.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold = 1
 
     def __init__(
@@ -90,6 +106,7 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.num_slots = kv_cache_spec.num_slots
         self.block_size = kv_cache_spec.block_size
+        self._buffers = None if device.type == "cpu" else _RowBuffers(_most_rows(vllm_config), device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -100,6 +117,10 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         table = step.block_table_tensor[: step.num_reqs]
         seq_lens = step.seq_lens[: step.num_reqs]
         decode = prefill = None
+        if self._buffers is not None:
+            starts = step.query_start_loc[: step.num_reqs + 1]
+            decode, prefill = self._buffers.fill(table, seq_lens, starts, num_decodes, self.block_size, self.num_slots)
+            return KDAMetadata(num_decodes, step.num_actual_tokens, self.block_size, decode, prefill)
         if num_decodes:
             decode = self._decode_rows(table[:num_decodes], seq_lens[:num_decodes])
         if num_prefills:
@@ -129,6 +150,45 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     def _slots(self, entries: Tensor) -> Tensor:
         # vLLM's warm-up makes up block ids without regard to groups; out-of-range ones are padding to us.
         return torch.where(entries < self.num_slots, entries, NULL_SLOT).to(torch.int32)
+
+
+class _RowBuffers:
+    """The rows of a step on a GPU, always at the same addresses: graphs hold them, and steps are in order there.
+
+    Args:
+        most: rows a step can have.
+    """
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        self._slots = torch.zeros(2, most, dtype=torch.int32, device=device)
+        self._position = torch.zeros(most, dtype=torch.int64, device=device)
+        self._cu_seqlens = torch.zeros(most + 1, dtype=torch.int32, device=device)
+        self._context_len = torch.zeros(most, dtype=torch.int32, device=device)
+
+    def fill(
+        self, table: Tensor, seq_lens: Tensor, starts: Tensor, num_decodes: int, block_size: int, num_slots: int
+    ) -> tuple[DecodeRows | None, PrefillRows | None]:
+        """Write the step's rows, in one launch, and return them. Prefill kernels bound the table's slots themselves."""
+        from kimi_vllm.kernels.rows import step_rows
+
+        read_slot, write_slot = self._slots
+        rows = (read_slot, write_slot, self._position, self._cu_seqlens, self._context_len)
+        step_rows(table, seq_lens, starts, num_decodes, block_size, num_slots, *rows)
+        decode = prefill = None
+        if num_decodes:
+            decode = DecodeRows(read_slot[:num_decodes], write_slot[:num_decodes], self._position[:num_decodes])
+        if num_prefills := len(seq_lens) - num_decodes:
+            prefill = PrefillRows(
+                self._cu_seqlens[: num_prefills + 1], self._context_len[:num_prefills], table[num_decodes:]
+            )
+        return decode, prefill
+
+
+def _most_rows(vllm_config: VllmConfig) -> int:
+    # vLLM pads a step to the size of a captured graph, which can be above what it schedules.
+    captured: int = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    scheduled: int = vllm_config.scheduler_config.max_num_seqs
+    return max(scheduled, captured)
 
 
 class KDAStateBackend(AttentionBackend):

@@ -46,7 +46,13 @@ class SlotLayout:
         return prod(self.state_shape) * self.state_dtype.itemsize + prod(self.conv_shape) * self.conv_dtype.itemsize
 
     @classmethod
-    def of(cls, geometry: KimiGeometry, num_layers: int, tensor_parallel_size: int = 1) -> Self:
+    def of(
+        cls,
+        geometry: KimiGeometry,
+        num_layers: int,
+        tensor_parallel_size: int = 1,
+        conv_dtype: torch.dtype = torch.float32,
+    ) -> Self:
         """The layout for `num_layers` KDA layers of a model whose heads are split over ranks.
 
         Raises:
@@ -57,4 +63,5 @@ class SlotLayout:
             raise ValueError(
                 f"--tensor-parallel-size {tensor_parallel_size}: the model's {heads} KDA heads do not divide by it."
             )
-        return cls(num_layers, heads // tensor_parallel_size, geometry.linear_head_dim, geometry.conv_width)
+        heads //= tensor_parallel_size
+        return cls(num_layers, heads, geometry.linear_head_dim, geometry.conv_width, conv_dtype=conv_dtype)

@@ -6,8 +6,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.platforms import current_platform
 
 from kimi_vllm.geometry import KimiGeometry, MoEGeometry
+from kimi_vllm.precision import router_dtype
 
 
 class KimiMLP(nn.Module):
@@ -51,19 +53,20 @@ class KimiMLP(nn.Module):
 class KimiMoE(nn.Module):
     """Experts chosen by biased sigmoid scores and weighted by the unbiased ones, plus shared experts.
 
-    The router runs in fp32; `e_score_correction_bias` takes part in the selection only; the weights are normalised
+    The router's logits are fp32; `e_score_correction_bias` takes part in the selection only; the weights are normalised
     over the chosen experts and scaled.
     """
 
     def __init__(self, geometry: KimiGeometry, moe: MoEGeometry, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         hidden = geometry.hidden_size
+        held = router_dtype(current_platform.device_type, vllm_config.model_config.dtype)
         self.gate = GateLinear(
             hidden,
             moe.num_experts,
             out_dtype=torch.float32,
-            params_dtype=torch.float32,
-            force_fp32_compute=True,
+            params_dtype=held,
+            force_fp32_compute=held == torch.float32,
             prefix=f"{prefix}.gate",
         )
         self.gate.e_score_correction_bias = nn.Parameter(

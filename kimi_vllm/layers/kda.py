@@ -5,6 +5,7 @@ Equations: arXiv 2510.26692, Eq. 1 and 10; `kernels/reference.py` is their execu
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
@@ -15,9 +16,9 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from kimi_vllm.cache.group import StateHome
-from kimi_vllm.cache.metadata import KDAMetadata
+from kimi_vllm.cache.metadata import KDAMetadata, rehearsal
 from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.kernels import dispatch
+from kimi_vllm.kernels import dispatch, launch
 
 _COLUMNS = 16
 """The input projection's columns are a multiple of this. Kernels want rows that start at a multiple of 16 bytes; matrix
@@ -121,6 +122,8 @@ class KimiDeltaAttention(nn.Module):
         self.metadata_name = home.metadata_name
         self.conv_pool, self.state_pool = home.claim_layer()
         self.nonfinite = home.pool.nonfinite
+        self.block_size = vllm_config.cache_config.block_size
+        self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         dispatch.prepare(self.state_pool.device.type, head_dim)
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
@@ -147,9 +150,13 @@ class KimiDeltaAttention(nn.Module):
             step: which rows are decodes and prefills, and their slots.
 
         Mutates:
-            The pool at the step's write slots and their flags, and `out`.
+            The pool at the step's write slots and their flags, and `out`. Rows behind the step's tokens, which vLLM
+            adds to reach the size of a captured graph, become zeros: what was in memory there could be NaN, and a
+            router cannot choose experts by NaN.
         """
         decodes, end = step.num_decodes, step.num_tokens
+        if end < out.shape[0]:
+            out[end:].zero_()
         weights = (self.conv_weight, self.A_log, self.dt_bias, self.o_norm.weight, self.norm_eps)
         pools = (self.conv_pool, self.state_pool)
         if step.decode is not None:
@@ -180,7 +187,38 @@ class KimiDeltaAttention(nn.Module):
                 self.nonfinite,
             )
 
+    def rehearse(self, qkv: Tensor, gate: Tensor, beta: Tensor, out_gate: Tensor, out: Tensor) -> None:
+        """Take part in vLLM's profiling run: on a GPU use the memory a step of so many tokens uses at most.
 
+        Arguments as `advance`. The tokens belong to as many new sequences as can be, and no state of theirs is kept.
+        """
+        if out.device.type == "cpu":
+            out.zero_()
+            return
+        step = rehearsal(out.shape[0], min(out.shape[0], self.max_num_seqs), self.block_size, out.device)
+        self.advance(qkv, gate, beta, out_gate, out, step)
+
+    def warm_up(self, max_num_tokens: int, dtype: torch.dtype) -> None:
+        """Compile every kernel that a step of up to so many tokens in `dtype` can need. Touches no slot.
+
+        Launch parameters change with the number of sequences; its powers of two meet every row of the launch table.
+        """
+        device, width = self.state_pool.device, self.dt_bias.shape[0]
+        most = min(self.max_num_seqs, max_num_tokens)
+        counts = sorted({most, *(2**power for power in range(most.bit_length()))})
+        for sequences in counts:
+            for tokens in {sequences, 2 * sequences, max(2 * sequences, launch.EXTEND_TOKENS + 1)}:
+                if tokens > max_num_tokens:
+                    continue
+                # As the projections hand them over, down to the strides: kernels are compiled for both.
+                projected = torch.zeros(tokens, sum(self.in_proj.splits), dtype=dtype, device=device)
+                qkv, _, beta, _ = projected.split(self.in_proj.splits, dim=-1)
+                gate, out_gate = torch.zeros(2, tokens, width, dtype=dtype, device=device)
+                step = rehearsal(tokens, sequences, self.block_size, device)
+                self.advance(qkv, gate, beta, out_gate, torch.empty_like(out_gate), step)
+
+
+@eager_break_during_capture
 def _kimi_delta_attention(
     qkv: Tensor, gate: Tensor, beta: Tensor, out_gate: Tensor, out: Tensor, layer_name: str
 ) -> None:
@@ -188,8 +226,7 @@ def _kimi_delta_attention(
     context = get_forward_context()
     layer: KimiDeltaAttention = context.no_compile_layers[layer_name]
     if context.attn_metadata is None:
-        # vLLM's profiling run: no request, no slots.
-        out.zero_()
+        layer.rehearse(qkv, gate, beta, out_gate, out)
         return
     layer.advance(qkv, gate, beta, out_gate, out, context.attn_metadata[layer.metadata_name])
 

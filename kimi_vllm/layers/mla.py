@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.platforms import current_platform
 
 from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.layers.mla_cpu import LatentAttention
+from kimi_vllm.layers.mla_latent import LatentAttention
 
 LATENT_NORM_EPS = 1e-6
 """Both latent norms are built without an eps in the released modeling code, so they have its default."""
@@ -59,7 +61,9 @@ class KimiMLA(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.attn = LatentAttention(geometry, vllm_config, self.local_heads, self.kv_b_proj, f"{prefix}.attn")
+        own = uses_latent_attention(current_platform.device_type, vllm_config.model_config.dtype)
+        build = LatentAttention if own else _vllm_attention
+        self.attn = build(geometry, vllm_config, self.local_heads, self.kv_b_proj, f"{prefix}.attn")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Attend over one step's tokens: ``[T, hidden]`` to ``[T, hidden]``."""
@@ -70,6 +74,35 @@ class KimiMLA(nn.Module):
             query, _ = self.q_b_proj(self.q_a_layernorm(low_rank))
         compressed, _ = self.kv_a_proj_with_mqa(hidden_states)
         kv, shared_key = compressed.split([self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim], dim=-1)
-        latent = torch.cat([self.kv_a_layernorm(kv.contiguous()), shared_key], dim=-1)
-        mixed: Tensor = self.o_proj(self.attn(query, latent))[0]
+        kv = self.kv_a_layernorm(kv.contiguous())
+        if isinstance(self.attn, LatentAttention):
+            attended = self.attn(query, torch.cat([kv, shared_key], dim=-1))
+        else:
+            width = self.local_heads * self.geometry.v_head_dim
+            query = query.view(-1, self.local_heads, self.geometry.qk_head_dim)
+            attended = self.attn(query, kv, shared_key.unsqueeze(1), output_shape=(query.shape[0], width))
+        mixed: Tensor = self.o_proj(attended)[0]
         return mixed
+
+
+def uses_latent_attention(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether `LatentAttention` serves: on CPUs, and for float32, which none of vLLM's MLA backends for GPUs takes."""
+    return device_type == "cpu" or dtype == torch.float32
+
+
+def _vllm_attention(
+    geometry: KimiGeometry, vllm_config: VllmConfig, heads: int, kv_b_proj: ColumnParallelLinear, prefix: str
+) -> MLAAttention:
+    return MLAAttention(
+        num_heads=heads,
+        scale=geometry.qk_head_dim**-0.5,
+        qk_nope_head_dim=geometry.qk_nope_head_dim,
+        qk_rope_head_dim=geometry.qk_rope_head_dim,
+        v_head_dim=geometry.v_head_dim,
+        q_lora_rank=geometry.q_lora_rank,
+        kv_lora_rank=geometry.kv_lora_rank,
+        kv_b_proj=kv_b_proj,
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        prefix=prefix,
+    )

@@ -1,6 +1,7 @@
-"""Latent attention on CPUs over vLLM's paged cache: any block size and latent width, chunked prefill, prefix caching.
+"""Latent attention in torch over vLLM's paged cache: any block size and latent width, chunked prefill, prefix caching.
 
-vLLM's reference MLA for CPUs takes 576-wide latents and 16-token blocks, and no context beside the current chunk. This
+It serves CPUs, and float32 on GPUs, for which vLLM has no MLA: there it is for checking numbers, not for speed. vLLM's
+reference MLA for CPUs takes 576-wide latents and 16-token blocks, and no context beside the current chunk. This
 one gathers latents through the block table tile by tile and keeps a running softmax, so its memory does not grow with
 the context. Decodes run in latent space (the key and value projections absorbed into query and output); prefills
 expand each tile to keys and values once for all their queries.
@@ -15,7 +16,6 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import ColumnParallelLinear
-from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import (
@@ -115,9 +115,9 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         lengths = lengths.clamp(min=1)[:, None]
         longest = int(lengths.max()) if len(lengths) else 1
         tables = tables[:, : cdiv(longest, block_size)]
-        owned = torch.arange(tables.shape[1]) * block_size < lengths
-        unseen = torch.arange(tables.shape[1] * block_size) >= lengths
-        bias = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None]
+        owned = torch.arange(tables.shape[1], device=tables.device) * block_size < lengths
+        unseen = torch.arange(tables.shape[1] * block_size, device=tables.device) >= lengths
+        bias = torch.zeros(unseen.shape, device=tables.device).masked_fill_(unseen, -torch.inf)[:, None]
         return torch.where(owned, tables, tables[:, :1]), bias
 
 
@@ -127,7 +127,7 @@ class LatentBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
         """Name in vLLM's logs."""
-        return "KIMI_MLA_CPU"
+        return "KIMI_MLA_TORCH"
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
@@ -160,12 +160,13 @@ class RunningSoftmax:
     Args:
         rows: shape of the query rows, such as ``(N, H)``.
         dim: length of a value.
+        device: of scores and values.
     """
 
-    def __init__(self, rows: tuple[int, ...], dim: int) -> None:
-        self.maximum = torch.full(rows, -torch.inf, dtype=torch.float32)
-        self.total = torch.zeros(rows, dtype=torch.float32)
-        self.weighted = torch.zeros(*rows, dim, dtype=torch.float32)
+    def __init__(self, rows: tuple[int, ...], dim: int, device: torch.device | str = "cpu") -> None:
+        self.maximum = torch.full(rows, -torch.inf, dtype=torch.float32, device=device)
+        self.total = torch.zeros(rows, dtype=torch.float32, device=device)
+        self.weighted = torch.zeros(*rows, dim, dtype=torch.float32, device=device)
 
     def add(self, scores: Tensor, values: Tensor, rows: Any = ...) -> None:
         """Add a tile: fp32 `scores` ``[..., t]`` and `values` ``[..., t, dim]`` for the given rows.
@@ -194,7 +195,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         prefix: name under which vLLM binds the cache.
 
     Raises:
-        ValueError: a platform or cache dtype that this attention does not serve.
+        ValueError: a cache dtype that this attention does not serve.
     """
 
     def __init__(
@@ -206,15 +207,10 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         prefix: str,
     ) -> None:
         super().__init__()
-        if not current_platform.is_cpu():
-            raise ValueError(
-                f"kimi-vllm {current_platform.device_type}: this release serves on the CPU. Set KIMI_VLLM_DISABLE=1 "
-                "to use vLLM's own Kimi Linear on this device."
-            )
         if vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16"):
             raise ValueError(
-                f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: kimi-vllm on the CPU keeps latents in "
-                "the model's dtype (auto)."
+                f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}: kimi-vllm on CPUs and in float32 keeps "
+                "latents in the model's dtype (auto)."
             )
         self.prefix = prefix
         self.num_heads = num_heads
@@ -278,7 +274,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         """W_UK ``[H, nope, R]`` and W_UV ``[H, R, v]``, read out of the projection whatever form its weights are in."""
         if self._expand is None:
             dtype = self.kv_cache.dtype
-            columns, _ = self._kv_b_proj[0](torch.eye(self.rank, dtype=dtype))
+            columns, _ = self._kv_b_proj[0](torch.eye(self.rank, dtype=dtype, device=self.kv_cache.device))
             self._expand = columns.view(self.rank, self.num_heads, self.nope + self.value).permute(1, 0, 2)
             self._expand = self._expand.contiguous()
         keys, values = self._expand.split([self.nope, self.value], dim=-1)
@@ -295,10 +291,10 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             scores, values = self._decode_tile(query, step.decode_tables, step.decode_bias)
             averages = scores.softmax(-1).to(values.dtype) @ values
         else:
-            softmax = RunningSoftmax((rows, self.num_heads), self.rank)
+            softmax = RunningSoftmax((rows, self.num_heads), self.rank, query.device)
             for first in range(0, num_blocks, tile):
                 start, end = first * self._block_size, (first + tile) * self._block_size
-                active = torch.nonzero(step.decode_lens > start)[:, 0] if start else torch.arange(rows)
+                active = torch.nonzero(step.decode_lens > start)[:, 0] if start else slice(None)
                 tables, bias = step.decode_tables[active, first : first + tile], step.decode_bias[active, :, start:end]
                 softmax.add(*self._decode_tile(query[active], tables, bias), active)
             averages = softmax.result().to(query.dtype)
@@ -321,7 +317,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         if length <= tile:
             scores, values = self._prefill_tile(query, context, table, 0, length)
             return (scores.softmax(-1).to(values.dtype) @ values).transpose(0, 1)
-        softmax = RunningSoftmax((self.num_heads, num_queries), self.value)
+        softmax = RunningSoftmax((self.num_heads, num_queries), self.value, query.device)
         for start in range(0, length, tile):
             end = min(start + tile, length)
             # Queries before the tile see none of it.
@@ -336,7 +332,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         keys, values = self._keys_values(self.kv_cache[blocks, 0].flatten(0, 1)[: end - start])
         scores = torch.matmul(query, keys.transpose(1, 2)).float()
         if end > position + 1:
-            seen = torch.arange(start, end) <= torch.arange(position, position + query.shape[1])[:, None]
+            seen = torch.arange(start, end, device=scores.device)
+            seen = seen <= torch.arange(position, position + query.shape[1], device=scores.device)[:, None]
             scores.masked_fill_(~seen, -torch.inf)
         return scores, values
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from kimi_vllm.layers import mla_cpu
-from kimi_vllm.layers.mla_cpu import LatentAttention, LatentMetadataBuilder, RunningSoftmax
+from kimi_vllm.layers import mla_latent
+from kimi_vllm.layers.mla_latent import LatentAttention, LatentMetadataBuilder, RunningSoftmax
 
 HEADS, RANK, NOPE, ROPE, VALUE, BLOCK = 3, 20, 12, 4, 8, 16
 
@@ -85,7 +85,7 @@ def run(layer, query_lens, seq_lens, latents, query, out):
     ids=["decodes", "mixed", "prefills"],
 )
 def test_equals_dense_attention_over_dirty_pages(query_lens, seq_lens, tile, monkeypatch):
-    monkeypatch.setattr(mla_cpu, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(mla_latent, "TILE_ELEMENTS", tile)
     torch.manual_seed(0)
     layer = Layer(sum(-(-length // BLOCK) for length in seq_lens) + 3)
     latents = [torch.randn(length, RANK + ROPE) for length in seq_lens]
