@@ -3,8 +3,8 @@
 # docker build --target cpu -t kimi-vllm:cpu .    serves the tiny checkpoint without a GPU
 #   docker run --shm-size=1g -p 8000:8000 kimi-vllm:cpu
 # What follows the image's name goes to `vllm serve`.
-ARG VLLM_TAG=v0.32.0
 ARG PYTHON_TAG=3.11-slim-bookworm
+ARG CUDA_PYTHON_TAG=3.12-slim-bookworm
 
 FROM python:${PYTHON_TAG} AS wheel
 WORKDIR /src
@@ -28,15 +28,23 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=5m CMD ["curl", "-fsS", "
 ENTRYPOINT ["vllm", "serve", "--host", "0.0.0.0", "--port", "8000"]
 CMD ["configs/models/recall", "--served-model-name", "kimi-recall", "--dtype", "float32", "--max-model-len", "2048"]
 
-FROM vllm/vllm-openai:${VLLM_TAG} AS cuda
-# --no-deps: all that kimi-vllm needs comes with vLLM, and nothing in this image may change under it.
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    python3 -m pip install --no-cache-dir --no-deps /dist/*.whl \
-    && kimi-vllm --version \
+FROM python:${CUDA_PYTHON_TAG} AS cuda
+# CUDA's libraries come as wheels with torch, the driver with the container runtime. Triton and torch.compile need a
+# compiler while serving.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends curl g++ libnuma1 \
+    && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home kimi \
     && install -d -o kimi -g kimi /models
+# --no-deps: the lock is complete, and nothing in it may change under vLLM.
+RUN --mount=type=bind,source=requirements/cuda.lock,target=/tmp/cuda.lock \
+    python -m pip install --no-cache-dir --no-deps --only-binary :all: -r /tmp/cuda.lock
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    python -m pip install --no-cache-dir --no-deps /dist/*.whl \
+    && kimi-vllm --version
 USER 10001
 WORKDIR /home/kimi
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ENV HF_HOME=/models
 VOLUME /models
 EXPOSE 8000

@@ -20,7 +20,7 @@ test: lint ## all that runs without a GPU; unit and engine tests beside each oth
 	@$(MAKE) --no-print-directory -j2 unit engine
 
 lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh && .venv/bin/hadolint Dockerfile
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh serve/gpu/install.sh && .venv/bin/hadolint Dockerfile
 
 unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of their own, in Triton's interpreter
 	.venv/bin/python -m pytest -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 .venv/bin/python -m pytest -m "triton and not gpu" tests/kernels
