@@ -41,7 +41,10 @@ def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool
     if most > 1 and len(names) == 1:
         return {"skipped": "no second request fits, so this is batch 1"}
     preempted = engine.num_preemptions
-    StepClock().run(engine.step, 1, time.perf_counter() + plan.budget_s)
+    first = StepClock()
+    first.run(engine.step, 1, time.perf_counter() + plan.budget_s)
+    if not first.arrivals:
+        return {"skipped": f"no token in {plan.budget_s:g} s"}
     engine.make_noise()
     # Kernels may be compiled here, which is not to come out of the time for the steps themselves.
     StepClock().run(engine.step, plan.warmup, time.perf_counter() + 2 * plan.budget_s)
@@ -50,17 +53,18 @@ def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool
     if len(clock.arrivals) < 2:
         return {"skipped": f"no two steps in {plan.budget_s:g} s"}
     seconds = summary_ms(clock.intervals())
-    full = sum(len(tokens) == len(names) for _, tokens in clock.arrivals)
+    requests = len(engine.scheduler.running)
+    full = sum(len(tokens) == requests for _, tokens in clock.arrivals)
     geometry, itemsize = plan.geometry(), engine.config.model_config.dtype.itemsize
-    moved, peak = step_bytes(geometry, len(names), context, itemsize), plan.bandwidth_tbps or peak_tbps()
+    moved, peak = step_bytes(geometry, requests, context, itemsize), plan.bandwidth_tbps or peak_tbps()
     fields: dict[str, Any] = {
         "context": "synthetic",
-        "requests": len(names),
+        "requests": requests,
         "tpot": seconds,
-        "tokens_per_s": round(len(names) / seconds["p50_ms"] * 1e3, 1),
+        "tokens_per_s": round(requests / seconds["p50_ms"] * 1e3, 1),
         "steps_with_all_requests": f"{full}/{len(clock.arrivals)}",
         "preemptions": engine.num_preemptions - preempted,
-        "floor_ms": None if not peak else round(floor_ms(geometry, len(names), context, peak, itemsize), 4),
+        "floor_ms": None if not peak else round(floor_ms(geometry, requests, context, peak, itemsize), 4),
         "floor_bytes": {"weights": moved.weights, "kv": moved.kv, "state": moved.state},
     }
     if not plan.profiled:

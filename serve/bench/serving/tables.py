@@ -85,7 +85,8 @@ def _step_table(rows: Sequence[Row], batch: str, title: str) -> ResultTable:
 
 def _gpu_table(rows: Sequence[Row]) -> ResultTable:
     cells = []
-    for row in latest(rows, "tpot").values():
+    points = latest(rows, "tpot").values()
+    for row in sorted(points, key=lambda row: (row["case"]["batch"], row["case"]["context"])):
         profile = row.get("profile", {})
         if "gpu_ms" in profile:
             times = [*profile["gpu_ms"].values(), profile["kernel_sum_ms"], profile["gaps_ms"]]
