@@ -26,7 +26,7 @@ unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of th
 	.venv/bin/python -m pytest -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 .venv/bin/python -m pytest -m "triton and not gpu" tests/kernels
 
 engine: $(VENV) ## tests that start a real vLLM engine on the CPU
-	.venv/bin/python -m pytest -m engine
+	.venv/bin/python -m pytest -m "engine and not gpu"
 
 bench: $(VENV) ## kernel benchmarks on this machine's device
 	.venv/bin/python -m kimi_vllm.kernels.bench cpu

@@ -86,9 +86,14 @@ _LETTERS = {"K": "linear_attention", "M": "full_attention", "s": "sparse", "d": 
 
 def make_transformers_layout(folder: Path, name: str, seed: int = 0) -> Path:
     """Write a random checkpoint as transformers' `save_pretrained` does."""
+    return make_random(folder, GEOMETRIES[name], seed)
+
+
+def make_random(folder: Path, geometry: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """As `make_transformers_layout`, of any geometry, with parameters that are numbers of `dtype` kept in float32."""
     from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
-    values = _COMMON | GEOMETRIES[name]
+    values = _COMMON | geometry
     for key in ("layer_types", "mlp_layer_types"):
         values[key] = [_LETTERS[letter] for letter in values[key]]
     values["num_hidden_layers"] = len(values["layer_types"])
@@ -104,6 +109,8 @@ def make_transformers_layout(folder: Path, name: str, seed: int = 0) -> Path:
         for buffer_name, buffer in model.named_buffers():
             if "e_score_correction_bias" in buffer_name:
                 buffer.uniform_(-0.2, 0.2)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.copy_(tensor.to(dtype))
     model.save_pretrained(folder)
     return folder
 

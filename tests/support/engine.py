@@ -1,4 +1,4 @@
-"""Real vLLM engines on the CPU, several per process, and a look inside them."""
+"""Real vLLM engines, several per process, and a look inside them."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +39,9 @@ class Engine:
             "disable_log_stats": True,
             "seed": 0,
         }
+        if torch.cuda.is_available():
+            # Room for several, and nothing that others in the same memory could disturb by measuring.
+            defaults |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}
         self.llm = LLM(str(checkpoint), **(defaults | options))
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler

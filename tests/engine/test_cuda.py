@@ -1,0 +1,162 @@
+"""On a GPU: vLLM's MLA, CUDA graphs and asynchronous scheduling around our kernels say what transformers says.
+
+The other engine tests hold there too, in float32; these are about what a CPU does not have.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from openai import OpenAI
+from support.checkpoints import GEOMETRIES, make_random
+from support.engine import RECALL, engine, random_prompts
+from support.server import serving
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "demo"))
+from recall_task import held_out_prompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
+
+LENGTHS = [1, 2, 4, 5, 6, 63, 64, 65, 129, 321]
+# Every expert is chosen: with few of them, rounding moves a token to another expert now and then, and no bound on
+# rounding errors bounds that.
+SMOOTH = {"num_local_experts": 6, "num_experts_per_tok": 6}
+CASES = {name: values | SMOOTH for name, values in GEOMETRIES.items()}
+# The heads of the 48B model, for which vLLM has other attention kernels than for small ones.
+CASES["heads-of-48b"] = SMOOTH | {
+    "linear_num_heads": 32,
+    "linear_head_dim": 128,
+    "num_attention_heads": 32,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "layer_types": "KKMK",
+    "mlp_layer_types": "dsss",
+}
+TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def smooth(tmp_path_factory):
+    """Random checkpoints whose numbers are all bfloat16, so that no dtype rounds them, and transformers' model."""
+    from support.oracle import Oracle
+
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("smooth") / name
+            make_random(folder, CASES[name], dtype=torch.bfloat16)
+            made[name] = folder, Oracle(folder)
+        return made[name]
+
+    return make
+
+
+def distributions(output, vocab_size):
+    """Log-probabilities of every token at every position but the first: ``[T - 1, vocab]``."""
+    rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+    table = torch.full((len(rows), vocab_size), torch.nan)
+    for row, candidates in zip(table, rows, strict=True):
+        for token, candidate in candidates.items():
+            row[token] = candidate.logprob
+    return table
+
+
+def relative_error(ours, theirs):
+    """Of logits, which log-probabilities are up to a constant: norm of the difference over the norm, by position."""
+    ours, theirs = (table - table.mean(-1, keepdim=True) for table in (ours, theirs))
+    return (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_transformers(name, dtype, smooth):
+    from vllm import SamplingParams, TokensPrompt
+
+    checkpoint, oracle = smooth(name)
+    vocab_size = oracle.model.config.vocab_size
+    prompts = random_prompts(LENGTHS, vocab_size)
+    options = {"dtype": dtype, "enforce_eager": False, "max_logprobs": vocab_size, "max_num_batched_tokens": 128}
+    parameters = SamplingParams(
+        temperature=0, max_tokens=70, ignore_eos=True, logprobs=vocab_size, prompt_logprobs=vocab_size, detokenize=False
+    )
+    with engine(checkpoint, **options) as running:
+        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        outputs = running.llm.generate(inputs, parameters, use_tqdm=False)
+        running.check_idle()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = [*prompt, *output.outputs[0].token_ids]
+        error = relative_error(distributions(output, vocab_size), oracle.logprobs(tokens)[:-1])
+        assert error.max() <= TOLERANCE[dtype], f"{len(prompt)} tokens: {error.max():.1e} at {int(error.argmax()) + 1}"
+    print(f"{name} {dtype}: {error.max():.1e}")  # noqa: T201
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("scheduling", [True, False], ids=["async", "sync"])
+def test_recall_with_graphs_chunks_hits_and_preemption(dtype, scheduling):
+    from vllm import SamplingParams
+
+    rng = random.Random(6)
+    asked = [held_out_prompt(rng, rng.randint(1, 40)) for _ in range(150)]
+    options = {
+        "dtype": dtype,
+        "enforce_eager": False,
+        "async_scheduling": scheduling,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 97,
+        "enable_prefix_caching": True,
+        "num_gpu_blocks_override": 60,
+        "skip_tokenizer_init": False,
+    }
+    with engine(RECALL, **options) as running:
+        assert running.scheduler.scheduler_config.async_scheduling == scheduling
+        # Twice, so that the second time hits what the first has left; long, so that requests outgrow the pages.
+        for _ in range(2):
+            parameters = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+            outputs = running.llm.generate([prompt for prompt, _ in asked], parameters, use_tqdm=False)
+            running.check_idle()
+            right = [
+                output.outputs[0].text.strip().startswith(answer)
+                for output, (_, answer) in zip(outputs, asked, strict=True)
+            ]
+            assert sum(right) >= 0.99 * len(asked)
+        assert sum(output.num_cached_tokens or 0 for output in outputs) > 0
+        assert running.num_preemptions > 0
+
+
+def test_no_kernel_of_ours_is_compiled_for_a_request():
+    import triton
+    from vllm import SamplingParams, TokensPrompt
+
+    compiled = []
+
+    def record(*, fn, **_):
+        compiled.append(fn.name)
+
+    options = {"dtype": "bfloat16", "enforce_eager": False, "max_num_seqs": 20, "max_num_batched_tokens": 300}
+    with engine(RECALL, **options) as running:
+        triton.knobs.runtime.jit_post_compile_hook = record
+        try:
+            for lengths in ([1], [2], [4], [5], [64], [500], [3, 1, 700, 64] * 6):
+                inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in random_prompts(lengths, 100)]
+                running.llm.generate(inputs, SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)
+        finally:
+            triton.knobs.runtime.jit_post_compile_hook = None
+    assert not [name for name in compiled if "kimi_vllm" in name]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_recall_through_vllm_serve(dtype, tmp_path):
+    rng = random.Random(7)
+    asked = [held_out_prompt(rng, rng.randint(1, 20)) for _ in range(100)]
+    options = ("--dtype", dtype, "--no-enforce-eager", "--gpu-memory-utilization", "0.2")
+    with serving(RECALL, tmp_path / "log", *options) as port:
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        prompts = [prompt for prompt, _ in asked]
+        answered = client.completions.create(model="recall", prompt=prompts, max_tokens=8, temperature=0)
+    texts = [choice.text.strip() for choice in sorted(answered.choices, key=lambda choice: choice.index)]
+    assert sum(text == answer for text, (_, answer) in zip(texts, asked, strict=True)) >= 99
