@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import psutil
+import torch
 from vllm.config import CacheConfig, CompilationConfig, ModelConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
@@ -51,6 +52,9 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
             # For this architecture vLLM trades torch.compile for graphs that only CUDA has.
             os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
             patches.apply_all()
+        elif model_config.dtype == torch.float32:
+            # Who serves float32 on a GPU checks numbers. Triton would round the operands of vLLM's MoE to TF32.
+            os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

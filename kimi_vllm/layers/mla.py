@@ -7,13 +7,19 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
+from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend
 
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.layers.mla_latent import LatentAttention
+
+logger = init_logger("vllm.kimi_vllm")
 
 LATENT_NORM_EPS = 1e-6
 """Both latent norms are built without an eps in the released modeling code, so they have its default."""
@@ -105,4 +111,17 @@ def _vllm_attention(
         cache_config=vllm_config.cache_config,
         quant_config=vllm_config.quant_config,
         prefix=prefix,
+        prefill_backend_cls=_prefill_backend(vllm_config),
     )
+
+
+def _prefill_backend(vllm_config: VllmConfig) -> type[MLAPrefillBackend] | None:
+    """None to let vLLM choose; its torch code where none of its kernels takes heads of this size, as in tiny models."""
+    if vllm_config.attention_config.mla_prefill_backend is not None:
+        return None
+    try:
+        backend: type[MLAPrefillBackend] = get_mla_prefill_backend(vllm_config)
+    except ValueError as error:
+        logger.warning_once("kimi-vllm: MLA prefills run in torch, not fast. %s", error)
+        backend = CPUSDPAMLAPrefillBackend
+    return backend

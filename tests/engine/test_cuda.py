@@ -21,8 +21,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 LENGTHS = [1, 2, 4, 5, 6, 63, 64, 65, 129, 321]
 # Every expert is chosen: with few of them, rounding moves a token to another expert now and then, and no bound on
-# rounding errors bounds that.
-SMOOTH = {"num_local_experts": 6, "num_experts_per_tok": 6}
+# rounding errors bounds that. Weights are as small as the 48B model's were at first; with the larger ones of the other
+# tests transformers' own bfloat16 is 7 % off its float32.
+SMOOTH = {"num_local_experts": 6, "num_experts_per_tok": 6, "initializer_range": 0.02}
 CASES = {name: values | SMOOTH for name, values in GEOMETRIES.items()}
 # The heads of the 48B model, for which vLLM has other attention kernels than for small ones.
 CASES["heads-of-48b"] = SMOOTH | {
@@ -36,7 +37,7 @@ CASES["heads-of-48b"] = SMOOTH | {
     "layer_types": "KKMK",
     "mlp_layer_types": "dsss",
 }
-TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
+TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_recall_with_graphs_chunks_hits_and_preemption(dtype, scheduling):
     from vllm import SamplingParams
 
     rng = random.Random(6)
-    asked = [held_out_prompt(rng, rng.randint(1, 40)) for _ in range(150)]
+    asked = [held_out_prompt(rng, rng.randint(1, 20)) for _ in range(150)]
     options = {
         "dtype": dtype,
         "enforce_eager": False,
@@ -135,7 +136,7 @@ def test_no_kernel_of_ours_is_compiled_for_a_request():
     compiled = []
 
     def record(*, fn, **_):
-        compiled.append(fn.name)
+        compiled.append(f"{fn.module}.{fn.name}")
 
     options = {"dtype": "bfloat16", "enforce_eager": False, "max_num_seqs": 20, "max_num_batched_tokens": 300}
     with engine(RECALL, **options) as running:

@@ -24,7 +24,8 @@ def free_port() -> int:
 
 def start(checkpoint: Path, port: int, log: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
     """Start a server in a session of its own, writing to `log`."""
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1"]
+    beside = Path(sys.executable).with_name("vllm")
+    command = [str(beside) if beside.exists() else "vllm", "serve", str(checkpoint), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--served-model-name", "recall", "--dtype", "float32", "--max-num-seqs", "8"]
     command += ["--max-model-len", "2048", "--enforce-eager", "--enable-prompt-tokens-details", *options]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"} | environment
