@@ -9,11 +9,10 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
-from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend
 
 from kimi_vllm.geometry import KimiGeometry
@@ -67,8 +66,7 @@ class KimiMLA(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        own = uses_latent_attention(current_platform.device_type, vllm_config.model_config.dtype)
-        build = LatentAttention if own else _vllm_attention
+        build = LatentAttention if uses_latent_attention(geometry, vllm_config) else _vllm_attention
         self.attn = build(geometry, vllm_config, self.local_heads, self.kv_b_proj, f"{prefix}.attn")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -91,9 +89,27 @@ class KimiMLA(nn.Module):
         return mixed
 
 
-def uses_latent_attention(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether `LatentAttention` serves: on CPUs, and for float32, which none of vLLM's MLA backends for GPUs takes."""
-    return device_type == "cpu" or dtype == torch.float32
+def uses_latent_attention(geometry: KimiGeometry, vllm_config: VllmConfig) -> bool:
+    """Whether `LatentAttention` serves: on CPUs, and on GPUs what vLLM's MLA does not take, float32 and tiny heads."""
+    if current_platform.is_cpu():
+        return True
+    dtype = vllm_config.model_config.dtype
+    sizes = MLACommonBackend.get_supported_head_sizes()
+    reason = ""
+    if dtype == torch.float32:
+        reason = "float32"
+    elif geometry.latent_dim not in sizes:
+        reason = f"latents of {geometry.latent_dim} elements, not one of {sizes}"
+    elif vllm_config.attention_config.mla_prefill_backend is None:
+        try:
+            get_mla_prefill_backend(vllm_config)
+        except ValueError as error:
+            reason = str(error)
+    if reason:
+        logger.warning_once(
+            "kimi-vllm: MLA runs in torch, for checking and not for speed: vLLM's does not take %s", reason
+        )
+    return bool(reason)
 
 
 def _vllm_attention(
@@ -111,17 +127,4 @@ def _vllm_attention(
         cache_config=vllm_config.cache_config,
         quant_config=vllm_config.quant_config,
         prefix=prefix,
-        prefill_backend_cls=_prefill_backend(vllm_config),
     )
-
-
-def _prefill_backend(vllm_config: VllmConfig) -> type[MLAPrefillBackend] | None:
-    """None to let vLLM choose; its torch code where none of its kernels takes heads of this size, as in tiny models."""
-    if vllm_config.attention_config.mla_prefill_backend is not None:
-        return None
-    try:
-        backend: type[MLAPrefillBackend] = get_mla_prefill_backend(vllm_config)
-    except ValueError as error:
-        logger.warning_once("kimi-vllm: MLA prefills run in torch, not fast. %s", error)
-        backend = CPUSDPAMLAPrefillBackend
-    return backend

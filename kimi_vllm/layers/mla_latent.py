@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -20,6 +21,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
     MultipleOf,
@@ -31,6 +33,9 @@ from kimi_vllm.geometry import KimiGeometry
 
 TILE_ELEMENTS = 1 << 22
 """Scores, or gathered latent elements, held at once per layer: 16 MiB in fp32, which stays in the last-level cache."""
+
+MAX_GRAPH_ELEMENTS = 1 << 28
+"""Latent elements, of all sequences at full length, up to which decode steps go into CUDA graphs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +62,33 @@ class LatentMetadata:
     prefills: list[tuple[int, int, int, Tensor]]
 
 
-class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
-    """Builds `LatentMetadata` once per step."""
+@dataclass(frozen=True, slots=True)
+class DeviceDecodes:
+    """A step of decodes alone on a GPU, told by tensors that vLLM keeps: a CUDA graph finds the next step in them.
+
+    Attributes:
+        tables: ``[N, B]``, rows of the block table as wide as the longest request may need.
+        lengths: ``[N]``, the current token included; 0 for a padded row.
+        places: ``[N]`` int64, where each token's latent goes; -1 for a padded row.
+    """
+
+    tables: Tensor
+    lengths: Tensor
+    places: Tensor
+
+
+class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDecodes]):
+    """Builds the metadata of a step once."""
 
     reorder_batch_threshold = 1
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        """Graphs of decode steps, unless a graph, which reads every page a request could have, would read too many."""
+        most = vllm_config.scheduler_config.max_num_seqs * vllm_config.model_config.max_model_len
+        if most * kv_cache_spec.head_size > MAX_GRAPH_ELEMENTS:
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self,
@@ -73,11 +101,14 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> LatentMetadata:
+    ) -> LatentMetadata | DeviceDecodes:
         """Describe the step; tables are cut to the blocks in use."""
         step = common_attn_metadata
         block_size = self.kv_cache_spec.block_size
         num_decodes, *_ = split_decodes_and_prefills(step, decode_threshold=1)
+        if num_decodes == step.num_reqs and self.device.type != "cpu":
+            rows = slice(num_decodes)
+            return DeviceDecodes(step.block_table_tensor[rows], step.seq_lens[rows], step.slot_mapping[rows])
         tables = step.block_table_tensor[: step.num_reqs].long()
         seq_lens = step.seq_lens[: step.num_reqs].tolist()
         starts = step.query_start_loc_cpu.tolist()
@@ -246,8 +277,11 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         torch.ops.vllm.kimi_latent_attention(query, latent, out, self.prefix)
         return out
 
-    def attend(self, query: Tensor, latent: Tensor, out: Tensor, step: LatentMetadata) -> None:
+    def attend(self, query: Tensor, latent: Tensor, out: Tensor, step: LatentMetadata | DeviceDecodes) -> None:
         """Write the step's latents to the cache, then attend over it. Padding rows of `out` become zeros."""
+        if isinstance(step, DeviceDecodes):
+            self._attend_decodes(query, latent, out, step)
+            return
         num_tokens = step.num_tokens
         if len(step.fresh_blocks):
             # Attention weights behind a sequence's end are 0, and 0 · NaN of the page's last owner would not be.
@@ -260,6 +294,27 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         for first, end, context, table in step.prefills:
             heads[first:end] = self._prefill(query[first:end], context, table)
         heads[num_tokens:] = 0
+
+    def _attend_decodes(self, query: Tensor, latent: Tensor, out: Tensor, step: DeviceDecodes) -> None:
+        """`attend` in shapes that do not depend on what is in the step."""
+        rows = len(step.lengths)
+        places = step.places.clamp(min=0)  # padded rows write to the null page
+        blocks, offsets = places.div(self._block_size, rounding_mode="floor"), places.remainder(self._block_size)
+        self.kv_cache[blocks] = self.kv_cache[blocks].masked_fill((offsets == 0)[:, None, None, None], 0)  # as `attend`
+        self.kv_cache[blocks, 0, offsets] = latent[:rows]
+        latents = self.kv_cache[step.tables, 0].flatten(1, 2)
+        position = torch.arange(latents.shape[1], device=latents.device)
+        unseen = position >= step.lengths.clamp(min=1)[:, None]
+        # What is behind a sequence's end may be NaN, which no weight of 0 removes.
+        latents = latents.masked_fill(unseen[..., None], 0)
+        query = self._absorbed(query[:rows].view(rows, self.num_heads, -1))
+        scores = torch.bmm(query, latents.transpose(1, 2)).float().mul_(self.scale)
+        weights = scores.masked_fill_(unseen[:, None], -torch.inf).softmax(-1).to(latents.dtype)
+        averages = torch.bmm(weights, latents[..., : self.rank])
+        values = torch.bmm(averages.transpose(0, 1), self._projections[1]).transpose(0, 1)
+        heads = out.view(-1, self.num_heads, self.value)
+        heads[:rows] = values.masked_fill((step.lengths == 0)[:, None, None], 0)
+        heads[rows:] = 0
 
     def forget_projections(self) -> None:
         """Call when the weights of `kv_b_proj` have changed."""
@@ -281,10 +336,9 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return keys.transpose(1, 2), values
 
     def _decode(self, query: Tensor, step: LatentMetadata) -> Tensor:
-        to_latent, from_latent = self._projections
+        from_latent = self._projections[1]
         rows = query.shape[0]
-        absorbed = torch.bmm(query[..., : self.nope].transpose(0, 1), to_latent).transpose(0, 1)  # [N, H, R]
-        query = torch.cat([absorbed, query[..., self.nope :]], dim=-1)
+        query = self._absorbed(query)
         tile = max(1, TILE_ELEMENTS // (rows * self.latent_dim) // self._block_size)  # blocks
         num_blocks = step.decode_tables.shape[1]
         if num_blocks <= tile:
@@ -299,6 +353,11 @@ class LatentAttention(nn.Module, AttentionLayerBase):
                 softmax.add(*self._decode_tile(query[active], tables, bias), active)
             averages = softmax.result().to(query.dtype)
         return torch.bmm(averages.transpose(0, 1), from_latent).transpose(0, 1)  # [N, H, v]
+
+    def _absorbed(self, query: Tensor) -> Tensor:
+        """Queries ``[N, H, nope + rope]`` in latent space, ``[N, H, R + rope]``."""
+        absorbed = torch.bmm(query[..., : self.nope].transpose(0, 1), self._projections[0]).transpose(0, 1)
+        return torch.cat([absorbed, query[..., self.nope :]], dim=-1)
 
     def _decode_tile(self, query: Tensor, tables: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``[N, H, t]`` of absorbed queries against the latents in the given blocks, and their values."""
@@ -346,6 +405,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return keys, torch.matmul(kv, from_latent)
 
 
+@eager_break_during_capture
 def _latent_attention(query: Tensor, latent: Tensor, out: Tensor, layer_name: str) -> None:
     # An opaque op, so that a compiled graph holds neither the step's metadata nor the cache.
     context = get_forward_context()

@@ -37,7 +37,7 @@ CASES["heads-of-48b"] = SMOOTH | {
     "layer_types": "KKMK",
     "mlp_layer_types": "dsss",
 }
-TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 2e-2}
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +115,16 @@ def test_recall_with_graphs_chunks_hits_and_preemption(dtype, scheduling):
     }
     with engine(RECALL, **options) as running:
         assert running.scheduler.scheduler_config.async_scheduling == scheduling
-        # Twice, so that the second time hits what the first has left; long, so that requests outgrow the pages.
-        for _ in range(2):
+        # Long answers, so that requests outgrow the pages; the last questions again, which hit what they have left.
+        for questions in (asked, asked[-4:]):
             parameters = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-            outputs = running.llm.generate([prompt for prompt, _ in asked], parameters, use_tqdm=False)
+            outputs = running.llm.generate([prompt for prompt, _ in questions], parameters, use_tqdm=False)
             running.check_idle()
             right = [
                 output.outputs[0].text.strip().startswith(answer)
-                for output, (_, answer) in zip(outputs, asked, strict=True)
+                for output, (_, answer) in zip(outputs, questions, strict=True)
             ]
-            assert sum(right) >= 0.99 * len(asked)
+            assert sum(right) >= 0.99 * len(questions)
         assert sum(output.num_cached_tokens or 0 for output in outputs) > 0
         assert running.num_preemptions > 0
 

@@ -34,7 +34,7 @@ def dense(layer, query, latents):
     return torch.einsum("hnt,thd->nhd", weights, expanded[..., NOPE:]).reshape(num_queries, -1)
 
 
-def run(layer, query_lens, seq_lens, latents, query, out):
+def run(layer, query_lens, seq_lens, latents, query, out, device="cpu"):
     """One step of requests whose pages are dealt out in a mixed-up order."""
     per_request = [-(-length // BLOCK) for length in seq_lens]
     order = torch.randperm(sum(per_request), generator=torch.Generator().manual_seed(1)) + 1
@@ -54,6 +54,7 @@ def run(layer, query_lens, seq_lens, latents, query, out):
                 slots.append(page * BLOCK + offset)
     builder = object.__new__(LatentMetadataBuilder)
     builder.kv_cache_spec = type("Spec", (), {"block_size": BLOCK})
+    builder.device = torch.device(device)  # decides how a step is told; the tensors are on the CPU
     step = builder.build(
         0,
         CommonAttentionMetadata(
@@ -72,6 +73,31 @@ def run(layer, query_lens, seq_lens, latents, query, out):
         [latents[row][length - count :] for row, (count, length) in enumerate(zip(query_lens, seq_lens, strict=True))]
     )
     layer.attend(query, new, out, step)
+
+
+def test_decodes_in_shapes_that_a_graph_can_hold():
+    torch.manual_seed(0)
+    seq_lens = [1, 17, 160, 33]
+    layer = Layer(20)
+    latents = [torch.randn(length, RANK + ROPE) for length in seq_lens]
+    query = torch.randn(6, HEADS * (NOPE + ROPE))
+    out = torch.full((6, HEADS * VALUE), torch.nan)
+    run(layer, [1] * 4, seq_lens, latents, query, out, device="cuda")
+    for row in range(4):
+        torch.testing.assert_close(out[row : row + 1], dense(layer, query[row : row + 1], latents[row]))
+    assert (out[4:] == 0).all()
+
+
+def test_padded_rows_of_a_graph_write_to_the_null_page_and_give_zeros():
+    layer = Layer(4)
+    layer.kv_cache.zero_()
+    tables = torch.tensor([[2, 0], [0, 0]], dtype=torch.int32)
+    step = mla_latent.DeviceDecodes(tables, torch.tensor([3, 0], dtype=torch.int32), torch.tensor([2 * BLOCK + 2, -1]))
+    out = torch.full((2, HEADS * VALUE), torch.nan)
+    layer.attend(torch.randn(2, HEADS * (NOPE + ROPE)), torch.full((2, RANK + ROPE), 5.0), out, step)
+    assert layer.kv_cache.flatten(1).ne(0).any(1).tolist() == [True, False, True, False]
+    assert out[0].ne(0).all()
+    assert (out[1] == 0).all()
 
 
 @pytest.mark.parametrize("tile", [1, 5000, 1 << 22], ids=["one-block", "few-blocks", "whole"])
