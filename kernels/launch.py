@@ -51,6 +51,21 @@ class Prefill:
     inter_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class Skinny:
+    """Launch parameters of the product of a few rows.
+
+    Attributes:
+        rows: outputs per program.
+        step: inputs multiplied at a time.
+        warps: warps per program.
+    """
+
+    rows: int
+    step: int
+    warps: int
+
+
 @cache
 def _table() -> dict[str, list[dict[str, Any]]]:
     """Return the rules by kernel; of each list the first that fits counts."""
@@ -68,6 +83,16 @@ def decode(heads: int, head_dim: int, state_dtype: torch.dtype) -> Decode:
 def prefill(heads: int, head_dim: int, exact: bool) -> Prefill:
     """Return the launch parameters for sequences with this many heads in all."""
     return Prefill(**_first_fit("prefill_exact" if exact else "prefill", heads, head_dim, 0))
+
+
+@cache
+def skinny(tokens: int, outputs: int, inputs: int) -> Skinny | None:
+    """Return the launch parameters for a product of so many rows; None where cuBLAS is faster or nobody measured."""
+    for rule in _table()["skinny"]:
+        small_enough = outputs * inputs <= rule["max_weights"] and inputs <= rule.get("max_inputs", inputs)
+        if tokens == rule["tokens"] and small_enough:
+            return Skinny(**rule["launch"])
+    return None
 
 
 def _first_fit(kernel: str, heads: int, head_dim: int, state_bytes: int) -> dict[str, int]:

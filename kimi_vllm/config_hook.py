@@ -5,6 +5,7 @@ Runs in the process that parses the arguments. Wrong configs and options are ref
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,6 +25,9 @@ from kimi_vllm.options import KimiOptions, OptionsError
 from kimi_vllm.planning import Costs, Demand, cache_bytes, size
 
 logger = init_logger("vllm.kimi_vllm")
+
+MOE_CONFIGS = Path(__file__).parent / "moe_configs"
+"""Launch parameters of vLLM's fused experts where vLLM ships none for a shape; `serve/bench/tune_moe.py` makes them."""
 
 NATURAL_BLOCK_SIZE = 64
 """Tokens per MLA page, and so the grid on which prefixes can be resumed."""
@@ -55,6 +59,8 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         elif model_config.dtype == torch.float32:
             # Who serves float32 on a GPU checks numbers. Triton would round the operands of vLLM's MoE to TF32.
             os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+        if current_platform.is_cuda() and MOE_CONFIGS.is_dir():
+            os.environ.setdefault("VLLM_TUNED_CONFIG_FOLDER", str(MOE_CONFIGS))
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

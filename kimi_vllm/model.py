@@ -26,6 +26,7 @@ from vllm.sequence import IntermediateTensors
 from kimi_vllm.cache.group import StateHome
 from kimi_vllm.config_hook import geometry_of
 from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.layers import skinny
 from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
 from kimi_vllm.layers.kda import KimiDeltaAttention
 from kimi_vllm.layers.mla import KimiMLA
@@ -131,6 +132,7 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         super().__init__()
         self.geometry = geometry_of(vllm_config.model_config)
         self.quantized = vllm_config.quant_config is not None
+        self.skinny = skinny.serves(vllm_config)
         self.model = KimiLinearModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
         if get_pp_group().is_last_rank:
@@ -163,6 +165,11 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         """``[N, hidden]`` to ``[N, vocab]``."""
         logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
         return logits
+
+    def process_weights_after_loading(self) -> None:
+        """Called by vLLM when all parameters are in place, dummy ones too."""
+        if self.skinny:
+            skinny.install(self)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint; see `kimi_vllm.weights.load_weights`."""

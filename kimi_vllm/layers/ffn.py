@@ -9,6 +9,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 from vllm.platforms import current_platform
 
 from kimi_vllm.geometry import KimiGeometry, MoEGeometry
+from kimi_vllm.layers import skinny
 from kimi_vllm.precision import router_dtype
 
 
@@ -69,6 +70,7 @@ class KimiMoE(nn.Module):
             force_fp32_compute=held == torch.float32,
             prefix=f"{prefix}.gate",
         )
+        self.skinny = skinny.serves(vllm_config)  # the gate has its own ways to multiply, none for its shape
         self.gate.e_score_correction_bias = nn.Parameter(
             torch.empty(moe.num_experts, dtype=torch.float32), requires_grad=False
         )
@@ -103,6 +105,8 @@ class KimiMoE(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[T, hidden]`` to ``[T, hidden]``."""
-        router_logits, _ = self.gate(hidden_states)
+        router_logits = skinny.product(hidden_states, self.gate.weight, torch.float32) if self.skinny else None
+        if router_logits is None:
+            router_logits, _ = self.gate(hidden_states)
         mixed: Tensor = self.experts(hidden_states=hidden_states, router_logits=router_logits)
         return mixed

@@ -5,7 +5,7 @@ The latent is ``[kv_lora_rank | qk_rope_head_dim]``; the second part keeps its n
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import AttentionConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import MLAAttention
@@ -13,7 +13,9 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend
+from vllm.v1.attention.selector import get_attn_backend
 
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.layers.mla_latent import LatentAttention
@@ -127,4 +129,21 @@ def _vllm_attention(
         cache_config=vllm_config.cache_config,
         quant_config=vllm_config.quant_config,
         prefix=prefix,
+        attn_backend=_backend(geometry, vllm_config, heads),
     )
+
+
+def _backend(geometry: KimiGeometry, vllm_config: VllmConfig, heads: int) -> type[AttentionBackend]:
+    """What vLLM would take, and of FlashAttention our variant, unless the user has chosen the number of splits."""
+    dtype, cached = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+    chosen: type[AttentionBackend] = get_attn_backend(
+        geometry.latent_dim, dtype, cached, use_mla=True, use_sparse=False, num_heads=heads
+    )
+    default = AttentionConfig().flash_attn_max_num_splits_for_cuda_graph
+    if vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph != default:
+        return chosen
+    from vllm.v1.attention.backends.mla.flashattn_mla import FlashAttnMLABackend
+
+    from kimi_vllm.layers.mla_flash import SplitFlashAttnMLABackend
+
+    return SplitFlashAttnMLABackend if chosen is FlashAttnMLABackend else chosen

@@ -36,10 +36,15 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 """Of every variant's process, unless the caller has set them."""
+# The experts are vLLM's in both, so what is tuned for them serves both.
+MOE_CONFIGS = HERE.parents[1] / "kimi_vllm" / "moe_configs"
 PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     "ours": (OURS, {"KIMI_VLLM_STRICT": "1"}),  # else vLLM's own model could answer
     # Its all-reduce fused into a product needs a library that plain installations lack; on one GPU it has no use.
-    "in-tree": (IN_TREE, {"KIMI_VLLM_DISABLE": "1", "VLLM_KIMI_K3_GEMM_AR": "0"}),
+    "in-tree": (
+        IN_TREE,
+        {"KIMI_VLLM_DISABLE": "1", "VLLM_KIMI_K3_GEMM_AR": "0", "VLLM_TUNED_CONFIG_FOLDER": str(MOE_CONFIGS)},
+    ),
 }
 GRACE_S = 60
 

@@ -5,7 +5,8 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kimi_vllm.layers import mla_latent
-from kimi_vllm.layers.mla_latent import LatentAttention, LatentMetadataBuilder, RunningSoftmax
+from kimi_vllm.layers.mla_latent import LatentAttention, RunningSoftmax
+from kimi_vllm.layers.mla_latent_metadata import DeviceDecodes, LatentMetadataBuilder
 
 HEADS, RANK, NOPE, ROPE, VALUE, BLOCK = 3, 20, 12, 4, 8, 16
 
@@ -92,7 +93,7 @@ def test_padded_rows_of_a_graph_write_to_the_null_page_and_give_zeros():
     layer = Layer(4)
     layer.kv_cache.zero_()
     tables = torch.tensor([[2, 0], [0, 0]], dtype=torch.int32)
-    step = mla_latent.DeviceDecodes(tables, torch.tensor([3, 0], dtype=torch.int32), torch.tensor([2 * BLOCK + 2, -1]))
+    step = DeviceDecodes(tables, torch.tensor([3, 0], dtype=torch.int32), torch.tensor([2 * BLOCK + 2, -1]))
     out = torch.full((2, HEADS * VALUE), torch.nan)
     layer.attend(torch.randn(2, HEADS * (NOPE + ROPE)), torch.full((2, RANK + ROPE), 5.0), out, step)
     assert layer.kv_cache.flatten(1).ne(0).any(1).tolist() == [True, False, True, False]

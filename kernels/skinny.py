@@ -1,0 +1,59 @@
+"""Matrix products of a few rows on CUDA: a decode step of a small batch, bound by reading the weights once.
+
+One program owns ROWS outputs and walks K; products are on CUDA cores, since for a handful of rows tensor cores would
+wait for memory all the same. Sums are float32 in a fixed order, so a row's result does not depend on the other rows.
+"""
+# mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kimi_vllm.kernels import launch
+
+
+@triton.jit(do_not_specialize_on_alignment=["x", "out"])
+def _skinny(
+    x, weight, out, num_outputs, x_stride, out_stride,
+    M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, launch_pdl: tl.constexpr,
+):  # fmt: skip
+    """Multiply M rows of x with ROWS rows of the weights."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, STEP)
+    rows = weight + n[:, None].to(tl.int64) * K + k[None, :]
+    inside = (n < num_outputs)[:, None]
+    # Weights are nobody's output: the first of them may come before the kernel ahead has ended.
+    w = tl.load(rows, mask=inside & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    if launch_pdl:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    totals = tl.zeros((M, ROWS, STEP), tl.float32)
+    m = tl.arange(0, M)
+    for start in tl.static_range(0, K, STEP):
+        a = tl.load(x + m[:, None] * x_stride + start + k[None, :], mask=(start + k < K)[None, :], other=0.0)
+        here = w
+        if start + STEP < K:
+            ahead = inside & (start + STEP + k < K)[None, :]
+            w = tl.load(rows + start + STEP, mask=ahead, other=0.0, eviction_policy="evict_first")
+        totals += a.to(tl.float32)[:, None, :] * here.to(tl.float32)[None, :, :]
+    y = tl.sum(totals, axis=2)
+    tl.store(out + m[:, None] * out_stride + n[None, :], y.to(out.dtype.element_ty), mask=(n < num_outputs)[None, :])
+
+
+def skinny_linear(x: Tensor, weight: Tensor, out: Tensor, config: launch.Skinny) -> Tensor:
+    """Write ``x @ weight.T`` for a few rows of `x`; see `launch.skinny` for which.
+
+    Args:
+        x: ``[M, K]`` with M a power of two; its last dimension contiguous.
+        weight: ``[N, K]`` contiguous.
+        out: ``[M, N]``, written, in any floating dtype.
+        config: launch parameters.
+    """
+    _skinny[(triton.cdiv(weight.shape[0], config.rows),)](
+        x, weight, out, weight.shape[0], x.stride(0), out.stride(0),
+        M=x.shape[0], K=weight.shape[1], ROWS=config.rows, STEP=config.step,
+        num_warps=config.warps, **launch.pdl(x.device),
+    )  # fmt: skip
+    return out
