@@ -1,4 +1,4 @@
-"""``python -m kimi_vllm.bench cache`` or ``scheduler``: what the state cache spares, and what it costs."""
+"""``python -m kimi_vllm.bench cache``, ``concurrency`` or ``scheduler``: what the state cache spares, and costs."""
 
 import os
 from collections.abc import Iterable
@@ -70,6 +70,33 @@ def cache(
         real.report(_take(real.rows(traces, policies, seed), env, json), env)
     else:
         bench.report(_take(bench.rows(traces, policies, seed), env, json), env)
+
+
+@app.command()
+def concurrency(
+    prompts: Annotated[list[int], typer.Option(help="Tokens of the prompts; repeat for several.")] = [  # noqa: B006
+        1024,
+        4096,
+        32768,
+        131072,
+    ],
+    cache_gib: Annotated[
+        float, typer.Option(help="GiB for states and KV cache. 34: one H200, bf16 weights, 0.92.")
+    ] = 34,
+    ours_gib: Annotated[float | None, typer.Option(help="GiB for ours, if not --cache-gib.")] = None,
+    in_tree_gib: Annotated[float | None, typer.Option(help="GiB for vLLM's own, if not --cache-gib.")] = None,
+    json: Json = Path("serve/bench/results/concurrency.jsonl"),
+) -> None:
+    """Count the requests of the 48B model that run at once in a fixed memory, ours and vLLM's own.
+
+    Prompts are offered to vLLM's real scheduler until no more are admitted, prefilled chunk by chunk, and decode on.
+    Nothing is computed: tokens are made up. The same numbers every time.
+    """
+    from kimi_vllm.bench import concurrency as bench
+
+    env = _environment()
+    ours, in_tree = (int((cache_gib if own is None else own) * 2**30) for own in (ours_gib, in_tree_gib))
+    bench.report(_take(bench.rows(prompts, ours, in_tree), env, json), env)
 
 
 @app.command()

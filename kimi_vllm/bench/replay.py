@@ -69,16 +69,21 @@ class Memory:
 def our_scheduler(memory: Memory, eviction: str = "value") -> Any:
     """`KimiScheduler` with the cache configuration that the engine would give it."""
     config = _config(memory, eviction)
+    return build(KimiScheduler, config, our_specs(config, memory.slots, eviction))
+
+
+def our_specs(config: VllmConfig, slots: int, eviction: str = "value") -> dict[str, KVCacheSpec]:
+    """What our worker tells the engine about its caches, with so many state slots beside the null slot."""
     geometry = geometry_of(config.model_config)
     layout = SlotLayout.of(geometry, sum(geometry.kda))
     specs: dict[str, KVCacheSpec] = {}
     for layer in _mla_layers(config):
-        attention = _attention(config, BLOCK)
+        attention = attention_spec(config, BLOCK)
         specs[f"model.layers.{layer}.self_attn.attn"] = attention
         specs[f"model.layers.{layer}.kda_state"] = KDAStateSpec.beside(
-            attention, num_slots=1 + memory.slots, slot_bytes=layout.slot_bytes, eviction=eviction
+            attention, num_slots=1 + slots, slot_bytes=layout.slot_bytes, eviction=eviction
         )
-    return _build(KimiScheduler, config, specs)
+    return specs
 
 
 def align_scheduler(memory: Memory) -> Any:
@@ -89,7 +94,7 @@ def align_scheduler(memory: Memory) -> Any:
     config.cache_config.mamba_cache_mode = "align"
     geometry = geometry_of(config.model_config)
     layout = SlotLayout.of(geometry, 1)
-    attention = _attention(config, ALIGN_BLOCK)
+    attention = attention_spec(config, ALIGN_BLOCK)
     state = MambaSpec(
         block_size=ALIGN_BLOCK,
         shapes=(layout.state_shape[1:], layout.conv_shape[1:]),
@@ -100,7 +105,7 @@ def align_scheduler(memory: Memory) -> Any:
     specs: dict[str, KVCacheSpec] = {
         f"model.layers.{layer}.self_attn": state if is_kda else attention for layer, is_kda in enumerate(geometry.kda)
     }
-    return _build(Scheduler, config, specs)
+    return build(Scheduler, config, specs)
 
 
 def _config(memory: Memory, eviction: str) -> VllmConfig:
@@ -128,7 +133,8 @@ def _mla_layers(config: VllmConfig) -> list[int]:
     return [layer for layer, is_kda in enumerate(geometry_of(config.model_config).kda) if not is_kda]
 
 
-def _attention(config: VllmConfig, block_size: int) -> MLAAttentionSpec:
+def attention_spec(config: VllmConfig, block_size: int) -> MLAAttentionSpec:
+    """An MLA layer's pages, of so many tokens."""
     return MLAAttentionSpec(
         block_size=block_size,
         num_kv_heads=1,
@@ -138,9 +144,10 @@ def _attention(config: VllmConfig, block_size: int) -> MLAAttentionSpec:
     )
 
 
-def _build(scheduler_class: Any, config: VllmConfig, specs: dict[str, KVCacheSpec]) -> Any:
+def build(scheduler_class: Any, config: VllmConfig, specs: dict[str, KVCacheSpec], available: int = _ROOM) -> Any:
+    """The scheduler that the engine would build for a worker with these caches and so many bytes for their pages."""
     resolve_kv_cache_layout(config, [[layout.name for layout in get_supported_kv_cache_layouts([])]], specs.values())
-    caches = generate_scheduler_kv_cache_config(get_kv_cache_configs(config, [specs], [_ROOM]))
+    caches = generate_scheduler_kv_cache_config(get_kv_cache_configs(config, [specs], [available]))
     config.cache_config.num_gpu_blocks = caches.num_blocks
     block_size, hash_block_size = resolve_kv_cache_block_sizes(caches, config)
     return scheduler_class(

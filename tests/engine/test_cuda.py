@@ -37,7 +37,7 @@ CASES["heads-of-48b"] = SMOOTH | {
     "layer_types": "KKMK",
     "mlp_layer_types": "dsss",
 }
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 2e-2}
+TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def distributions(output, vocab_size):
 
 
 def relative_error(ours, theirs):
-    """Of logits, which log-probabilities are up to a constant: norm of the difference over the norm, by position."""
+    """Of a request's logits, which log-probabilities are up to a constant: norm of the difference over the norm."""
     ours, theirs = (table - table.mean(-1, keepdim=True) for table in (ours, theirs))
-    return (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -92,8 +92,7 @@ def test_logits_equal_transformers(name, dtype, smooth):
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = [*prompt, *output.outputs[0].token_ids]
         error = relative_error(distributions(output, vocab_size), oracle.logprobs(tokens)[:-1])
-        assert error.max() <= TOLERANCE[dtype], f"{len(prompt)} tokens: {error.max():.1e} at {int(error.argmax()) + 1}"
-    print(f"{name} {dtype}: {error.max():.1e}")  # noqa: T201
+        assert error <= TOLERANCE[dtype], f"{len(prompt)} tokens: {error:.1e}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

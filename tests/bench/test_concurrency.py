@@ -1,0 +1,92 @@
+"""Requests admitted by the real schedulers, against a calculation by hand; and vLLM's own caches, against its log."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
+from vllm.model_executor.models import ModelRegistry
+from vllm.platforms.interface import Platform
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.core import kv_cache_utils
+
+from kimi_vllm.bench import concurrency
+from kimi_vllm.bench.concurrency import best_sizing, default_sizing, in_tree_scheduler, run_in_tree, run_ours
+from kimi_vllm.planning import Demand, size
+
+LONGEST = 4096
+SLOT, PAGE, IN_TREE_PAGE = 43_909_120, 516_096, 7 * 1920 * 576 * 2
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(
+    ("slots", "pages", "running", "preempts"),
+    [
+        (4, 300, 4, False),  # as many as slots
+        (12, 8 * 17, 8, False),  # 1024 tokens are 16 pages, and the answer begins the 17th
+        (12, 7 * 16, 6, True),  # seven prompts fit, and not one token more of each
+    ],
+)
+def test_ours_runs_what_slots_and_pages_allow(caching, slots, pages, running, preempts):
+    num_bytes = (1 + slots) * SLOT + (1 + pages) * PAGE
+    demand = Demand(slots, 1024 + concurrency._ROOM_TO_DECODE, 64, caching, 0.1, slots)
+    row = run_ours(size(concurrency._costs(), demand, num_bytes), 1024, num_bytes, "best")
+    assert (row.slots, row.pages, row.page_tokens) == (slots, 1 + pages, 64)
+    assert row.running == running
+    assert (row.preemptions > 0) == preempts
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(("prompt", "each"), [(1024, 1 + 3), (4096, 3 + 3)])
+def test_in_tree_holds_a_page_per_group_of_states_beside_those_of_attention(caching, prompt, each):
+    row = run_in_tree(16 * IN_TREE_PAGE, 64, prompt, LONGEST, caching)
+    assert (row.pages, row.page_tokens) == (16, 1920)
+    assert row.running == 15 // each
+
+
+def test_with_caching_in_tree_needs_two_states_while_a_prompt_crosses_a_block():
+    assert [run_in_tree(13 * IN_TREE_PAGE, 64, 4096, LONGEST, caching).running for caching in (True, False)] == [1, 2]
+
+
+def test_max_num_seqs_is_the_most_that_runs():
+    assert run_in_tree(13 * IN_TREE_PAGE, 2, 1024, LONGEST, caching=False).running == 2
+
+
+def test_the_default_division_is_the_plugins_and_the_best_has_a_slot_for_each_request_that_fits():
+    default = default_sizing(34 * 2**30, 256, 131_072, caching=True)
+    assert (default.live, default.checkpoints, default.num_pages) == (256, 83, 41_810)
+    best = best_sizing(34 * 2**30, 32_768, 131_072, caching=True, growth=64)
+    assert (best.live, best.checkpoints) == (118, 0)
+    assert best.concurrency(32_768 + 64) == 118
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_in_tree_has_the_pages_that_vllm_logs_on_a_gpu(caching):
+    with mock.patch.object(kv_cache_utils.logger, "warning") as warned:
+        scheduler = in_tree_scheduler(37_127_946_240 + IN_TREE_PAGE - 1, 256, 131_072, caching)
+    assert any("padding layers" in call.args[0] and call.args[1] == 1 for call in warned.call_args_list)
+    caches = scheduler.kv_cache_config
+    assert caches.num_blocks == 2398
+    assert {tensor.size for tensor in caches.kv_cache_tensors} == {37_127_946_240}
+    assert sorted(len(group.layer_names) for group in caches.kv_cache_groups) == [6, 7, 7, 7]
+    assert scheduler.cache_config.block_size == 1920
+
+
+def test_vllm_chooses_blocks_of_1920_tokens():
+    config = concurrency._configure(LONGEST, True, 2)
+    model, linear = config.model_config, config.model_config.hf_config.linear_attn_config
+    model.model_arch_config.is_deepseek_mla = True  # as on a GPU
+    config.cache_config.block_size = 64
+    shapes = MambaStateShapeCalculator.kda_state_shape(1, linear["num_heads"], linear["head_dim"], conv_kernel_size=4)
+    dtypes = MambaStateDtypeCalculator.kda_state_dtype(model.dtype, "auto", "auto")
+    in_tree = SimpleNamespace(
+        get_mamba_state_shape_from_config=lambda _: shapes, get_mamba_state_dtype_from_config=lambda _: dtypes
+    )
+    backend = SimpleNamespace(get_supported_kernel_block_sizes=lambda: [MultipleOf(64)])
+    with (
+        mock.patch.object(ModelRegistry, "resolve_model_cls", return_value=(in_tree, "")),
+        mock.patch.object(Platform, "_find_non_ssm_backends", return_value=[backend]),
+    ):
+        Platform._align_hybrid_block_size(config, backend)
+    assert config.cache_config.block_size == concurrency.ALIGN_BLOCK == 1920
+    assert 7 * config.cache_config.mamba_page_size_padded == IN_TREE_PAGE
