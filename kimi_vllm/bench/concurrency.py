@@ -72,7 +72,6 @@ class Row:
     slots: int
     pages: int
     page_tokens: int
-    steps: int
 
     def as_json(self, env: dict[str, Any]) -> str:
         """Return the row with its environment, as one line."""
@@ -222,7 +221,6 @@ def _run(
         slots=slots,
         pages=scheduler.cache_config.num_gpu_blocks,
         page_tokens=scheduler.cache_config.block_size,
-        steps=steps,
     )
 
 

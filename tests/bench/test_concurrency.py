@@ -23,8 +23,8 @@ SLOT, PAGE, IN_TREE_PAGE = 43_909_120, 516_096, 7 * 1920 * 576 * 2
     ("slots", "pages", "running", "preempts"),
     [
         (4, 300, 4, False),  # as many as slots
-        (12, 8 * 17, 8, False),  # 1024 tokens are 16 pages, and the answer begins the 17th
-        (12, 7 * 16, 6, True),  # seven prompts fit, and not one token more of each
+        (20, 8 * 17, 8, False),  # 1024 tokens are 16 pages, and the answer begins the 17th
+        (20, 7 * 16, 6, True),  # seven prompts fit, and not one token more of each
     ],
 )
 def test_ours_runs_what_slots_and_pages_allow(caching, slots, pages, running, preempts):
