@@ -1,7 +1,8 @@
-"""FlashAttention's MLA decode with as many splits of the context as a batch of that size can use.
+"""FlashAttention's MLA decode with more splits of the context where few requests decode.
 
-A CUDA graph fixes how many pieces a context may be read in, and vLLM takes one number for all graphs, 32: a single
-long request then keeps 32 of Hopper's 132 multiprocessors busy, while large batches get buffers they have no use for.
+A CUDA graph fixes in how many pieces a context may be read, and vLLM takes one number for all graphs, 32, which bounds
+their buffers. A single long request then keeps 32 of Hopper's 132 multiprocessors busy, and 23 requests of 128K tokens
+reach 60 % of the memory's rate; with 128 pieces both reach all of it (kernels/NOTES.md). Large batches need no pieces.
 """
 
 from typing import Any
@@ -13,21 +14,20 @@ from vllm.v1.attention.backends.mla.flashattn_mla import (
 )
 
 _MOST_SPLITS = 128  # of the kernel
-_PIECES = 4 * 132  # several per multiprocessor, so that unequal requests even out
-_HEADS_PER_TILE = 64
+_FEW_REQUESTS = 32
 
 
-def splits(num_requests: int, num_heads: int) -> int:
-    """Pieces in which the context of each of so many requests may be read."""
-    tiles = num_requests * -(-num_heads // _HEADS_PER_TILE)
-    return max(1, min(_MOST_SPLITS, -(-_PIECES // tiles)))
+def splits(num_requests: int, otherwise: int) -> int:
+    """Pieces in which the context of each of so many requests may be read; `otherwise` is vLLM's number."""
+    return max(_MOST_SPLITS, otherwise) if num_requests <= _FEW_REQUESTS else otherwise
 
 
 class SplitFlashAttnMLAMetadataBuilder(FlashAttnMLAMetadataBuilder):
     """vLLM's builder, with a bound for each batch size."""
 
     def _build_decode(self, *args: Any, num_decode_tokens: int, **kwargs: Any) -> FlashAttnMLADecodeMetadata:
-        self.max_num_splits = splits(num_decode_tokens, self.num_heads)
+        option = self.vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+        self.max_num_splits = splits(num_decode_tokens, option)
         return super()._build_decode(*args, num_decode_tokens=num_decode_tokens, **kwargs)
 
 

@@ -140,3 +140,13 @@ def test_plots_are_drawn(two_providers, tmp_path):
 
 def test_lengths_are_written_as_people_write_them():
     assert [tokens(count) for count in (512, 4096, 131072, 1 << 20)] == ["512", "4K", "128K", "1M"]
+
+
+def test_a_profile_written_before_a_kernel_was_known_is_sorted_again():
+    from serving.profile_steps import categorise_again
+
+    written = {"gpu_ms": {"GEMM": 0.5, "other": 1.0}, "other_kernels_ms": {"_skinny": 0.75, "gumbel": 0.25}, "steps": 5}
+    again = categorise_again(written)
+    assert again["gpu_ms"] == {"GEMM": 1.25, "other": 0.25}
+    assert again["other_kernels_ms"] == {"gumbel": 0.25}
+    assert categorise_again({"skipped": "no GPU"}) == {"skipped": "no GPU"}

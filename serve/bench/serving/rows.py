@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from serving.profile_steps import categorise_again
+
 from kimi_vllm._vllm import installed_vllm
 from kimi_vllm.kernels.bench.common import machine
 
@@ -40,9 +42,12 @@ def read(path: Path) -> list[Row]:
     rows = []
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if "profile" in row:
+            row["profile"] = categorise_again(row["profile"])
+        rows.append(row)
     return rows
 
 
@@ -69,7 +74,7 @@ def environment() -> Row:
             "cuda": torch.version.cuda,
         }
     settings = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "KIMI_"))}
-    private = {name for name in settings if any(word in name for word in ("KEY", "TOKEN", "PATH", "ROOT", "DIR"))}
+    private = {name for name in settings if any(word in name for word in ("KEY", "TOKEN", "PATH", "ROOT", "DIR", "FOLDER"))}
     return {
         **device,
         **machine("torch", "triton", "kimi-vllm"),

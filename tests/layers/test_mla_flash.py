@@ -1,0 +1,45 @@
+"""How many pieces of a context a decode graph may read, by batch size. FlashAttention itself is on GPUs only."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm.v1.attention.backends.fa_utils as fa_utils
+
+
+@pytest.fixture
+def mla_flash(monkeypatch):
+    for name in ("flash_attn_varlen_func", "get_scheduler_metadata"):
+        monkeypatch.setattr(fa_utils, name, None, raising=False)  # vLLM for CPUs lacks them
+    for module in ("vllm.v1.attention.backends.mla.flashattn_mla", "kimi_vllm.layers.mla_flash"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    import kimi_vllm.layers.mla_flash as module
+
+    return module
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 128), (32, 128), (33, 32), (256, 32)])
+def test_few_requests_may_be_read_in_more_pieces(mla_flash, rows, expected):
+    builder = object.__new__(mla_flash.SplitFlashAttnMLAMetadataBuilder)
+    attention = SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=32)
+    builder.vllm_config = SimpleNamespace(attention_config=attention)
+    builder.use_full_cuda_graph, builder.max_cudagraph_size, builder.fa_aot_schedule = True, 256, False
+    starts = torch.arange(rows + 1)
+    built = builder._build_decode(
+        block_table_tensor=torch.zeros(rows, 3),
+        seq_lens_device=torch.ones(rows),
+        max_seq_len=9,
+        query_start_loc_cpu=starts,
+        query_start_loc_device=starts,
+        num_decode_tokens=rows,
+        max_query_len=1,
+        dcp_tot_seq_lens_device=None,
+    )
+    assert built.max_num_splits == expected
+
+
+def test_it_is_flash_attention_to_vllm(mla_flash):
+    backend = mla_flash.SplitFlashAttnMLABackend
+    assert backend.get_name() == "FLASH_ATTN_MLA"
+    assert backend.get_builder_cls() is mla_flash.SplitFlashAttnMLAMetadataBuilder
