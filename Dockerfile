@@ -1,4 +1,4 @@
-# docker build -t kimi-vllm .                     for NVIDIA GPUs (until our CUDA kernels land: -e KIMI_VLLM_DISABLE=1)
+# docker build -t kimi-vllm .                     for NVIDIA GPUs of compute capability 9.0 or newer
 #   docker run --gpus all --ipc=host -p 8000:8000 -v kimi-models:/models kimi-vllm moonshotai/Kimi-Linear-48B-A3B-Instruct
 # docker build --target cpu -t kimi-vllm:cpu .    serves the tiny checkpoint without a GPU
 #   docker run --shm-size=1g -p 8000:8000 kimi-vllm:cpu

@@ -74,7 +74,8 @@ def environment() -> Row:
             "cuda": torch.version.cuda,
         }
     settings = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "KIMI_"))}
-    private = {name for name in settings if any(word in name for word in ("KEY", "TOKEN", "PATH", "ROOT", "DIR", "FOLDER"))}
+    hidden = ("KEY", "TOKEN", "PATH", "ROOT", "DIR", "FOLDER")
+    private = {name for name in settings if any(word in name for word in hidden)}
     return {
         **device,
         **machine("torch", "triton", "kimi-vllm"),
