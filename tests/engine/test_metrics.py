@@ -4,6 +4,7 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support import dashboard
 from support.checkpoints import SICK_TOKEN
 from support.server import serving
 
@@ -71,3 +72,12 @@ def test_metrics_carry_numbers_only(server):
     ours = [line for line in text.splitlines() if line.startswith("kimi_state")]
     labels = {part.split("=")[0] for line in ours for part in line[line.find("{") + 1 : line.find("}")].split(",")}
     assert labels == {"model_name", "engine", "kind", "le"}
+
+
+def test_the_dashboard_asks_for_what_the_server_has(server):
+    _, port, _ = server
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    names = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+    asked = dashboard.metrics()
+    assert len(asked) > 15
+    assert not asked - names

@@ -1,0 +1,52 @@
+"""The dashboard and what is around it, as files; that a server has its metrics shows `tests/engine/test_metrics.py`."""
+
+import re
+from itertools import combinations
+from pathlib import Path
+
+import yaml
+from support import dashboard
+
+FOLDER = Path(__file__).parents[1] / "serve" / "dashboard"
+
+
+def cells(panel):
+    grid = panel["gridPos"]
+    return {(grid["x"] + i, grid["y"] + j) for i in range(grid["w"]) for j in range(grid["h"])}
+
+
+def test_panels_have_a_place_each_and_say_what_they_show():
+    panels = dashboard.load()["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in panels)
+    assert not [(a["title"], b["title"]) for a, b in combinations(panels, 2) if cells(a) & cells(b)]
+    assert all(
+        panel["targets"] and panel["fieldConfig"]["defaults"]["unit"] for panel in panels if panel["type"] != "row"
+    )
+
+
+def test_queries_follow_the_chosen_model_and_balance():
+    for expression in dashboard.expressions():
+        assert 'model_name=~"$model"' in expression
+        assert expression.count("(") == expression.count(")")
+        assert expression.count("{") == expression.count("}")
+
+
+def test_every_metric_of_the_state_cache_is_shown():
+    from kimi_vllm import metrics
+
+    shown = " ".join(dashboard.metrics())
+    names = {"slots", "hit_length_tokens", *metrics._COUNTERS} - {"swap_bytes"}
+    assert not [name for name in names if f"kimi_state_{name}" not in shown]
+
+
+def test_compose_file_mounts_files_that_exist_and_listens_here_only():
+    compose = yaml.safe_load((FOLDER / "docker-compose.yml").read_text())
+    for service in compose["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        for volume in service.get("volumes", []):
+            if (source := volume.split(":")[0]).startswith("."):
+                assert (FOLDER / source).exists()
+        assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"]) if "image" in service else service["build"]
+    [job] = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    assert job["static_configs"] == [{"targets": ["kimi:8000"]}]
