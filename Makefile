@@ -3,7 +3,7 @@ PORT ?= 8000
 VENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit engine bench compat clean
+.PHONY: help setup demo test lint unit engine slow bench compat clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +26,10 @@ unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of th
 	.venv/bin/python -m pytest -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 .venv/bin/python -m pytest -m "triton and not gpu" tests/kernels
 
 engine: $(VENV) ## tests that start a real vLLM engine on the CPU
-	.venv/bin/python -m pytest -m "engine and not gpu"
+	.venv/bin/python -m pytest -m "engine and not gpu and not slow"
+
+slow: $(VENV) ## engine tests that take minutes: pipeline stages, replicas
+	.venv/bin/python -m pytest -m "engine and not gpu and slow"
 
 bench: $(VENV) ## kernel benchmarks on this machine's device
 	.venv/bin/python -m kimi_vllm.kernels.bench cpu

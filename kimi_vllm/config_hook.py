@@ -257,6 +257,11 @@ def _check_slots(asked: int, slot_bytes: int, memory: int) -> None:
 
 def _refuse_unserved(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
+    if current_platform.is_cpu() and parallel.data_parallel_size > 1 and geometry_of(vllm_config.model_config).moe:
+        raise ValueError(
+            "--data-parallel-size: vLLM for CPUs cannot send tokens to the experts of another replica (all_gatherv is "
+            "not implemented there) and would fail at the first request. Start several servers behind a balancer."
+        )
     refusals = {
         "--speculative-config": vllm_config.speculative_config is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,

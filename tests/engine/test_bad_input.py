@@ -95,6 +95,13 @@ def test_what_is_not_served_is_refused_by_name(options, message):
     fails(message, RECALL, **options)
 
 
+def test_replicas_of_experts_on_a_cpu_are_refused_before_the_first_request_would_fail():
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(Exception, match="--data-parallel-size: .* Start several servers"):
+        EngineArgs(str(RECALL), data_parallel_size=2).create_engine_config()
+
+
 def test_a_prompt_longer_than_the_model():
     with engine(RECALL, max_model_len=128) as running:
         [prompt] = random_prompts([200], 100)
