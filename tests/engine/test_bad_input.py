@@ -98,7 +98,7 @@ def test_what_is_not_served_is_refused_by_name(options, message):
 def test_replicas_of_experts_on_a_cpu_are_refused_before_the_first_request_would_fail():
     from vllm.engine.arg_utils import EngineArgs
 
-    with pytest.raises(Exception, match="--data-parallel-size: .* Start several servers"):
+    with pytest.raises(Exception, match=r"--data-parallel-size: .* Start several servers"):
         EngineArgs(str(RECALL), data_parallel_size=2).create_engine_config()
 
 
