@@ -1,0 +1,203 @@
+"""configs/serve: vLLM's own parser reads each profile, each value arrives, and memory is divided as it says."""
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from kimi_vllm.options import KimiOptions
+from kimi_vllm.plan_report import read_model
+from kimi_vllm.planning import Costs, Demand, Sizing, cache_bytes, size
+
+ROOT = Path(__file__).parents[1]
+RECALL = ROOT / "configs" / "models" / "recall"
+PROFILES = sorted((ROOT / "configs" / "serve").glob("*.yaml"))
+ON_GPUS = [path for path in PROFILES if not path.stem.startswith("cpu")]
+MILLION = 2**20
+# What a profile is for, in words of vLLM's EngineArgs.
+INTENDED: dict[str, dict[str, Any]] = {
+    "cpu-demo": {
+        "dtype": "float32",
+        "max_num_seqs": 8,
+        "max_model_len": 2048,
+        "kv_cache_memory_bytes": 256 * 2**20,
+        "enforce_eager": True,
+        "override_generation_config": {"temperature": 0},
+        "shutdown_timeout": 20,
+    },
+    "h200-1gpu-1m": {
+        "dtype": "bfloat16",
+        "max_num_seqs": 32,
+        "max_model_len": MILLION,
+        "tensor_parallel_size": 1,
+        "shutdown_timeout": 300,
+        "additional_config": {"kimi": {"checkpoint_interval": 65536}},
+    },
+    "h100-4gpu": {"max_num_seqs": 128, "max_model_len": MILLION, "tensor_parallel_size": 4, "shutdown_timeout": 120},
+    "throughput": {
+        "max_num_seqs": 384,
+        "max_model_len": 32768,
+        "max_num_batched_tokens": 16384,
+        "shutdown_timeout": 120,
+        "additional_config": {"kimi": {"state_slots": 400}},
+    },
+    "latency": {
+        "max_num_seqs": 8,
+        "max_model_len": 131072,
+        "max_num_batched_tokens": 2048,
+        "performance_mode": "interactivity",
+        "shutdown_timeout": 60,
+        "additional_config": {"kimi": {"checkpoint_share": 0.25}},
+    },
+}
+
+
+def parser() -> Any:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
+
+
+def parse(path: Path) -> Namespace:
+    """As `vllm serve MODEL --config path` does."""
+    args: Namespace = parser().parse_args([str(RECALL), "--config", str(path)])
+    args.model = args.model_tag
+    return args
+
+
+def engine_args(path: Path) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return AsyncEngineArgs.from_cli_args(parse(path))
+
+
+def test_every_profile_has_its_intentions_written_here() -> None:
+    assert {path.stem for path in PROFILES} == set(INTENDED)
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_key_is_an_option_of_vllm_by_its_full_name(path: Path) -> None:
+    # The parser alone would not do: it drops `false` for a key it does not know, and takes abbreviations.
+    known = parser()._option_string_actions
+    assert [key for key in yaml.safe_load(path.read_text()) if f"--{key}" not in known] == []
+
+
+@pytest.mark.parametrize("line", ["max-num-sequences: 8", "no-such-option: true"])
+def test_an_unknown_key_fails(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text((ROOT / "configs" / "serve" / "latency.yaml").read_text() + line)
+    with pytest.raises(SystemExit):
+        parse(profile)
+    assert f"unrecognized arguments: --{line.split(':')[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_values_arrive(path: Path) -> None:
+    args = engine_args(path)
+    intended = INTENDED[path.stem]
+    assert {name: getattr(args, name) for name in intended} == intended
+    written = yaml.safe_load(path.read_text())
+    for key, value in written.items():
+        arrived = getattr(parse(path), key.replace("-", "_"))
+        if isinstance(value, dict) and not isinstance(arrived, dict):
+            arrived = {name: getattr(arrived, name) for name in value}
+        assert arrived == value, key
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_option_has_its_reason_above_it(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    first = [number for number, line in enumerate(lines) if re.match(r"[a-z]", line)]
+    assert len(first) == len(yaml.safe_load(path.read_text()))
+    # The two options of tool calling share one.
+    bare = [lines[n] for n in first if not lines[n - 1].startswith("#")]
+    assert bare == ["tool-call-parser: kimi_k2"]
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_tool_calls_are_parsed_and_reasoning_is_not(path: Path) -> None:
+    args = parse(path)
+    assert (args.enable_auto_tool_choice, args.tool_call_parser) == (True, "kimi_k2")
+    assert not args.reasoning_parser
+
+
+def division(path: Path, gibibytes: float | None = None) -> Sizing:
+    """Memory as the engine would divide it: of the profile's GPUs by plan, or so much for state and KV cache."""
+    args = engine_args(path)
+    geometry, dtype, _ = read_model(ROOT / "configs" / "models" / "48b-a3b")
+    options = KimiOptions.from_additional_config(args.additional_config)
+    ranks = args.tensor_parallel_size
+    costs = Costs.of(geometry, dtype.itemsize, 64, ranks=ranks, gpu_dtype=torch.bfloat16)
+    memory = (80 if path.stem.startswith("h100") else 141) * 10**9
+    demand = Demand(
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=args.max_model_len,
+        block_size=64,
+        prefix_caching=bool(args.enable_prefix_caching),
+        checkpoint_share=options.checkpoint_share,
+        state_slots=options.state_slots,
+    )
+    available = cache_bytes(memory, args.gpu_memory_utilization, costs) if gibibytes is None else gibibytes * 2**30
+    return size(costs, demand, int(available))
+
+
+@pytest.mark.parametrize("path", ON_GPUS, ids=lambda path: path.stem)
+def test_the_engine_would_not_lower_max_num_seqs(path: Path) -> None:
+    assert division(path).live == engine_args(path).max_num_seqs
+    assert division(path).longest(1) == engine_args(path).max_model_len
+
+
+def test_numbers_in_the_comments_are_those_of_the_planner() -> None:
+    tp4 = division(ROOT / "configs" / "serve" / "h100-4gpu.yaml")
+    assert [tp4.concurrency(tokens) for tokens in (MILLION, 131072, 32768)] == [4, 36, 128]
+    assert round(tp4.costs.slot / 2**20, 1) == 10.5
+    assert round(128 * tp4.costs.slot / 2**30, 1) == 1.3
+    throughput = division(ROOT / "configs" / "serve" / "throughput.yaml", gibibytes=34)
+    assert (throughput.live, throughput.checkpoints) == (384, 16)
+    assert 4096 < throughput.longest(384) < 8192
+    longest = division(ROOT / "configs" / "serve" / "h200-1gpu-1m.yaml")
+    assert round(longest.costs.slot / 2**20, 1) == 41.9
+    assert round(16 * longest.costs.slot / 2**30, 1) == 0.7
+    assert round(longest.costs.weights / 2**30, 1) == 91.5
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(RECALL)
+
+
+def request(**fields: Any) -> Any:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    return ChatCompletionRequest(messages=[{"role": "user", "content": "?"}], model="m", **fields)
+
+
+def test_the_parser_of_the_profiles_reads_the_markup_of_kimi(tokenizer: Any) -> None:
+    from vllm.tool_parsers import ToolParserManager
+
+    call = "<|tool_call_begin|>functions.{}:{}<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    calls = call.format("look_up", 0, '{"key": "k"}') + call.format("add", 1, '{"a": 1, "b": [2]}')
+    text = f"One moment.<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|>"
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("look_up", "add")]
+    asked = request(tools=tools)
+    found = ToolParserManager.get_tool_parser("kimi_k2")(tokenizer, asked.tools).extract_tool_calls(text, asked)
+    assert found.tools_called
+    assert found.content == "One moment."
+    called = [(call.id, call.function.name, json.loads(call.function.arguments)) for call in found.tool_calls]
+    assert called == [("functions.look_up:0", "look_up", {"key": "k"}), ("functions.add:1", "add", {"a": 1, "b": [2]})]
+
+
+def test_a_reasoning_parser_would_take_the_answer_of_a_model_that_does_not_reason(tokenizer: Any) -> None:
+    from vllm.reasoning import ReasoningParserManager
+
+    parser = ReasoningParserManager.get_reasoning_parser("kimi_k2")(tokenizer)
+    reasoning, content = parser.extract_reasoning("Paris.", request())
+    assert (reasoning, content or "") == ("Paris.", "")
