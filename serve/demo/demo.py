@@ -32,13 +32,7 @@ NAME = "kimi-recall"
 LOG = ROOT / ".demo" / "server.log"
 CONCURRENT = 8
 LONG_ANSWER = 64
-OPTIONS = {
-    "--dtype": "float32",
-    "--max-model-len": "2048",
-    "--max-num-seqs": str(CONCURRENT),
-    "--kv-cache-memory-bytes": str(256 * 2**20),
-    "--enforce-eager": "",
-}
+OPTIONS = {"--config": str(ROOT / "configs" / "serve" / "cpu-demo.yaml")}
 # Logged by kimi_vllm only. Without it vLLM's own model could answer and nobody would notice.
 PLUGIN_LINE = "kimi-vllm serves KimiLinearForCausalLM"
 
