@@ -1,5 +1,6 @@
-"""A `vllm serve` process of the demo: started, waited for, and stopped with all its children."""
+"""A `vllm serve` process: started, waited for, and stopped with all its children."""
 
+import ctypes
 import os
 import re
 import signal
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ HOST = "127.0.0.1"
 TERM_SECONDS = 15
 TAIL_LINES = 12
 ERROR = re.compile(r"\b\w+(Error|Exception): .+")
+PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 ENVIRONMENT = {
     # The demo must not depend on a network: the checkpoint is in the repository.
     "HF_HUB_OFFLINE": "1",
@@ -45,14 +47,39 @@ class Server:
         keep: set it to True to leave the server running.
     """
 
-    def __init__(self, model: Path, name: str, port: int, log: Path, options: dict[str, str]) -> None:
+    def __init__(
+        self,
+        model: Path | str,
+        name: str | None,
+        port: int,
+        log: Path,
+        options: dict[str, str],
+        *,
+        more: Sequence[str] = (),
+        environment: Mapping[str, str] = ENVIRONMENT,
+        dies_with_us: bool = False,
+    ) -> None:
+        """Describe a server; entering it starts it.
+
+        Args:
+            model: the checkpoint.
+            name: what clients call it; None for the same as the checkpoint.
+            port: on 127.0.0.1.
+            log: file that receives the output of the server.
+            options: of `vllm serve`, with their values; an empty value for a flag.
+            more: further words for the command line, as the user wrote them.
+            environment: set for the server beside what it inherits.
+            dies_with_us: whether the kernel ends it when this process is killed and cannot.
+        """
         self.url = f"http://{HOST}:{port}"
         self.log = log
         self.keep = False
         self._port = port
         arguments = [part for option, value in options.items() for part in (option, value) if part]
         self._command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", HOST]
-        self._command += ["--port", str(port), "--served-model-name", name, *arguments]
+        self._command += ["--port", str(port), *(["--served-model-name", name] if name else []), *arguments, *more]
+        self._environment = environment
+        self._dies_with_us = dies_with_us
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -69,8 +96,9 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **self._environment},
                 start_new_session=True,  # its own process group: workers are stopped with it
+                preexec_fn=_end_with_parent if self._dies_with_us else None,
             )
         return self
 
@@ -80,6 +108,11 @@ class Server:
         """Stop the server, unless `keep` is set."""
         if not self.keep:
             self.stop()
+
+    @property
+    def command(self) -> list[str]:
+        """The command line."""
+        return self._command
 
     @property
     def pid(self) -> int:
@@ -131,6 +164,17 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)  # also children that outlived it
         self._process.wait()
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _refuse_taken_port(port: int) -> None:
