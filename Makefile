@@ -3,7 +3,7 @@ PORT ?= 8000
 VENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit engine slow bench compat clean
+.PHONY: help setup demo test lint unit engine slow bench load compat clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ slow: $(VENV) ## engine tests that take minutes: pipeline stages, replicas
 
 bench: $(VENV) ## kernel benchmarks on this machine's device
 	.venv/bin/python -m kimi_vllm.kernels.bench cpu
+
+load: $(VENV) ## load test of the tiny model: traffic of several kinds, one HTML page, under 4 minutes
+	@.venv/bin/python serve/load_test.py quick
 
 compat: $(VENV) ## the vLLM names we use, held against every supported release (downloads 340 MB once)
 	.venv/bin/python requirements/compat.py

@@ -1,0 +1,167 @@
+"""A load test as data: `run.json`, written anew after every point, so that what was measured is never lost."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from load.generator import Target
+from load.scenario import Point, Scenario
+from load.scrape import Sample
+
+FORMAT = 1
+PACKAGES = ("vllm", "kimi-vllm", "torch", "transformers", "guidellm")
+
+
+class RecordError(Exception):
+    """A file that is no record of a load test."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """A point and what came of it.
+
+    Attributes:
+        label: part, and what is swept.
+        part: its name.
+        kind: of the workload.
+        prompt: tokens of a random prompt; 0 for others.
+        concurrency: users at once, if that was set.
+        rate: arrivals per second, if that was.
+        command: that generated the load.
+        started: seconds since the start of the load test.
+        ended: the same.
+        result: numbers of the generator; empty if it failed.
+        file: its own result, beside the record.
+        error: why there is no result.
+    """
+
+    label: str
+    part: str
+    kind: str
+    prompt: int
+    concurrency: int | None
+    rate: float | None
+    command: list[str]
+    started: float
+    ended: float
+    result: dict[str, Any] = field(default_factory=dict)
+    file: str = ""
+    error: str = ""
+
+    def get(self, name: str) -> float | None:
+        """A number of the result, None where there is none."""
+        value = self.result.get(name)
+        return float(value) if isinstance(value, int | float) else None
+
+
+@dataclass(slots=True)
+class Record:
+    """A load test.
+
+    Attributes:
+        title: of the scenario.
+        about: what it is for.
+        scenario: the file's content.
+        started: date and time, UTC.
+        environment: versions and the machine.
+        model: what the server calls the model.
+        server_command: that started the server; empty if it ran already.
+        goodput: objectives, as given.
+        complete: whether all points were tried.
+        points: measured so far.
+        samples: of /metrics.
+    """
+
+    title: str
+    about: str
+    scenario: dict[str, Any]
+    started: str
+    environment: dict[str, str]
+    model: str
+    server_command: list[str]
+    goodput: list[str]
+    complete: bool = False
+    points: list[Measured] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    format: int = FORMAT
+
+
+def new(scenario: Scenario, target: Target, server_command: list[str]) -> Record:
+    """An empty record of a test that starts now."""
+    started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    content = scenario.model_dump(exclude_defaults=True)
+    return Record(
+        scenario.title,
+        scenario.about,
+        content,
+        started,
+        _environment(),
+        target.model,
+        server_command,
+        [*target.goodput],
+    )
+
+
+def measured(point: Point, command: list[str], started: float, ended: float) -> Measured:
+    """A point without a result."""
+    kind = point.part.workload.kind
+    return Measured(
+        point.label, point.part.name, kind, point.prompt, point.concurrency, point.rate, command, started, ended
+    )
+
+
+def save(record: Record, path: Path) -> None:
+    """Write it in one step: a reader finds the old file or the new one, never a part."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(record), indent=1))
+    temporary.replace(path)
+
+
+def load(path: Path) -> Record:
+    """Read one.
+
+    Raises:
+        RecordError: it is not one, or of another format.
+    """
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != FORMAT:
+            raise RecordError(f"{path} has format {values['format']}, this version reads {FORMAT}")
+        points = [Measured(**point) for point in values.pop("points")]
+        return Record(**values, points=points)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not the run.json of a load test: {error}") from error
+
+
+def _environment() -> dict[str, str]:
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    found["processor"] = f"{os.cpu_count()} cores, {_processor()}"
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    for name, command in {
+        "commit": ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+        "GPU": ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+    }.items():
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            found[name] = ", ".join(done.stdout.split("\n")).strip(", ")
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

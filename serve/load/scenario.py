@@ -1,0 +1,221 @@
+"""Scenario files: what traffic a load test sends, in YAML, checked before anything starts.
+
+A scenario is a list of parts. A part has a workload and says how much of it: users at once (`concurrency`), arrivals
+per second (`rate`), or neither, when the workload brings its own timing. Lists are swept: a part becomes points.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+
+class ScenarioError(Exception):
+    """A scenario that cannot be run; the message names the file and the key."""
+
+
+class Strict(BaseModel):
+    """A model that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RandomWorkload(Strict):
+    """Independent requests of random tokens.
+
+    Attributes:
+        prompt: tokens of a prompt; a list is swept.
+        output: tokens of an answer.
+        prefix: tokens in front that all prompts of a point share.
+        spread: lengths vary by this share, from 0 up to 1.
+    """
+
+    kind: Literal["random"]
+    prompt: PositiveInt | list[PositiveInt]
+    output: PositiveInt
+    prefix: Annotated[int, Field(ge=0)] = 0
+    spread: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class ConversationWorkload(Strict):
+    """Users who talk in turns; all of them share a system prompt, and each turn repeats the conversation so far.
+
+    Attributes:
+        users: conversations at once.
+        turns: of each.
+        system: tokens of the shared system prompt.
+        turn: tokens that a turn adds to the prompt, the earlier answer included.
+        output: tokens of an answer.
+        seconds: between two turns of a user.
+    """
+
+    kind: Literal["conversation"]
+    users: PositiveInt
+    turns: PositiveInt
+    system: PositiveInt
+    turn: PositiveInt
+    output: PositiveInt
+    seconds: PositiveFloat
+
+
+class MixedWorkload(Strict):
+    """Requests that decode all the time, and long prompts that arrive meanwhile.
+
+    Attributes:
+        decoders: requests that start together and decode.
+        decode_prompt: tokens of their prompts.
+        decode_output: tokens of their answers.
+        prompt: tokens of a long prompt.
+        output: tokens of its answer.
+        arrivals: number of long prompts.
+        every: seconds between two.
+    """
+
+    kind: Literal["mixed"]
+    decoders: PositiveInt
+    decode_prompt: PositiveInt = 32
+    decode_output: PositiveInt
+    prompt: PositiveInt
+    output: PositiveInt = 1
+    arrivals: PositiveInt
+    every: PositiveFloat
+
+
+Workload = Annotated[RandomWorkload | ConversationWorkload | MixedWorkload, Field(discriminator="kind")]
+
+
+class Part(Strict):
+    """One kind of traffic.
+
+    Attributes:
+        name: heading in the report.
+        engine: who generates the load: `vllm bench serve`, or GuideLLM if it is installed.
+        workload: what is asked.
+        concurrency: users at once, each with `requests_per_user` requests one after another.
+        rate: arrivals per second, for `seconds`.
+        burstiness: 1 for Poisson arrivals, less for bursts, more for an even flow.
+    """
+
+    name: str
+    engine: Literal["vllm", "guidellm"] = "vllm"
+    workload: Workload
+    concurrency: list[PositiveInt] | None = None
+    requests_per_user: PositiveInt = 8
+    rate: list[PositiveFloat] | None = None
+    seconds: PositiveFloat | None = None
+    burstiness: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _one_way_to_say_how_much(self) -> Self:
+        if self.workload.kind != "random":
+            if self.concurrency or self.rate or self.engine != "vllm":
+                raise ValueError(f"a {self.workload.kind} workload has its own timing: no concurrency, rate or engine")
+        elif bool(self.concurrency) == bool(self.rate):
+            raise ValueError("give either concurrency or rate")
+        elif self.rate and self.seconds is None:
+            raise ValueError("rate needs seconds")
+        return self
+
+
+class ServerSection(Strict):
+    """The server to start when none is named on the command line.
+
+    Attributes:
+        model: checkpoint; a relative path counts from the repository.
+        options: for `vllm serve`.
+        environment: variables set for it.
+    """
+
+    model: str
+    options: list[str] = []
+    environment: dict[str, str] = {}
+
+
+class Scenario(Strict):
+    """A file."""
+
+    title: str
+    about: str = ""
+    server: ServerSection | None = None
+    parts: Annotated[list[Part], Field(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run of the load generator.
+
+    Attributes:
+        number: from 0; also the seed, so that no point finds the prompts of another in the cache.
+        part: what it belongs to.
+        prompt: tokens of a random prompt, 0 otherwise.
+        concurrency: users at once, if that is what is set.
+        rate: arrivals per second, if that is.
+    """
+
+    number: int
+    part: Part
+    prompt: int = 0
+    concurrency: int | None = None
+    rate: float | None = None
+
+    @property
+    def num_requests(self) -> int:
+        """How many requests it sends."""
+        workload = self.part.workload
+        if isinstance(workload, ConversationWorkload):
+            return workload.users * workload.turns
+        if isinstance(workload, MixedWorkload):
+            return workload.decoders + workload.arrivals
+        if self.concurrency:
+            return self.concurrency * self.part.requests_per_user
+        assert self.rate
+        assert self.part.seconds
+        return max(1, ceil(self.rate * self.part.seconds))
+
+    @property
+    def label(self) -> str:
+        """Part, and what is swept."""
+        words = [self.part.name]
+        if isinstance(self.part.workload, RandomWorkload) and isinstance(self.part.workload.prompt, list):
+            words.append(f"{self.prompt} tokens")
+        if self.concurrency:
+            words.append(f"{self.concurrency} at once")
+        if self.rate:
+            words.append(f"{self.rate:g}/s")
+        return ", ".join(words)
+
+
+def points(scenario: Scenario) -> list[Point]:
+    """All runs of a scenario, in order."""
+    found: list[Point] = []
+    for part in scenario.parts:
+        workload = part.workload
+        if not isinstance(workload, RandomWorkload):
+            found.append(Point(len(found), part))
+            continue
+        for prompt in workload.prompt if isinstance(workload.prompt, list) else [workload.prompt]:
+            for concurrency in part.concurrency or []:
+                found.append(Point(len(found), part, prompt, concurrency=concurrency))
+            for rate in part.rate or []:
+                found.append(Point(len(found), part, prompt, rate=rate))
+    return found
+
+
+def read(path: Path) -> Scenario:
+    """Read a scenario file.
+
+    Raises:
+        ScenarioError: it is not YAML, or a key is missing, unknown or has a wrong value.
+    """
+    try:
+        return Scenario.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise ScenarioError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ScenarioError(f"{path} is not YAML: {error}") from error
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
+        raise ScenarioError("\n".join([f"{path} is not a scenario:", *lines])) from error

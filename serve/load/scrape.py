@@ -1,0 +1,86 @@
+"""Samples a server's `/metrics` beside a load test: requests, tokens, cache hits, state slots."""
+
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+Sample = dict[str, float]
+# Gauges and counters that the report draws or the progress needs; engines of one server are added up.
+WANTED = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_usage",
+    "vllm:prompt_tokens_total": "prompt_tokens",
+    "vllm:generation_tokens_total": "output_tokens",
+    "vllm:request_success_total": "finished",
+    "vllm:num_preemptions_total": "preemptions",
+    "vllm:prefix_cache_queries_total": "prefix_queries",
+    "vllm:prefix_cache_hits_total": "prefix_hits",
+    "kimi_state_hit_tokens_total": "state_hit_tokens",
+    "kimi_state_miss_tokens_total": "state_miss_tokens",
+    "kimi_state_evictions_total": "evictions",
+}
+SLOTS = "kimi_state_slots"
+
+
+def parse(text: str) -> Sample:
+    """The wanted numbers of one scrape, by short names; state slots as `slots_live`, `slots_checkpoint` and so on."""
+    found: Sample = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = f"slots_{sample.labels['kind']}" if sample.name == SLOTS else WANTED.get(sample.name)
+            if name:
+                found[name] = found.get(name, 0.0) + sample.value
+    return found
+
+
+class Scraper:
+    """A thread that samples until it is stopped.
+
+    Attributes:
+        samples: each with `t`, seconds since the start of the load test.
+    """
+
+    def __init__(self, url: str, every_seconds: float = 0.5) -> None:
+        self._url, self._every = f"{url.rstrip('/')}/metrics", every_seconds
+        self.samples: list[Sample] = []
+        self._start = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        """Start."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop after a last sample."""
+        self._stop.set()
+        self._thread.join(10)
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start of the load test."""
+        return time.monotonic() - self._start
+
+    def latest(self, name: str) -> float:
+        """The newest value; 0 before there is one."""
+        return self.samples[-1].get(name, 0.0) if self.samples else 0.0
+
+    def _run(self) -> None:
+        with httpx.Client(timeout=5) as client:
+            while True:
+                last = self._stop.wait(self._every)
+                # A busy server may skip a beat; what is missing is a gap in the picture, not an error.
+                with suppress(httpx.HTTPError):
+                    text = client.get(self._url).raise_for_status().text
+                    self.samples.append({"t": round(self.now, 2), **parse(text)})
+                if last:
+                    return

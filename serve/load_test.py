@@ -1,0 +1,168 @@
+"""Load test: a scenario against a server, with vLLM's own load generator, and one HTML page of what was measured.
+
+    python serve/load_test.py                                  # `quick`: starts the recall checkpoint, under 4 minutes
+    python serve/load_test.py steady-chat --url http://127.0.0.1:8000 --goodput ttft:500 --goodput tpot:50
+    python serve/load_test.py --compare before/run.json after/run.json
+
+`vllm bench serve` (or GuideLLM, where a part of the scenario says so) sends the requests and does the statistics; this
+script words its command lines, samples /metrics meanwhile, and draws. The folder has report.html, run.json, and what
+the generator wrote for each point. Ctrl-C ends the point that runs and writes the report of those before it.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import httpx
+import typer
+from load import compare as comparison
+from load import record as records
+from load import report
+from load.generator import GeneratorError, Target, command, result_name, run
+from load.record import Record, RecordError
+from load.scenario import Point, Scenario, ScenarioError, points, read
+from load.scrape import Scraper
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).parent / "demo"))
+from server import Server, ServerError, free_port
+
+ROOT = Path(__file__).parents[1]
+SCENARIOS = ROOT / "serve" / "load" / "scenarios"
+START_SECONDS = 3600
+FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(
+    scenario: Annotated[str, typer.Argument(help="A shipped scenario by name, or a YAML file.")] = "quick",
+    url: Annotated[str | None, typer.Option(help="A server that runs; without it the scenario's is started.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="If the server's own name for the model is no help.")] = None,
+    goodput: Annotated[list[str] | None, typer.Option(help="Objective in ms, such as ttft:500; repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default=False)] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two run.json, side by side; nothing is measured.")
+    ] = None,
+) -> None:
+    """Put load on a server and report what it does.
+
+    Exit status: 0 all points are measured, 1 some failed, 2 nothing could start, 130 interrupted.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if compare:
+            console.print(comparison.table(*(records.load(path) for path in compare)))
+            return
+        path = Path(scenario) if scenario.endswith((".yaml", ".yml")) else SCENARIOS / f"{scenario}.yaml"
+        if not path.exists():
+            shipped = ", ".join(sorted(found.stem for found in SCENARIOS.glob("*.yaml")))
+            raise ScenarioError(f"there is no scenario {scenario!r}: shipped are {shipped}; or name a .yaml file")
+        plan = read(path)
+        folder = (output or Path("load-results") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+        if (folder / "run.json").exists():
+            raise ScenarioError(f"{folder} has a load test already; choose another --output")
+        folder.mkdir(parents=True, exist_ok=True)
+        with _target(plan, url, tokenizer, tuple(goodput or ()), folder) as (target, started):
+            record = _measure(plan, target, started, folder)
+    except (ScenarioError, ServerError, RecordError) as error:
+        console.print(Text(f"load test: {error}", style="red"))
+        raise typer.Exit(UNUSABLE) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
+    if not record.complete:
+        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(FAILED if any(point.error for point in record.points) else 0)
+
+
+@contextmanager
+def _target(
+    plan: Scenario, url: str | None, tokenizer: str | None, goodput: tuple[str, ...], folder: Path
+) -> Iterator[tuple[Target, list[str]]]:
+    """The server to ask, and the command that started it if we did."""
+    if url:
+        yield _ask(url.rstrip("/"), tokenizer, goodput), []
+        return
+    if plan.server is None:
+        raise ScenarioError(f"{plan.title!r} names no server to start; give --url")
+    model = ROOT / plan.server.model if (ROOT / plan.server.model).exists() else plan.server.model
+    log = folder / "server.log"
+    options, environment = plan.server.options, plan.server.environment
+    with Server(model, None, free_port(), log, {}, more=options, environment=environment, dies_with_us=True) as server:
+        with console.status("") as status:
+            begin = time.monotonic()
+
+            def tell(line: str) -> None:
+                status.update(Text.assemble(f"starting vLLM, {time.monotonic() - begin:.0f} s  ", (line[-90:], "dim")))
+
+            server.wait_ready(START_SECONDS, tell)
+        yield _ask(server.url, tokenizer, goodput), server.command
+
+
+def _ask(url: str, tokenizer: str | None, goodput: tuple[str, ...]) -> Target:
+    try:
+        model = httpx.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]
+    except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
+        raise ServerError(f"{url} does not answer as a server of models: {error}") from error
+    return Target(url, model["id"], tokenizer or model.get("root") or model["id"], goodput)
+
+
+def _measure(plan: Scenario, target: Target, server_command: list[str], folder: Path) -> Record:
+    """Run all points; write the record after each and the report at the end, even after Ctrl-C."""
+    every = points(plan)
+    commands = [command(point, target, folder) for point in every]  # all of them first: errors show before the load
+    record = records.new(plan, target, server_command)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Scraper(target.url) as scraper:
+        try:
+            with Progress(*columns, console=console) as progress:
+                done = progress.add_task(plan.title, total=len(every))
+                for point, words in zip(every, commands, strict=True):
+                    record.points.append(_point(point, words, folder, scraper, progress))
+                    record.samples = list(scraper.samples)
+                    records.save(record, folder / "run.json")
+                    progress.advance(done)
+            record.complete = True
+        except KeyboardInterrupt:
+            console.print(f"Interrupted: the report has the {len(record.points)} points before.")
+    record.samples = list(scraper.samples)
+    records.save(record, folder / "run.json")
+    console.print(f"{report.write(record, folder)}\n{folder / 'run.json'}")
+    return record
+
+
+def _point(point: Point, words: list[str], folder: Path, scraper: Scraper, progress: Progress) -> records.Measured:
+    """Measure one point; a failure is part of the result."""
+    task = progress.add_task(f"  {point.label}", total=point.num_requests)
+    before, began = scraper.latest("finished"), scraper.now
+    found = records.measured(point, words, began, began)
+    try:
+        found.result = run(
+            words, point, folder, lambda: progress.update(task, completed=scraper.latest("finished") - before)
+        )
+        found.file = result_name(point)
+    except GeneratorError as error:
+        found.error = str(error)
+    found.ended = scraper.now
+    progress.remove_task(task)
+    numbers = dict(zip(report.COLUMNS, report.cells(found.result), strict=True))
+    shown = ", ".join(f"{name} {numbers[name]}" for name in ("output tok/s", "TTFT p50", "TPOT p50"))
+    took = f"({found.ended - found.started:.0f} s)"
+    progress.console.print(Text(f"  {point.label}: {found.error or shown} {took}", "red" if found.error else ""))
+    return found
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C does: end what runs and write the report."""
+    signal.raise_signal(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))
