@@ -28,7 +28,7 @@ unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of th
 engine: $(VENV) ## tests that start a real vLLM engine on the CPU
 	.venv/bin/python -m pytest -m "engine and not gpu and not slow"
 
-slow: $(VENV) ## engine tests that take minutes: pipeline stages, replicas
+slow: $(VENV) ## engine tests that take minutes: pipeline stages
 	.venv/bin/python -m pytest -m "engine and not gpu and slow"
 
 bench: $(VENV) ## kernel benchmarks on this machine's device

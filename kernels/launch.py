@@ -18,6 +18,9 @@ from torch import Tensor
 EXTEND_TOKENS = 4
 """Steps of at most this many tokens run token by token in one launch."""
 
+SKINNY_ROWS = (1, 2, 4)
+"""Rows for which the table can have a product of few rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decode:

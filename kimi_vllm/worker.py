@@ -60,9 +60,14 @@ class KimiWorker(PlatformWorker):
         return output if sick is None else _with_sick_slots(output, sick)
 
     def _warm_up_kernels(self) -> None:
+        from kimi_vllm.layers import skinny
         from kimi_vllm.layers.kda import KimiDeltaAttention
 
-        for module in self.get_model().modules():
+        model = self.get_model()
+        if getattr(model, "skinny", False):
+            with torch.inference_mode():
+                skinny.warm_up(model, self.model_config.dtype)
+        for module in model.modules():
             if isinstance(module, KimiDeltaAttention):
                 with torch.inference_mode():
                     module.warm_up(self.scheduler_config.max_num_batched_tokens, self.model_config.dtype)

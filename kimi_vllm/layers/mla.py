@@ -14,7 +14,6 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend
 from vllm.v1.attention.selector import get_attn_backend
 
 from kimi_vllm.geometry import KimiGeometry
@@ -92,26 +91,21 @@ class KimiMLA(nn.Module):
 
 
 def uses_latent_attention(geometry: KimiGeometry, vllm_config: VllmConfig) -> bool:
-    """Whether `LatentAttention` serves: on CPUs, and on GPUs what vLLM's MLA does not take, float32 and tiny heads."""
+    """Whether `LatentAttention` serves: on CPUs, and on GPUs float32 and latents of sizes that vLLM has no MLA for.
+
+    Where vLLM's should serve and cannot, its error is the user's to see.
+    """
     if current_platform.is_cpu():
         return True
-    dtype = vllm_config.model_config.dtype
     sizes = MLACommonBackend.get_supported_head_sizes()
-    reason = ""
-    if dtype == torch.float32:
-        reason = "float32"
+    if vllm_config.model_config.dtype == torch.float32:
+        lacking = "float32"
     elif geometry.latent_dim not in sizes:
-        reason = f"latents of {geometry.latent_dim} elements, not one of {sizes}"
-    elif vllm_config.attention_config.mla_prefill_backend is None:
-        try:
-            get_mla_prefill_backend(vllm_config)
-        except ValueError as error:
-            reason = str(error)
-    if reason:
-        logger.warning_once(
-            "kimi-vllm: MLA runs in torch, for checking and not for speed: vLLM's does not take %s", reason
-        )
-    return bool(reason)
+        lacking = f"latents of {geometry.latent_dim} elements, only of {sizes}"
+    else:
+        return False
+    logger.warning_once("kimi-vllm: MLA runs in torch, for checks and not for speed: vLLM's has no %s.", lacking)
+    return True
 
 
 def _vllm_attention(

@@ -8,6 +8,7 @@ import torch
 import vllm.envs as envs
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
+from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
@@ -39,6 +40,21 @@ def serves(vllm_config: VllmConfig) -> bool:
     half = vllm_config.model_config.dtype in (torch.bfloat16, torch.float16)
     eager = vllm_config.compilation_config.mode in (None, CompilationMode.NONE)
     return current_platform.is_cuda() and half and eager and not envs.VLLM_BATCH_INVARIANT
+
+
+def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compile what the linear layers of a model can need: one kernel for each number of rows, inputs and parameters."""
+    compiled = set()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, LinearBase) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            continue
+        result = torch.float32 if isinstance(module, GateLinear) else dtype
+        for rows in launch.SKINNY_ROWS:
+            key = (rows, weight.shape[1], launch.skinny(rows, *weight.shape), weight.dtype, result)
+            if key not in compiled:
+                compiled.add(key)
+                product(torch.zeros(rows, weight.shape[1], dtype=dtype, device=weight.device), weight, result)
 
 
 def install(model: nn.Module) -> None:

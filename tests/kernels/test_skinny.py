@@ -53,3 +53,7 @@ def test_the_table_serves_what_was_measured_faster_than_cublas():
     assert launch.skinny(4, *router)
     assert not any((launch.skinny(1, *in_proj), launch.skinny(4, *o_proj), launch.skinny(3, *router)))
     assert not any(launch.skinny(tokens, *router) for tokens in (0, 5, 8, 8192))
+
+
+def test_the_table_names_no_other_numbers_of_rows():
+    assert {rule["tokens"] for rule in launch._table()["skinny"]} == set(launch.SKINNY_ROWS)
