@@ -22,7 +22,7 @@ import httpx
 import typer
 from load import compare as comparison
 from load import record as records
-from load import report
+from load import report, soak
 from load.generator import GeneratorError, Target, command, result_name, run
 from load.record import Record, RecordError
 from load.scenario import Point, Scenario, ScenarioError, points, read
@@ -47,6 +47,7 @@ def main(
     url: Annotated[str | None, typer.Option(help="A server that runs; without it the scenario's is started.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="If the server's own name for the model is no help.")] = None,
     goodput: Annotated[list[str] | None, typer.Option(help="Objective in ms, such as ttft:500; repeatable.")] = None,
+    pid: Annotated[int | None, typer.Option(help="Process of the server at --url, to watch its memory.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default=False)] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two run.json, side by side; nothing is measured.")
@@ -54,7 +55,8 @@ def main(
 ) -> None:
     """Put load on a server and report what it does.
 
-    Exit status: 0 all points are measured, 1 some failed, 2 nothing could start, 130 interrupted.
+    Exit status: 0 all points are measured, 1 some failed or a soak's verdict is no, 2 nothing could start, 130
+    interrupted.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -70,8 +72,10 @@ def main(
         if (folder / "run.json").exists():
             raise ScenarioError(f"{folder} has a load test already; choose another --output")
         folder.mkdir(parents=True, exist_ok=True)
-        with _target(plan, url, tokenizer, tuple(goodput or ()), folder) as (target, started):
-            record = _measure(plan, target, started, folder)
+        if plan.soak and url and not pid:
+            raise ScenarioError(f"{plan.title!r} judges the server's memory; give --pid with --url, or leave both out")
+        with _target(plan, url, tokenizer, tuple(goodput or ()), folder) as (target, started, started_pid):
+            record = _measure(plan, target, started, folder, pid or started_pid)
     except (ScenarioError, ServerError, RecordError) as error:
         console.print(Text(f"load test: {error}", style="red"))
         raise typer.Exit(UNUSABLE) from error
@@ -79,22 +83,24 @@ def main(
         raise typer.Exit(INTERRUPTED) from error
     if not record.complete:
         raise typer.Exit(INTERRUPTED)
-    raise typer.Exit(FAILED if any(point.error for point in record.points) else 0)
+    failed = any(point.error for point in record.points) or not all(check["passed"] for check in record.verdict)
+    raise typer.Exit(FAILED if failed else 0)
 
 
 @contextmanager
 def _target(
     plan: Scenario, url: str | None, tokenizer: str | None, goodput: tuple[str, ...], folder: Path
-) -> Iterator[tuple[Target, list[str]]]:
-    """The server to ask, and the command that started it if we did."""
+) -> Iterator[tuple[Target, list[str], int | None]]:
+    """The server to ask; its command and its process if we started it."""
     if url:
-        yield _ask(url.rstrip("/"), tokenizer, goodput), []
+        yield _ask(url.rstrip("/"), tokenizer, goodput), [], None
         return
     if plan.server is None:
         raise ScenarioError(f"{plan.title!r} names no server to start; give --url")
     model = ROOT / plan.server.model if (ROOT / plan.server.model).exists() else plan.server.model
     log = folder / "server.log"
-    options, environment = plan.server.options, plan.server.environment
+    options = [str(ROOT / word) if (ROOT / word).is_file() else word for word in plan.server.options]
+    environment = plan.server.environment
     with Server(model, None, free_port(), log, {}, more=options, environment=environment, dies_with_us=True) as server:
         with console.status("") as status:
             begin = time.monotonic()
@@ -103,7 +109,7 @@ def _target(
                 status.update(Text.assemble(f"starting vLLM, {time.monotonic() - begin:.0f} s  ", (line[-90:], "dim")))
 
             server.wait_ready(START_SECONDS, tell)
-        yield _ask(server.url, tokenizer, goodput), server.command
+        yield _ask(server.url, tokenizer, goodput), server.command, server.pid
 
 
 def _ask(url: str, tokenizer: str | None, goodput: tuple[str, ...]) -> Target:
@@ -114,41 +120,59 @@ def _ask(url: str, tokenizer: str | None, goodput: tuple[str, ...]) -> Target:
     return Target(url, model["id"], tokenizer or model.get("root") or model["id"], goodput)
 
 
-def _measure(plan: Scenario, target: Target, server_command: list[str], folder: Path) -> Record:
+def _measure(plan: Scenario, target: Target, server_command: list[str], folder: Path, pid: int | None = None) -> Record:
     """Run all points; write the record after each and the report at the end, even after Ctrl-C."""
     every = points(plan)
-    commands = [command(point, target, folder) for point in every]  # all of them first: errors show before the load
+    for point in every:  # all of them first: errors show before the load
+        command(point.at(1.0), target, folder)
+    if plan.soak:
+        soak.empty_cache(target.url)
     record = records.new(plan, target, server_command)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Scraper(target.url) as scraper:
+    with Scraper(target.url, plan.sample_seconds, pid if plan.soak else None) as scraper:
         try:
             with Progress(*columns, console=console) as progress:
                 done = progress.add_task(plan.title, total=len(every))
-                for point, words in zip(every, commands, strict=True):
-                    record.points.append(_point(point, words, folder, scraper, progress))
+                for point in every:
+                    record.points.append(_point(point, record, target, folder, scraper, progress))
                     record.samples = list(scraper.samples)
                     records.save(record, folder / "run.json")
                     progress.advance(done)
+            if plan.soak:
+                end = soak.drain(target.url, target.model)
+                record.samples = list(scraper.samples)
+                record.verdict = soak.judge(record, plan.soak.part, plan.soak.memory_growth, end)
             record.complete = True
         except KeyboardInterrupt:
             console.print(f"Interrupted: the report has the {len(record.points)} points before.")
     record.samples = list(scraper.samples)
     records.save(record, folder / "run.json")
+    for check in record.verdict:
+        mark = "yes" if check["passed"] else "NO"
+        words = f"{check['name']}: {mark}. {check['found']} (limit: {check['limit']})"
+        console.print(Text(words, "" if check["passed"] else "red"))
     console.print(f"{report.write(record, folder)}\n{folder / 'run.json'}")
     return record
 
 
-def _point(point: Point, words: list[str], folder: Path, scraper: Scraper, progress: Progress) -> records.Measured:
+def _point(
+    point: Point, record: Record, target: Target, folder: Path, scraper: Scraper, progress: Progress
+) -> records.Measured:
     """Measure one point; a failure is part of the result."""
-    task = progress.add_task(f"  {point.label}", total=point.num_requests)
     before, began = scraper.latest("finished"), scraper.now
-    found = records.measured(point, words, began, began)
+    found = records.measured(point, [], began, began)
+    task = progress.add_task(f"  {point.label}")
     try:
+        if point.share:
+            point = point.at(record.limit(point.part.rate_of or ""))
+        words = command(point, target, folder)
+        found = records.measured(point, words, began, began)
+        progress.update(task, description=f"  {point.label}", total=point.num_requests)
         found.result = run(
             words, point, folder, lambda: progress.update(task, completed=scraper.latest("finished") - before)
         )
         found.file = result_name(point)
-    except GeneratorError as error:
+    except (GeneratorError, RecordError) as error:
         found.error = str(error)
     found.ended = scraper.now
     progress.remove_task(task)

@@ -76,6 +76,7 @@ class Record:
         complete: whether all points were tried.
         points: measured so far.
         samples: of /metrics.
+        verdict: of a soak; empty for other load tests.
     """
 
     title: str
@@ -89,7 +90,19 @@ class Record:
     complete: bool = False
     points: list[Measured] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    verdict: list[dict[str, Any]] = field(default_factory=list)
     format: int = FORMAT
+
+    def limit(self, part: str) -> float:
+        """The most requests per second that a part reached.
+
+        Raises:
+            RecordError: none of its points was measured.
+        """
+        reached = [rate for point in self.points if point.part == part and (rate := point.get("request_throughput"))]
+        if not reached:
+            raise RecordError(f"no point of {part!r} was measured, so there is no rate to take a share of")
+        return max(reached)
 
 
 def new(scenario: Scenario, target: Target, server_command: list[str]) -> Record:

@@ -4,7 +4,7 @@ A scenario is a list of parts. A part has a workload and says how much of it: us
 per second (`rate`), or neither, when the workload brings its own timing. Lists are swept: a part becomes points.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -96,6 +96,7 @@ class Part(Strict):
         workload: what is asked.
         concurrency: users at once, each with `requests_per_user` requests one after another.
         rate: arrivals per second, for `seconds`.
+        rate_of: an earlier part; `rate` then is a share of the most requests per second that it reached.
         burstiness: 1 for Poisson arrivals, less for bursts, more for an even flow.
     """
 
@@ -105,6 +106,7 @@ class Part(Strict):
     concurrency: list[PositiveInt] | None = None
     requests_per_user: PositiveInt = 8
     rate: list[PositiveFloat] | None = None
+    rate_of: str | None = None
     seconds: PositiveFloat | None = None
     burstiness: PositiveFloat = 1.0
 
@@ -117,7 +119,21 @@ class Part(Strict):
             raise ValueError("give either concurrency or rate")
         elif self.rate and self.seconds is None:
             raise ValueError("rate needs seconds")
+        if self.rate_of and not self.rate:
+            raise ValueError("rate_of needs rate, the shares of it")
         return self
+
+
+class Soak(Strict):
+    """What must hold in the end; see `load/soak.py`. The server's memory is watched, so it must be on this machine.
+
+    Attributes:
+        part: that is judged; those before it warm the server up.
+        memory_growth: share by which the resident memory of the server's processes may grow during that part.
+    """
+
+    part: str
+    memory_growth: PositiveFloat = 0.02
 
 
 class ServerSection(Strict):
@@ -125,7 +141,7 @@ class ServerSection(Strict):
 
     Attributes:
         model: checkpoint; a relative path counts from the repository.
-        options: for `vllm serve`.
+        options: for `vllm serve`; names of files in the repository count from there too.
         environment: variables set for it.
     """
 
@@ -135,12 +151,32 @@ class ServerSection(Strict):
 
 
 class Scenario(Strict):
-    """A file."""
+    """A file.
+
+    Attributes:
+        title: of the report.
+        about: what to look at.
+        server: to start.
+        sample_seconds: between two samples of /metrics.
+        soak: makes the run a test that passes or fails.
+        parts: in order.
+    """
 
     title: str
     about: str = ""
     server: ServerSection | None = None
+    sample_seconds: PositiveFloat = 0.5
+    soak: Soak | None = None
     parts: Annotated[list[Part], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_are_of_parts(self) -> Self:
+        for index, part in enumerate(self.parts):
+            if part.rate_of and part.rate_of not in {before.name for before in self.parts[:index]}:
+                raise ValueError(f"{part.name!r} has rate_of {part.rate_of!r}, which is no earlier part")
+        if self.soak and self.soak.part not in {part.name for part in self.parts}:
+            raise ValueError(f"soak judges {self.soak.part!r}, which is no part")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +188,8 @@ class Point:
         part: what it belongs to.
         prompt: tokens of a random prompt, 0 otherwise.
         concurrency: users at once, if that is what is set.
-        rate: arrivals per second, if that is.
+        rate: arrivals per second, if that is; None before `at` if it is a share of what another part reaches.
+        share: of that.
     """
 
     number: int
@@ -160,6 +197,11 @@ class Point:
     prompt: int = 0
     concurrency: int | None = None
     rate: float | None = None
+    share: float | None = None
+
+    def at(self, limit: float) -> Self:
+        """Itself with a rate, where that is a share of a limit in requests per second."""
+        return replace(self, rate=round(self.share * limit, 3)) if self.share else self
 
     @property
     def num_requests(self) -> int:
@@ -183,6 +225,8 @@ class Point:
             words.append(f"{self.prompt} tokens")
         if self.concurrency:
             words.append(f"{self.concurrency} at once")
+        if self.share:
+            words.append(f"{self.share:.0%} of {self.part.rate_of}")
         if self.rate:
             words.append(f"{self.rate:g}/s")
         return ", ".join(words)
@@ -200,7 +244,8 @@ def points(scenario: Scenario) -> list[Point]:
             for concurrency in part.concurrency or []:
                 found.append(Point(len(found), part, prompt, concurrency=concurrency))
             for rate in part.rate or []:
-                found.append(Point(len(found), part, prompt, rate=rate))
+                how = {"share": rate} if part.rate_of else {"rate": rate}
+                found.append(Point(len(found), part, prompt, **how))
     return found
 
 

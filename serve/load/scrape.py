@@ -1,4 +1,4 @@
-"""Samples a server's `/metrics` beside a load test: requests, tokens, cache hits, state slots."""
+"""Samples a server's `/metrics` beside a load test: requests, tokens, cache hits, state slots; and its memory."""
 
 import threading
 import time
@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 import httpx
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 Sample = dict[str, float]
@@ -39,6 +40,16 @@ def parse(text: str) -> Sample:
     return found
 
 
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process and all that it started, in bytes; pages that two of them share count twice."""
+    total = 0
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # ended since it was listed
+            total += process.memory_info().rss
+    return total
+
+
 class Scraper:
     """A thread that samples until it is stopped.
 
@@ -46,8 +57,15 @@ class Scraper:
         samples: each with `t`, seconds since the start of the load test.
     """
 
-    def __init__(self, url: str, every_seconds: float = 0.5) -> None:
-        self._url, self._every = f"{url.rstrip('/')}/metrics", every_seconds
+    def __init__(self, url: str, every_seconds: float = 0.5, pid: int | None = None) -> None:
+        """Describe a scraper; entering it starts it.
+
+        Args:
+            url: of the server, without /metrics.
+            every_seconds: between two samples.
+            pid: of the server, if its memory is to be sampled too, as `rss_bytes`.
+        """
+        self._url, self._every, self._pid = f"{url.rstrip('/')}/metrics", every_seconds, pid
         self.samples: list[Sample] = []
         self._start = time.monotonic()
         self._stop = threading.Event()
@@ -79,8 +97,9 @@ class Scraper:
             while True:
                 last = self._stop.wait(self._every)
                 # A busy server may skip a beat; what is missing is a gap in the picture, not an error.
-                with suppress(httpx.HTTPError):
+                with suppress(httpx.HTTPError, psutil.NoSuchProcess):
                     text = client.get(self._url).raise_for_status().text
-                    self.samples.append({"t": round(self.now, 2), **parse(text)})
+                    memory = {"rss_bytes": float(resident_bytes(self._pid))} if self._pid else {}
+                    self.samples.append({"t": round(self.now, 2), **parse(text), **memory})
                 if last:
                     return

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "serve"))
 import load_test
 import typer
-from load import compare, plots, record, report, scrape, traffic
+from load import compare, plots, record, report, scrape, soak, traffic
 from load.generator import GeneratorError, Target, command, guidellm_numbers, run
 from load.scenario import ConversationWorkload, MixedWorkload, ScenarioError, points, read
 from rich.console import Console
@@ -52,7 +52,7 @@ def make_record(folder, text=CHAT, scale=1.0):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_scenarios_make_command_lines(path, tmp_path):
-    for point in points(read(path)):
+    for point in (point.at(2.0) for point in points(read(path))):
         words = command(point, TARGET, tmp_path)
         assert int(option(words, "--num-prompts")) == point.num_requests > 0
         assert option(words, "--seed") == str(point.number)
@@ -80,6 +80,12 @@ def test_all_scenarios_are_there():
             " every: 1}, rate: [1]}]",
             "a mixed workload has its own timing",
         ),
+        (
+            CHAT[:-1]
+            + ", {name: b, workload: {kind: random, prompt: 1, output: 1}, rate: [1], seconds: 1, rate_of: c}]",
+            "rate_of 'c', which is no earlier part",
+        ),
+        ("soak: {part: b}\n" + CHAT, "soak judges 'b', which is no part"),
         ("parts: []", "at least 1 item"),
         ("parts: [", "is not YAML"),
         ("server: {model: x, port: 3}\n" + CHAT, "server.port: Extra inputs"),
@@ -116,6 +122,54 @@ def test_objectives_bursts_and_shared_beginnings_reach_the_generator(tmp_path):
     assert words[-3:] == ["--goodput", "ttft:500", "tpot:50"]
     assert (option(words, "--request-rate"), option(words, "--burstiness")) == ("3", "0.2")
     assert (option(words, "--random-prefix-len"), option(words, "--random-range-ratio")) == ("32", "0.5")
+
+
+SOAK = """
+soak: {part: held}
+parts:
+  - {name: limit, workload: {kind: random, prompt: 64, output: 8}, concurrency: [2, 4], requests_per_user: 2}
+  - {name: held, workload: {kind: random, prompt: 64, output: 8}, rate_of: limit, rate: [0.5], seconds: 100}
+"""
+
+
+def test_a_soak_sends_a_share_of_what_the_server_was_seen_to_do(tmp_path):
+    made = make_record(tmp_path, SOAK)
+    made.points[1].result["request_throughput"] = 7.0
+    point = points(read(scenario(tmp_path, SOAK)))[-1].at(made.limit("limit"))
+    assert (point.rate, point.num_requests, point.label) == (3.5, 350, "held, 50% of limit, 3.5/s")
+    with pytest.raises(record.RecordError, match="no point of 'warm-up' was measured"):
+        made.limit("warm-up")
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        ({}, None),
+        ({"memory": 1.03}, "memory stayed"),
+        ({"samples": 5}, "memory stayed"),
+        ({"failed": 1}, "no errors"),
+        ({"error": "status 1"}, "no errors"),
+        ({"request_throughput": 3.2}, "the rate was kept"),
+        ({"end": {"slots_live": 0.0, "slots_checkpoint": 1.0, "slots_free": 15.0}}, "all slots are free"),
+        ({"end": {}}, "all slots are free"),
+    ],
+)
+def test_the_verdict_names_what_did_not_hold(tmp_path, change, broken):
+    made = make_record(tmp_path, SOAK)
+    limit, _, held = made.points
+    held.rate, held.started, held.ended = 3.5, 100.0, 200.0
+    held.result["request_throughput"] = change.get("request_throughput", 3.49)
+    limit.result["failed"], limit.error = change.get("failed", 0), change.get("error", "")
+    # Memory doubles before the part that is judged, which is no leak, and grows evenly within it.
+    number = change.get("samples", 50)
+    grown = change.get("memory", 1.01)
+    made.samples = [{"t": 50.0, "rss_bytes": 1e9}] + [
+        {"t": 100.0 + 99 * i / number, "rss_bytes": 2e9 * (1 + (grown - 1) * i / number / 0.9)} for i in range(number)
+    ]
+    end = change.get("end", {"slots_live": 0.0, "slots_checkpoint": 0.0, "slots_free": 16.0})
+    verdict = soak.judge(made, "held", 0.02, end)
+    assert [check["name"] for check in verdict if not check["passed"]] == ([broken] if broken else [])
+    assert len(verdict) == 4
 
 
 def test_a_turn_begins_with_the_whole_turn_before_and_the_shared_system_prompt():
