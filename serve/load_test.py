@@ -1,6 +1,7 @@
 """Load test: a scenario against a server, with vLLM's own load generator, and one HTML page of what was measured.
 
     python serve/load_test.py                                  # `quick`: starts the recall checkpoint, under 4 minutes
+    python serve/load_test.py soak                             # half an hour; passes or fails
     python serve/load_test.py steady-chat --url http://127.0.0.1:8000 --goodput ttft:500 --goodput tpot:50
     python serve/load_test.py --compare before/run.json after/run.json
 
@@ -37,6 +38,7 @@ from server import Server, ServerError, free_port
 ROOT = Path(__file__).parents[1]
 SCENARIOS = ROOT / "serve" / "load" / "scenarios"
 START_SECONDS = 3600
+SHOWN = {"output tok/s": "output_throughput", "TTFT p50 ms": "p50_ttft_ms", "TPOT p50 ms": "p50_tpot_ms"}
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
 
 console = Console(highlight=False, soft_wrap=True)
@@ -50,7 +52,7 @@ def main(
     pid: Annotated[int | None, typer.Option(help="Process of the server at --url, to watch its memory.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default=False)] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="Two run.json, side by side; nothing is measured.")
+        tuple[Path, Path] | None, typer.Option(help="Two run.json, side by side on a page; nothing is measured.")
     ] = None,
 ) -> None:
     """Put load on a server and report what it does.
@@ -61,7 +63,10 @@ def main(
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if compare:
-            console.print(comparison.table(*(records.load(path) for path in compare)))
+            first, second = (records.load(path) for path in compare)
+            console.print(comparison.table(first, second))
+            folder = output or Path("load-results") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+            console.print(str(report.write_comparison(first, second, folder / "compare.html")))
             return
         path = Path(scenario) if scenario.endswith((".yaml", ".yml")) else SCENARIOS / f"{scenario}.yaml"
         if not path.exists():
@@ -101,7 +106,8 @@ def _target(
     log = folder / "server.log"
     options = [str(ROOT / word) if (ROOT / word).is_file() else word for word in plan.server.options]
     environment = plan.server.environment
-    with Server(model, None, free_port(), log, {}, more=options, environment=environment, dies_with_us=True) as server:
+    name = Path(plan.server.model).name
+    with Server(model, name, free_port(), log, {}, more=options, environment=environment, dies_with_us=True) as server:
         with console.status("") as status:
             begin = time.monotonic()
 
@@ -176,8 +182,8 @@ def _point(
         found.error = str(error)
     found.ended = scraper.now
     progress.remove_task(task)
-    numbers = dict(zip(report.COLUMNS, report.cells(found.result), strict=True))
-    shown = ", ".join(f"{name} {numbers[name]}" for name in ("output tok/s", "TTFT p50", "TPOT p50"))
+    values = ((name, found.get(key)) for name, key in SHOWN.items())
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in values if value is not None)
     took = f"({found.ended - found.started:.0f} s)"
     progress.console.print(Text(f"  {point.label}: {found.error or shown} {took}", "red" if found.error else ""))
     return found

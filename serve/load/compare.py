@@ -68,14 +68,15 @@ def differences(first: Record, second: Record) -> list[Difference]:
     return found
 
 
+def surroundings(first: Record, second: Record) -> list[tuple[str, str, str]]:
+    """Versions and machines of both, by name; a dash where one does not say."""
+    names = sorted(first.environment.keys() | second.environment.keys())
+    return [(name, first.environment.get(name, "–"), second.environment.get(name, "–")) for name in names]
+
+
 def table(first: Record, second: Record) -> Table:
     """Both, for a terminal; above it what differs between their surroundings."""
-    names = sorted(first.environment.keys() | second.environment.keys())
-    changed = [
-        f"{name}: {first.environment.get(name, '–')} → {second.environment.get(name, '–')}"
-        for name in names
-        if first.environment.get(name) != second.environment.get(name)
-    ]
+    changed = [f"{name}: {a} → {b}" for name, a, b in surroundings(first, second) if a != b]
     title = f"A: {first.title}, {first.started}   B: {second.title}, {second.started}"
     found = Table("point", "", title="\n".join([title, *changed]))
     for name in ("A", "B", "B / A"):

@@ -1,8 +1,9 @@
-"""The pictures of a load test, as SVG: percentiles, throughput against latency, a timeline, context length, caches."""
+"""The pictures of one load test or of two, as SVG: percentiles, throughput against latency, a timeline, caches."""
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -13,8 +14,27 @@ from load.generator import PERCENTILES
 from load.record import Measured, Record
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-LATENCIES = {"ttft": "time to first token", "tpot": "time per output token", "itl": "time between tokens"}
+LATENCIES = {"ttft": "TTFT: time to first token", "tpot": "TPOT: time per output token", "itl": "ITL: between tokens"}
+STYLES = {50: "-o", 90: "--s", 99: ":^"}
+SLOTS = {"live": "C0", "checkpoint": "C1", "free": "0.85"}
+WIDTH = 11  # inches
+HIT_WINDOW = 20  # samples
 Detail = dict[str, list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Points that differ in one number.
+
+    Attributes:
+        axis: what that is.
+        x: reads it.
+        points: in its order.
+    """
+
+    axis: str
+    x: Callable[[Measured], float]
+    points: list[Measured]
 
 
 def pictures(record: Record, details: dict[str, Detail]) -> dict[str, str]:
@@ -24,26 +44,10 @@ def pictures(record: Record, details: dict[str, Detail]) -> dict[str, str]:
         record: the load test.
         details: by label of a mixed point, the lists that `vllm bench serve --save-detailed` wrote; times in seconds.
     """
-    found: dict[str, str] = {}
-    points = [point for point in record.points if point.result]
-    for part in dict.fromkeys(point.part for point in points):
-        mine = [point for point in points if point.part == part]
-        prompts = sorted({point.prompt for point in mine if point.prompt})
-        first = [point for point in mine if point.prompt == prompts[0]] if prompts else []
-        for name, axis in (("concurrency", "requests at once"), ("rate", "requests per second")):
-            swept = sorted(
-                (point for point in first if getattr(point, name)), key=lambda point: float(getattr(point, name))
-            )
-            if len({getattr(point, name) for point in swept}) > 1:
-                found[f"{part}: latency against {axis}"] = _percentiles(
-                    swept, axis, lambda point, name=name: float(getattr(point, name))
-                )
-        if len(prompts) > 1:
-            same = [point for point in mine if (point.concurrency, point.rate) == (mine[0].concurrency, mine[0].rate)]
-            title = f"{part}: latency against context length"
-            found[title] = _percentiles(same, "tokens of prompt", lambda point: float(point.prompt))
-    if len([point for point in points if point.get("p50_tpot_ms")]) > 1:
-        found["Throughput against latency"] = _pareto(points)
+    found = {title: _percentiles({"": sweep}) for title, sweep in sweeps(record).items()}
+    points = _with_throughput(record)
+    if len(points) > 1:
+        found["Throughput against latency"] = _pareto({"": points})
     for label, detail in details.items():
         if any(detail.get("itls", [])):
             found[f"{label}: time between tokens while prompts arrive"] = _timeline(detail)
@@ -52,9 +56,51 @@ def pictures(record: Record, details: dict[str, Detail]) -> dict[str, str]:
     return found
 
 
-def _svg(figure: Any) -> str:
+def comparison(first: Record, second: Record) -> dict[str, str]:
+    """The pictures that two load tests have in common, with both in each, as data URIs by title."""
+    others = sweeps(second)
+    found = {
+        title: _percentiles({"A": sweep, "B": others[title]})
+        for title, sweep in sweeps(first).items()
+        if title in others
+    }
+    both = {"A": _with_throughput(first), "B": _with_throughput(second)}
+    if all(both.values()):
+        found["Throughput against latency"] = _pareto(both)
+    return found
+
+
+def sweeps(record: Record) -> dict[str, Sweep]:
+    """Each part that sweeps a number, by a title for its picture."""
+    found: dict[str, Sweep] = {}
+    points = [point for point in record.points if point.result]
+    for part in dict.fromkeys(point.part for point in points):
+        mine = [point for point in points if point.part == part]
+        prompts = sorted({point.prompt for point in mine if point.prompt})
+        first = [point for point in mine if point.prompt == prompts[0]] if prompts else []
+        for name, axis in (("concurrency", "requests at once"), ("rate", "requests per second")):
+
+            def x(point: Measured, name: str = name) -> float:
+                return float(getattr(point, name))
+
+            swept = sorted((point for point in first if getattr(point, name)), key=x)
+            if len({x(point) for point in swept}) > 1:
+                found[f"{part}: latency against {axis}"] = Sweep(axis, x, swept)
+        if len(prompts) > 1:
+            same = [point for point in mine if (point.concurrency, point.rate) == (mine[0].concurrency, mine[0].rate)]
+            found[f"{part}: latency against context length"] = Sweep(
+                "tokens of prompt", lambda point: float(point.prompt), same
+            )
+    return found
+
+
+def _with_throughput(record: Record) -> list[Measured]:
+    return [point for point in record.points if point.get("p50_tpot_ms") and point.get("output_throughput")]
+
+
+def _svg(figure: Any, top: float = 1.0) -> str:
     buffer = io.BytesIO()
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, top))
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -69,51 +115,68 @@ def _tidy(axes: Any, title: str, x: str, y: str) -> None:
     axes.grid(visible=True, alpha=0.3)
 
 
-def _percentiles(points: Sequence[Measured], axis: str, x: Callable[[Measured], float]) -> str:
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2))
+def _percentiles(runs: Mapping[str, Sweep]) -> str:
+    """Three panels; with two runs each has its colour, and p90 is left out."""
+    figure, panels = plt.subplots(1, 3, figsize=(WIDTH, 3.2))
+    axis = next(iter(runs.values())).axis
     for axes, (name, title) in zip(panels, LATENCIES.items(), strict=True):
-        for percentile, style in zip(PERCENTILES, ("-o", "--s", ":^"), strict=True):
-            line = [
-                (x(point), value)
-                for point in points
-                if (value := point.get(f"p{percentile}_{name}_ms")) is not None and value > 0
-            ]
-            if line:
-                axes.plot(*zip(*line, strict=True), style, color="C0", markersize=4, label=f"p{percentile}")
+        for index, (run, sweep) in enumerate(runs.items()):
+            for percentile in PERCENTILES if len(runs) == 1 else (PERCENTILES[0], PERCENTILES[-1]):
+                line = [
+                    (sweep.x(point), value)
+                    for point in sweep.points
+                    if (value := point.get(f"p{percentile}_{name}_ms")) is not None and value > 0
+                ]
+                if line:
+                    label, style = f"{run} p{percentile}".strip(), STYLES[percentile]
+                    axes.plot(*zip(*line, strict=True), style, color=f"C{index}", markersize=4, label=label)
         _tidy(axes, title, axis, "ms")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted({x(point) for point in points}))
+        axes.set_xticks(sorted({sweep.x(point) for sweep in runs.values() for point in sweep.points}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(bottom=0)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, frameon=False, fontsize=8, ncols=len(labels), loc="upper right")
+    return _svg(figure, top=0.94)
+
+
+def _pareto(runs: Mapping[str, Sequence[Measured]]) -> str:
+    """A panel a run, with equal axes; points that no other beats in both directions are on the line of the front."""
+    figure, panels = plt.subplots(1, len(runs), figsize=(WIDTH, 4.2), sharex=True, sharey=True, squeeze=False)
+    parts = list(dict.fromkeys(point.part for points in runs.values() for point in points))
+    for axes, (run, points) in zip(panels[0], runs.items(), strict=True):
+        places = {}
+        for number, point in enumerate(points):
+            place = places[point.label] = (
+                1000 / float(point.result["p50_tpot_ms"]),
+                float(point.result["output_throughput"]),
+            )
+            axes.plot(*place, "o", color=f"C{parts.index(point.part)}", markersize=5)
+            what = point.label.removeprefix(point.part).lstrip(", ").split(", ")[0]
+            axes.annotate(what, place, fontsize=7, xytext=(5, (4, -9)[number % 2]), textcoords="offset points")
+        axes.plot(*zip(*front(list(places.values())), strict=True), "-", color="0.6", lw=1, zorder=1)
+        _tidy(axes, run, "output tokens/s of one user (1 / median TPOT)", "output tokens/s of all")
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.1)  # of all panels: room for the words beside the points
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
+    for index, part in enumerate(parts):
+        panels[0][-1].plot([], [], "o", color=f"C{index}", label=part)
+    panels[0][-1].plot([], [], "-", color="0.6", label="best of all")
+    panels[0][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _svg(figure)
 
 
-def _pareto(points: Sequence[Measured]) -> str:
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for index, part in enumerate(dict.fromkeys(point.part for point in points)):
-        places = []
-        for point in points:
-            tpot, throughput = point.get("p50_tpot_ms"), point.get("output_throughput")
-            if point.part == part and tpot and throughput:
-                places.append((1000 / tpot, throughput))
-                what = point.concurrency or (f"{point.rate:g}/s" if point.rate else "")
-                axes.annotate(str(what), places[-1], fontsize=7, xytext=(4, 4), textcoords="offset points")
-        if places:
-            axes.plot(*zip(*sorted(places), strict=True), "-o", color=f"C{index}", markersize=4, label=part)
-    _tidy(
-        axes, "up and to the right is better", "output tokens/s of one user (1 / median TPOT)", "output tokens/s of all"
-    )
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+def front(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The places that no other is right of and above, from left to right."""
+    found: list[tuple[float, float]] = []
+    for place in sorted(places, reverse=True):
+        if not found or place[1] > found[-1][1]:
+            found.append(place)
+    return found[::-1]
 
 
 def _timeline(detail: Detail) -> str:
-    figure, axes = plt.subplots(figsize=(11, 3.2))
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
     start = min(detail["start_times"])
     # Long prompts are those above half the longest; while they are read, decoding requests may have to wait.
     long = max(detail["input_lens"]) / 2
@@ -128,16 +191,16 @@ def _timeline(detail: Detail) -> str:
             now += gap
             times.append(now)
         axes.plot(times, [gap * 1000 for gap in itls], ".", color="C0", markersize=2)
-    axes.plot([], [], ".", color="C0", label="a token of a decoding request")
+    axes.plot([], [], ".", color="C0", markersize=6, label="a token of a decoding request")
     axes.fill_between([], [], color="C1", alpha=0.2, label="a long prompt, until its first token")
     _tidy(axes, "", "seconds", "ms since the token before")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return _svg(figure)
 
 
 def hit_rate(
-    samples: Sequence[dict[str, float]], hits: str, queries: str, window: int = 20
+    samples: Sequence[dict[str, float]], hits: str, queries: str, window: int = HIT_WINDOW
 ) -> list[tuple[float, float]]:
     """Share of hits among the queries of the last `window` samples, where there were any, with its time in seconds."""
     found = []
@@ -150,33 +213,53 @@ def hit_rate(
 
 
 def _over_time(record: Record) -> str:
-    figure, panels = plt.subplots(3, 1, figsize=(11, 7), sharex=True)
-    samples = record.samples
-    times = [sample["t"] for sample in samples]
+    samples, times = record.samples, [sample["t"] for sample in record.samples]
+    with_memory = [(sample["t"], sample["rss_bytes"] / 2**20) for sample in samples if "rss_bytes" in sample]
+    count = 4 if with_memory else 3
+    figure, panels = plt.subplots(count, 1, figsize=(WIDTH, 2.3 * count), sharex=True)
     states = [
         {**sample, "asked": sample.get("state_hit_tokens", 0.0) + sample.get("state_miss_tokens", 0.0)}
         for sample in samples
     ]
     rates = {
-        "prefix cache (pages and states)": hit_rate(samples, "prefix_hits", "prefix_queries"),
-        "state cache": hit_rate(states, "state_hit_tokens", "asked"),
+        "prefix cache\n(pages and states)": (
+            hit_rate(samples, "prefix_hits", "prefix_queries"),
+            {"lw": 3, "alpha": 0.4},
+        ),
+        "state cache": (hit_rate(states, "state_hit_tokens", "asked"), {"ls": "--"}),
     }
-    for index, (name, line) in enumerate(rates.items()):
+    for name, (line, look) in rates.items():
         if line:
-            panels[0].plot(*zip(*line, strict=True), ("-", "--")[index], label=name)
-    _tidy(panels[0], "prompt tokens found in the cache, last 10 s", "", "share")
+            panels[0].plot(*zip(*line, strict=True), label=name, **look)
+    window = HIT_WINDOW * (times[-1] - times[0]) / (len(times) - 1)
+    _tidy(panels[0], f"share of prompt tokens found in the cache, last {window:.0f} s", "", "share")
     panels[0].set_ylim(0, 1)
-    kinds = [kind for kind in ("live", "checkpoint", "free") if any(f"slots_{kind}" in sample for sample in samples)]
+    kinds = [kind for kind in SLOTS if any(f"slots_{kind}" in sample for sample in samples)]
     if kinds:
         heights = [[sample.get(f"slots_{kind}", 0.0) for sample in samples] for kind in kinds]
-        panels[1].stackplot(times, *heights, labels=kinds, alpha=0.7)
+        panels[1].stackplot(times, *heights, labels=kinds, colors=[SLOTS[kind] for kind in kinds], step="post")
     _tidy(panels[1], "state slots", "", "slots")
     for name in ("running", "waiting"):
         panels[2].plot(times, [sample.get(name, 0.0) for sample in samples], label=name)
-    _tidy(panels[2], "requests in the server", "seconds", "requests")
+    _tidy(panels[2], "requests in the server", "", "requests")
+    panels[2].set_ylim(bottom=0)
+    if with_memory:
+        panels[3].plot(*zip(*with_memory, strict=True), label="all processes\nof the server")
+        _tidy(panels[3], "resident memory", "", "MiB")
+        panels[3].set_ylim(bottom=0)
+    panels[-1].set_xlabel("seconds since the start", fontsize=8)
     for axes in panels:
+        axes.set_xlim(0, times[-1])
         for point in record.points:
-            axes.axvline(point.started, color="0.7", lw=0.5)
+            axes.axvline(point.started, color="0.5", lw=0.5)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, loc="upper right")
+            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    seen = None
+    for point in record.points:
+        # Names of parts alone: the points of one are beside each other, and their labels would overlap.
+        if point.part != seen:
+            panels[0].annotate(
+                f"{point.part} ", (point.started, 0.98), fontsize=7, rotation=90, ha="left", va="top", color="0.3"
+            )
+        seen = point.part
     return _svg(figure)

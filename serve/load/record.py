@@ -15,6 +15,7 @@ from load.scenario import Point, Scenario
 from load.scrape import Sample
 
 FORMAT = 1
+ROOT = f"{Path(__file__).resolve().parents[2]}/"
 PACKAGES = ("vllm", "kimi-vllm", "torch", "transformers", "guidellm")
 
 
@@ -105,6 +106,11 @@ class Record:
         return max(reached)
 
 
+def from_root(command: list[str]) -> list[str]:
+    """A command as it is typed in the repository's folder with its environment active: without our machine's paths."""
+    return [word.removeprefix(ROOT).removeprefix(".venv/bin/") for word in command]
+
+
 def new(scenario: Scenario, target: Target, server_command: list[str]) -> Record:
     """An empty record of a test that starts now."""
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
@@ -116,7 +122,7 @@ def new(scenario: Scenario, target: Target, server_command: list[str]) -> Record
         started,
         _environment(),
         target.model,
-        server_command,
+        from_root(server_command),
         [*target.goodput],
     )
 
@@ -125,7 +131,15 @@ def measured(point: Point, command: list[str], started: float, ended: float) -> 
     """A point without a result."""
     kind = point.part.workload.kind
     return Measured(
-        point.label, point.part.name, kind, point.prompt, point.concurrency, point.rate, command, started, ended
+        point.label,
+        point.part.name,
+        kind,
+        point.prompt,
+        point.concurrency,
+        point.rate,
+        from_root(command),
+        started,
+        ended,
     )
 
 

@@ -124,6 +124,7 @@ def test_objectives_bursts_and_shared_beginnings_reach_the_generator(tmp_path):
     assert (option(words, "--random-prefix-len"), option(words, "--random-range-ratio")) == ("32", "0.5")
 
 
+IMAGE = r'<img alt="([^"]*)" src="data:image/svg\+xml;base64,'
 SOAK = """
 soak: {part: held}
 parts:
@@ -250,7 +251,7 @@ parts:
         for t in range(5)
     ]
     page = report.write(made, tmp_path).read_text()
-    titles = re.findall(r'<img alt="([^"]*)" src="data:image/svg\+xml;base64,', page)
+    titles = re.findall(IMAGE, page)
     assert titles == [
         "poisson: latency against requests per second",
         "length: latency against context length",
@@ -321,6 +322,31 @@ def test_a_comparison_has_both_numbers_their_ratio_and_says_which_is_better(tmp_
     second.points = []
     with pytest.raises(record.RecordError, match="no point in common"):
         compare.differences(first, second)
+
+
+def test_two_load_tests_are_put_on_one_page(tmp_path):
+    first, second = make_record(tmp_path), make_record(tmp_path, scale=2.0)
+    second.environment["vllm"] = "0.99 <b>"
+    for made, name in ((first, "a.json"), (second, "b.json")):
+        record.save(made, tmp_path / name)
+    app = typer.Typer()
+    app.command()(load_test.main)
+    words = ["--compare", tmp_path / "a.json", tmp_path / "b.json", "--output", tmp_path / "both"]
+    done = CliRunner().invoke(app, [*map(str, words)])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "both" / "compare.html").read_text()
+    assert re.findall(IMAGE, page) == ["chat: latency against requests at once", "Throughput against latency"]
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert re.search(r'<td class="green">400 → 800<br>\s*<b>2.00×</b>', page)
+    assert re.search(r'<td class="red">396 → 792<br>\s*<b>2.00×</b>', page)
+    assert "<td>0.99 &lt;b&gt;</td>" in page
+    first_point, second_point = page.index("<td>chat, 2 at once"), page.index("<td>chat, 4 at once")
+    assert first_point < second_point
+
+
+def test_the_front_is_what_nothing_beats():
+    places = [(1.0, 9.0), (2.0, 9.0), (3.0, 5.0), (2.5, 4.0), (4.0, 1.0), (0.5, 2.0)]
+    assert plots.front(places) == [(2.0, 9.0), (3.0, 5.0), (4.0, 1.0)]
 
 
 def test_guidellms_numbers_take_the_names_of_vllms():
