@@ -113,12 +113,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def save(model: KimiLinearForCausalLM, out: Path) -> None:
-    """Write weights, configuration and tokenizer.
+def save_as_hub(
+    model: KimiLinearForCausalLM, out: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Write weights, configuration and tokenizer as the hub has them.
 
     Args:
         model: the native transformers model.
         out: folder, made if it is missing.
+        config: the hub's config.json.
+        tokenizer: written beside it.
     """
     model.save_pretrained(out)
     weights = out / "model.safetensors"
@@ -128,13 +132,18 @@ def save(model: KimiLinearForCausalLM, out: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)
 
-    build_tokenizer().save_pretrained(out)
+    tokenizer.save_pretrained(out)
     tokenizer_config = json.loads((out / "tokenizer_config.json").read_text())
     # The name transformers 5 writes is unknown to transformers 4; both know this one.
     _write_json(out / "tokenizer_config.json", tokenizer_config | {"tokenizer_class": "PreTrainedTokenizerFast"})
-    _write_json(out / "config.json", HUB_CONFIG)
-    ids = {name: HUB_CONFIG[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(out / "config.json", config)
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(out / "generation_config.json", {"do_sample": False, **ids})
+
+
+def save(model: KimiLinearForCausalLM, out: Path) -> None:
+    """Write the recall model's weights, configuration and tokenizer into a folder."""
+    save_as_hub(model, out, HUB_CONFIG, build_tokenizer())
 
 
 @torch.no_grad()

@@ -1,0 +1,94 @@
+"""The models of the synthetic tasks: configuration, untrained weights, tokenizer."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedTokenizerFast
+
+from synthetic.tasks import BOS, PAD, Task
+
+sys.path.append(str(Path(__file__).parents[2] / "serve" / "demo"))
+import recall_checkpoint
+
+# The report's size: two KDA layers of two heads of 128. The plugin serves models with at least one MLA layer, and
+# this one comes first, where it cannot solve a task: it sees tokens without their neighbours or positions (NoPE,
+# no convolution before it), so it can count tokens but not link a key to the value beside it.
+HUB_CONFIG: dict[str, Any] = {
+    "architectures": ["KimiLinearForCausalLM"],
+    "bos_token_id": BOS,
+    "dtype": "float32",
+    "eos_token_id": None,
+    "first_k_dense_replace": 3,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.04,
+    "intermediate_size": 256,
+    "kv_lora_rank": 48,
+    "linear_attn_config": {
+        "full_attn_layers": [1],
+        "head_dim": 128,
+        "kda_layers": [2, 3],
+        "num_heads": 2,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True,
+    "model_max_length": 1048576,
+    "model_type": "kimi_linear",
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "num_nextn_predict_layers": 0,
+    "pad_token_id": PAD,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "v_head_dim": 32,
+}
+
+
+def hub_config(task: Task) -> dict[str, Any]:
+    """config.json of a task's model."""
+    return dict(sorted((HUB_CONFIG | {"vocab_size": len(task.vocabulary)}).items()))
+
+
+def build_model(task: Task) -> KimiLinearForCausalLM:
+    """An untrained model, initialised by transformers (its `dt_bias` included) from torch's seed."""
+    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(hub_config(task)))
+    for layer in model.model.layers:
+        if hasattr(layer.self_attn, "conv1d"):
+            layer.self_attn.conv1d.reset_parameters()  # see recall_checkpoint.build_model
+    return model
+
+
+def build_tokenizer(task: Task) -> PreTrainedTokenizerFast:
+    """One token per word; a text is a sequence's words, `<bos>` included, with spaces between them."""
+    ids = {word: i for i, word in enumerate(task.vocabulary)}
+    core = Tokenizer(models.WordLevel(ids, unk_token=task.vocabulary[PAD]))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=task.vocabulary[BOS],
+        pad_token=task.vocabulary[PAD],
+        clean_up_tokenization_spaces=False,
+        model_max_length=HUB_CONFIG["model_max_length"],
+        padding_side="left",
+    )
+
+
+def save(model: KimiLinearForCausalLM, task: Task, out: Path) -> None:
+    """Write weights, configuration and tokenizer in the hub's layout.
+
+    Args:
+        model: on any device.
+        task: whose vocabulary it speaks.
+        out: folder, made if it is missing.
+    """
+    recall_checkpoint.save_as_hub(model, out, hub_config(task), build_tokenizer(task))
