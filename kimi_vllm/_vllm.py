@@ -21,6 +21,8 @@ _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
 _BUILDER = "vllm.v1.attention.backend:AttentionMetadataBuilder"
 _FLASH = "vllm.v1.attention.backends.mla.flashattn_mla:FlashAttnMLAMetadataBuilder"
 _MERGED = "vllm.model_executor.layers.linear:MergedColumnParallelLinear"
+_EXPERTS = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod"
+_ROUTER = "vllm.model_executor.layers.fused_moe.router.grouped_topk_router:GroupedTopKRouter"
 _SPEC = "vllm.v1.kv_cache_interface:KVCacheSpec"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
@@ -54,6 +56,8 @@ _PARAMETERS = {
         "self block_table_tensor seq_lens_device max_seq_len query_start_loc_cpu query_start_loc_device "
         "num_decode_tokens max_query_len dcp_tot_seq_lens_device"
     ),
+    f"{_EXPERTS}.apply": "self layer x topk_weights topk_ids shared_experts shared_experts_input",
+    f"{_ROUTER}._compute_routing": "self hidden_states router_logits indices_type input_ids",
     f"{_SCHEDULER}.schedule": "self throttle_prefills",
     f"{_SCHEDULER}.update_from_output": "self scheduler_output model_runner_output",
     f"{_SCHEDULER}.make_stats": (

@@ -1,4 +1,4 @@
-"""``python -m kimi_vllm.kernels.bench cpu`` or ``cuda``: verify the kernels against the spec, then time them."""
+"""``python -m kimi_vllm.kernels.bench cpu``, ``cuda`` or ``products``: verify the kernels, then time them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 @app.callback()
 def main() -> None:
-    """Benchmarks of the KDA kernels."""
+    """Benchmarks of the KDA kernels, and of the products of a few rows beside them."""
 
 
 @app.command()
@@ -86,6 +86,40 @@ def cuda(
         cuda_bench.report(rows, env)
     if plots is not None:
         _plot([loads(row.as_json(env)) for row in rows], plots)
+
+
+@app.command()
+def products(
+    tokens: Annotated[list[int], typer.Option(help="Rows of the activations; repeat for several.")] = [1, 2, 4, 8],  # noqa: B006
+    search: Annotated[bool, typer.Option(help="Try many launch parameters instead of the table's.")] = False,
+    linear: Annotated[bool, typer.Option(help="Time linear layers.")] = True,
+    experts: Annotated[bool, typer.Option(help="Time experts; needs vLLM.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Append one JSON line per row to this file.")] = None,
+) -> None:
+    """Time products of a few rows against cuBLAS, and experts of a few tokens against vLLM's, at the 48B shapes."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("no CUDA device here; these kernels are for CUDA only")
+    from kimi_vllm.kernels.bench import gpu
+    from kimi_vllm.kernels.bench import products as bench
+
+    env = gpu.environment()
+    rows: list[Row] = []
+    try:
+        with torch.inference_mode():
+            for some in (
+                bench.linear_rows(tuple(tokens), search) if linear else (),
+                bench.routing_rows(tuple(tokens)) if experts else (),
+                bench.expert_rows(tuple(tokens), search) if experts else (),
+            ):
+                for row in some:
+                    rows.append(row)
+                    if json is not None:
+                        append([row], env, json)
+    except WrongResult as wrong:
+        Console(stderr=True).print(f"[red]not timed:[/red] {wrong}")
+        raise typer.Exit(1) from wrong
+    finally:
+        bench.report(rows, env)
 
 
 @app.command("plot")

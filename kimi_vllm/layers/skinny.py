@@ -1,14 +1,24 @@
-"""Linear layers of a decode step of one, two or four rows: our kernel where it beats cuBLAS, vLLM's method elsewhere.
+"""Linear layers and experts of a decode step of a few rows: our kernels where they are faster, else vLLM's methods.
 
 At batch 1 a step of the 48B model is 176 products of one row, most of them so small that cuBLAS needs several times as
 long as reading the weights takes (kernels/NOTES.md).
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import vllm.envs as envs
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.layers.fused_moe import GateLinear
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
@@ -35,6 +45,74 @@ class SkinnyLinearMethod(UnquantizedLinearMethod):
         return super().apply(layer, x, bias) if out is None else out
 
 
+class SkinnyExpertsMethod(UnquantizedFusedMoEMethod):
+    """vLLM's method for experts that are not quantised, with other kernels for a few tokens."""
+
+    def apply(
+        self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any, **named: Any
+    ) -> Tensor:
+        """``[M, hidden]`` to ``[M, hidden]``: the weighted sum over each token's experts.
+
+        Shared experts are for kernels that send tokens between devices meanwhile; `_alone` accepts none of these.
+        """
+        config = launch.skinny_experts(x.shape[0], *layer.w2_weight.shape[1:])
+        if config is None or x.stride(1) != 1:
+            out: Tensor = super().apply(layer, x, topk_weights, topk_ids, *shared, **named)
+            return out
+        from kimi_vllm.kernels.skinny_experts import skinny_experts
+
+        return skinny_experts(x, layer.w13_weight, layer.w2_weight, topk_weights, topk_ids, config)
+
+
+class SkinnyRouter(GroupedTopKRouter):
+    """vLLM's router for experts in one group, scored by sigmoids, with another kernel for a few tokens."""
+
+    def _compute_routing(
+        self, hidden_states: Tensor, router_logits: Tensor, *indices_type: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        few = router_logits.shape[0] <= max(launch.SKINNY_ROWS)
+        if not few or router_logits.dtype != torch.float32 or not router_logits.is_contiguous():
+            chosen: tuple[Tensor, Tensor] = super()._compute_routing(
+                hidden_states, router_logits, *indices_type, **named
+            )
+            return chosen
+        from kimi_vllm.kernels.skinny_experts import choose_experts
+
+        return choose_experts(
+            router_logits,
+            self.e_score_correction_bias,
+            self.top_k,
+            normalise=self.renormalize,
+            scaling=self.routed_scaling_factor,
+        )
+
+
+def _one_group(router: Any) -> bool:
+    """Whether a router chooses as Kimi Linear does, see `KimiMoE`."""
+    return (
+        type(router) is GroupedTopKRouter
+        and router.num_expert_group == router.topk_group == 1
+        and router.scoring_func == "sigmoid"
+        and router.e_score_correction_bias is not None
+        and router.num_fused_shared_experts == 0
+        and not router.skip_padding
+    )
+
+
+def _alone(experts: RoutedExperts) -> bool:
+    """Whether this device has all of a layer's experts, or a slice of each, as checkpoints lay them out."""
+    method = experts.quant_method
+    return (
+        type(method) is UnquantizedFusedMoEMethod
+        and method.unquantized_backend == UnquantizedMoeBackend.TRITON
+        and experts.activation == MoEActivation.SILU
+        and experts.expert_map is None
+        and not experts.apply_router_weight_on_input
+        and not method.moe.has_bias
+        and not method.moe.moe_parallel_config.use_all2all_kernels
+    )
+
+
 def serves(vllm_config: VllmConfig) -> bool:
     """Whether a model may use it: on CUDA, two bytes a number, not compiled by torch, the batch free to matter."""
     half = vllm_config.model_config.dtype in (torch.bfloat16, torch.float16)
@@ -43,22 +121,43 @@ def serves(vllm_config: VllmConfig) -> bool:
 
 
 def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
-    """Compile what the linear layers of a model can need: one kernel for each number of rows, inputs and parameters."""
-    compiled = set()
+    """Compile what a decode step of few rows can need: one kernel for each number of rows, inputs and parameters."""
+    compiled: set[Any] = set()
+
+    def once(key: Any, call: Callable[[], object]) -> None:
+        if key not in compiled:
+            compiled.add(key)
+            call()
+
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, LinearBase) or not isinstance(weight, Tensor) or weight.dim() != 2:
-            continue
-        result = torch.float32 if isinstance(module, GateLinear) else dtype
-        for rows in launch.SKINNY_ROWS:
-            key = (rows, weight.shape[1], launch.skinny(rows, *weight.shape), weight.dtype, result)
-            if key not in compiled:
-                compiled.add(key)
-                product(torch.zeros(rows, weight.shape[1], dtype=dtype, device=weight.device), weight, result)
+        if isinstance(module, MoERunner) and type(module.router) is SkinnyRouter:
+            bias, compute = module.router.e_score_correction_bias[None], module.router._compute_routing
+            once((module.router.top_k, bias.shape[1], module.router.renormalize), partial(compute, bias, bias))
+        elif isinstance(module, RoutedExperts) and type(module.quant_method) is SkinnyExpertsMethod:
+            hidden, inner = module.w2_weight.shape[1:]
+            for tokens in launch.SKINNY_ROWS:
+                if config := launch.skinny_experts(tokens, hidden, inner):
+                    x = module.w2_weight.new_zeros(tokens, hidden, dtype=dtype)
+                    ids = torch.zeros(tokens, module.top_k, dtype=torch.int32, device=x.device)
+                    run = partial(module.quant_method.apply, module, x, ids.float(), ids, None, None)
+                    once((module.top_k, hidden, inner, config), run)
+        elif isinstance(module, LinearBase):
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 2:
+                result = torch.float32 if isinstance(module, GateLinear) else dtype
+                for rows in launch.SKINNY_ROWS:
+                    x = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
+                    key = (rows, weight.shape[1], launch.skinny(rows, *weight.shape), weight.dtype, result)
+                    once(key, partial(product, x, weight, result))
 
 
 def install(model: nn.Module) -> None:
-    """Let all linear layers of a loaded model use it."""
+    """Let all linear layers, experts and routers of a loaded model use it."""
     for module in model.modules():
-        if isinstance(module, LinearBase) and type(module.quant_method) is UnquantizedLinearMethod:
+        # Methods and routers hold what vLLM has set up for the layer; only what one function does changes.
+        if isinstance(module, MoERunner) and _one_group(module.router):
+            module.router.__class__ = SkinnyRouter
+        elif isinstance(module, RoutedExperts) and _alone(module):
+            module.quant_method.__class__ = SkinnyExpertsMethod
+        elif isinstance(module, LinearBase) and type(module.quant_method) is UnquantizedLinearMethod:
             module.quant_method = SkinnyLinearMethod()

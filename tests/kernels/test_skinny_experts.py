@@ -1,0 +1,95 @@
+"""The experts of a few tokens equal torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_case import DEVICE
+
+from kimi_vllm.kernels import launch
+from kimi_vllm.kernels.skinny_experts import choose_experts, skinny_experts
+
+pytestmark = pytest.mark.triton
+
+
+def expected(x, w13, w2, weights, ids):
+    """In float64, pair by pair."""
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for token, (scales, experts) in enumerate(zip(weights.double(), ids.tolist(), strict=True)):
+        for scale, expert in zip(scales, experts, strict=True):
+            gate, up = (w13[expert].double() @ x[token].double()).chunk(2)
+            out[token] += scale * (w2[expert].double() @ (torch.nn.functional.silu(gate) * up))
+    return out
+
+
+def case(tokens, hidden, inner, top_k, experts=7, dtype=torch.float32):
+    """Random inputs; experts that nobody chose are NaN."""
+    torch.manual_seed(0)
+    chosen = torch.randperm(experts)[: experts - 2]
+    ids = torch.stack([chosen[torch.randperm(len(chosen))[:top_k]] for _ in range(tokens)]).to(torch.int32)
+    w13, w2 = torch.full((experts, 2 * inner, hidden), torch.nan), torch.full((experts, hidden, inner), torch.nan)
+    w13[chosen] = torch.randn(len(chosen), 2 * inner, hidden) * hidden**-0.5
+    w2[chosen] = torch.randn(len(chosen), hidden, inner) * inner**-0.5
+    x, weights = torch.randn(tokens, hidden), torch.rand(tokens, top_k)
+    moved = [tensor.to(DEVICE, dtype) for tensor in (x, w13, w2)]
+    return (*moved, weights.to(DEVICE), ids.to(DEVICE))
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "inner", "top_k"), [(1, 96, 64, 4), (3, 72, 40, 2), (2, 130, 33, 1)])
+@pytest.mark.parametrize("config", [((4, 32, 2), (4, 16, 2)), ((2, 128, 4), (8, 64, 1))], ids=str)
+def test_equals_torch(tokens, hidden, inner, top_k, config):
+    inputs = case(tokens, hidden, inner, top_k)
+    up, down = (launch.Skinny(*some) for some in config)
+    out = skinny_experts(*inputs, launch.SkinnyExperts(up, down))
+    torch.testing.assert_close(out.double(), expected(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_bfloat16_rounds_only_inner_channels_and_the_result(ids_dtype):
+    x, w13, w2, weights, ids = case(2, 96, 64, 4, dtype=torch.bfloat16)
+    table = launch.skinny_experts(1, 96, 64)
+    out = skinny_experts(x, w13, w2, weights, ids.to(ids_dtype), table)
+    gold = expected(x, w13, w2, weights, ids)
+    assert out.dtype == torch.bfloat16
+    assert float((out.double() - gold).norm() / gold.norm()) < (1e-2 if DEVICE == "cpu" else 5e-3)  # there cut off
+
+
+def test_a_token_does_not_depend_on_its_neighbours():
+    x, w13, w2, weights, ids = case(3, 96, 64, 4)
+    results = []
+    for other in (0.0, 1e30, torch.nan):
+        x[1:] = other
+        results.append(skinny_experts(x, w13, w2, weights, ids, launch.skinny_experts(1, 96, 64))[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (33, 5), (256, 8), (3, 3)])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_chooses_by_biased_scores_and_weighs_by_plain_ones(experts, top_k, normalise):
+    torch.manual_seed(0)
+    logits, bias = torch.randn(4, experts, device=DEVICE), torch.randn(experts, device=DEVICE)
+    weights, ids = choose_experts(logits, bias, top_k, normalise=normalise, scaling=2.5)
+    scores = logits.double().sigmoid()
+    assert torch.equal(ids.long(), (scores + bias.double()).topk(top_k).indices)
+    gold = scores.gather(1, ids.long())
+    gold = gold / gold.sum(1, keepdim=True) if normalise else gold
+    torch.testing.assert_close(weights.double(), 2.5 * gold, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("logit", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_names_experts_that_exist_and_leaves_others_alone(logit):
+    torch.manual_seed(0)
+    logits, bias = torch.randn(3, 33, device=DEVICE), torch.randn(33, device=DEVICE)
+    alone = choose_experts(logits, bias, 5, normalise=True, scaling=1.0)
+    logits[1] = logit
+    weights, ids = choose_experts(logits, bias, 5, normalise=True, scaling=1.0)
+    assert ((ids >= 0) & (ids < 33)).all()
+    for before, now in zip(alone, (weights, ids), strict=True):
+        assert torch.equal(before[[0, 2]], now[[0, 2]])
+
+
+def test_the_table_serves_what_was_measured_faster_than_vllm():
+    assert launch.skinny_experts(1, 2304, 1024)
+    assert not launch.skinny_experts(8192, 2304, 1024)
+    assert not launch.skinny_experts(1, 8192, 2048)
