@@ -94,6 +94,7 @@ def products(
     search: Annotated[bool, typer.Option(help="Try many launch parameters instead of the table's.")] = False,
     linear: Annotated[bool, typer.Option(help="Time linear layers.")] = True,
     experts: Annotated[bool, typer.Option(help="Time experts; needs vLLM.")] = True,
+    inner: Annotated[list[int], typer.Option(help="Inner channels of an expert; repeat for several.")] = [1024],  # noqa: B006
     json: Annotated[Path | None, typer.Option(help="Append one JSON line per row to this file.")] = None,
 ) -> None:
     """Time products of a few rows against cuBLAS, and experts of a few tokens against vLLM's, at the 48B shapes."""
@@ -109,7 +110,7 @@ def products(
             for some in (
                 bench.linear_rows(tuple(tokens), search) if linear else (),
                 bench.routing_rows(tuple(tokens)) if experts else (),
-                bench.expert_rows(tuple(tokens), search) if experts else (),
+                bench.expert_rows(tuple(tokens), search, tuple(inner)) if experts else (),
             ):
                 for row in some:
                     rows.append(row)

@@ -39,9 +39,6 @@ SHAPES = {
 """Outputs and inputs of the linear layers of Kimi-Linear-48B."""
 
 HIDDEN, EXPERTS, TOP_K = 2304, 256, 8
-INNER = (1024, 512, 256)
-"""Inner channels of an expert on one, two and four devices."""
-
 OURS, CUBLAS, VLLM = "kimi-vllm", "cublas", "vllm"
 COLD_BYTES = 256 << 20
 TOLERANCE = 1e-2
@@ -76,7 +73,7 @@ def linear_rows(rows: tuple[int, ...], search: bool) -> Iterator[Row]:
                 yield _row(name, _name(config, search), case, gpu.measure_graph(steps, replays=10), moved)
 
 
-def expert_rows(tokens: tuple[int, ...], search: bool, inner_sizes: tuple[int, ...] = INNER) -> Iterator[Row]:
+def expert_rows(tokens: tuple[int, ...], search: bool, inner_sizes: tuple[int, ...]) -> Iterator[Row]:
     """Verify and time the experts of a layer, each token's drawn uniformly; vLLM's routing is in neither time.
 
     Raises:
