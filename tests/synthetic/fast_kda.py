@@ -72,19 +72,21 @@ def chunk_kda(
     inside = ((query * up) @ key_down).masked_fill(above.triu(1), 0)
     inverse = _unit_lower_inverse(lower)
     from_start = total.exp()
-    writes = inverse @ (value * beta)
-    reads = inverse @ (key * beta * from_start)
-    to_end = (key * (last - total).exp()).transpose(-1, -2)
-    decay = last.exp().transpose(-1, -2)
+    writes = (inverse @ (value * beta)).flatten(0, 1).unbind(1)
+    reads = (inverse @ (key * beta * from_start)).flatten(0, 1).unbind(1)
+    to_end = (key * (last - total).exp()).transpose(-1, -2).flatten(0, 1).unbind(1)
+    decays = last.exp().transpose(-1, -2).flatten(0, 1).unbind(1)
 
-    state = value.new_zeros(*value.shape[:2], key.shape[-1], value.shape[-1])
+    state = value.new_zeros(writes[0].shape[0], key.shape[-1], value.shape[-1])
     states, updates = [], []
-    for i in range(total.shape[2]):
-        update = writes[:, :, i] - reads[:, :, i] @ state
+    for write, read, end, decay in zip(writes, reads, to_end, decays, strict=True):
+        update = torch.baddbmm(write, read, state, alpha=-1)
         states.append(state)
         updates.append(update)
-        state = state * decay[:, :, i] + to_end[:, :, i] @ update
-    output = (query * from_start) @ torch.stack(states, 2) + inside @ torch.stack(updates, 2)
+        state = torch.baddbmm(state * decay, end, update)
+    shape = value.shape[:2]
+    output = (query * from_start) @ torch.stack(states, 1).unflatten(0, shape)
+    output = output + inside @ torch.stack(updates, 1).unflatten(0, shape)
     return output.flatten(2, 3)[:, :, :length].transpose(1, 2).to(dtype), None
 
 

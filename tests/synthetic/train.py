@@ -1,6 +1,7 @@
 """Train the models of the synthetic tasks: `python tests/synthetic/train.py one mqar --out DIR`, or all of them."""
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -129,14 +130,17 @@ def everything(
     left = 60 * minutes - SECONDS_TO_MEASURE
     if left <= 0:
         raise typer.BadParameter(f"--minutes {minutes}: {SECONDS_TO_MEASURE} seconds are kept for measuring.")
-    runs = {}
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    runs: dict[str, subprocess.Popen[bytes]] = {}
     for seed in range(seeds):
         for name in TASKS:
             label = f"{name}-s{seed}"
             command = [sys.executable, __file__, "one", name, "--out", str(out / label), "--device", device]
             command += ["--seed", str(seed), "--minutes", f"{left / 60:.3f}", "--tokens", str(tokens)]
             command += ["--max-length", str(max_length)]
-            runs[label] = subprocess.Popen(command)
+            # One GPU for each run, in turns.
+            gpu = {"CUDA_VISIBLE_DEVICES": str(len(runs) % gpus)} if gpus > 1 else {}
+            runs[label] = subprocess.Popen(command, env=os.environ | gpu)
     failed = [label for label, run in runs.items() if run.wait() != 0]
     if tar is not None:
         for path in _pack(out, tar):

@@ -109,7 +109,7 @@ class Stepper:
         kept = [p for name, p in model.named_parameters() if p.dim() < 2 or "A_log" in name]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         cuda = device.type == "cuda"
-        self._optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), capturable=cuda)
+        self._optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=cuda, capturable=cuda)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self.loss = torch.zeros((), device=device)
