@@ -278,7 +278,10 @@ def train(model: KimiLinearForCausalLM, task: Task, recipe: Recipe, label: str) 
             if step % STEPS_BETWEEN_READS == 0 or progress >= 1:
                 loss = stepper.loss.item()
                 if not math.isfinite(loss):
-                    raise ValueError(f"{label}: loss {loss} at step {step}; try a smaller --lr.")
+                    if not best_weights:
+                        raise ValueError(f"{label}: loss {loss} at step {step}; try a smaller --lr.")
+                    typer.echo(f"{label}: loss {loss} at step {step}, training ends; try a smaller --lr.")
+                    break
                 curriculum.note(length, stepper.accuracy.item(), progress)
             if progress >= min(1.0, next_probe):
                 next_probe = progress + 1 / PROBES
