@@ -17,6 +17,7 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 LATENCIES = {"ttft": "TTFT: time to first token", "tpot": "TPOT: time per output token", "itl": "ITL: between tokens"}
 STYLES = {50: "-o", 90: "--s", 99: ":^"}
 SLOTS = {"live": "C0", "checkpoint": "C1", "free": "0.85"}
+MARKERS = "osD^vP*X"  # for those who see no difference between the colours
 WIDTH = 11  # inches
 HIT_WINDOW = 20  # samples
 Detail = dict[str, list[Any]]
@@ -152,7 +153,8 @@ def _pareto(runs: Mapping[str, Sequence[Measured]]) -> str:
                 1000 / float(point.result["p50_tpot_ms"]),
                 float(point.result["output_throughput"]),
             )
-            axes.plot(*place, "o", color=f"C{parts.index(point.part)}", markersize=5)
+            index = parts.index(point.part)
+            axes.plot(*place, MARKERS[index % len(MARKERS)], color=f"C{index}", markersize=5)
             what = point.label.removeprefix(point.part).lstrip(", ").split(", ")[0]
             axes.annotate(what, place, fontsize=7, xytext=(5, (4, -9)[number % 2]), textcoords="offset points")
         axes.plot(*zip(*front(list(places.values())), strict=True), "-", color="0.6", lw=1, zorder=1)
@@ -160,7 +162,7 @@ def _pareto(runs: Mapping[str, Sequence[Measured]]) -> str:
     axes.set_xlim(0, axes.get_xlim()[1] * 1.1)  # of all panels: room for the words beside the points
     axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
     for index, part in enumerate(parts):
-        panels[0][-1].plot([], [], "o", color=f"C{index}", label=part)
+        panels[0][-1].plot([], [], MARKERS[index % len(MARKERS)], color=f"C{index}", label=part)
     panels[0][-1].plot([], [], "-", color="0.6", label="best of all")
     panels[0][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _svg(figure)
