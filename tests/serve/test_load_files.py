@@ -2,9 +2,11 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "serve"))
@@ -214,6 +216,16 @@ kimi_state_slots{engine="0",kind="free"} 5.0
 other 9.0
 """
     assert scrape.parse(text) == {"running": 7, "prefix_hits": 128, "slots_live": 2, "slots_free": 5}
+
+
+def test_memory_is_that_of_a_process_and_of_those_it_started():
+    keep = "data = b'x' * 50_000_000; print('here', flush=True); input()"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {keep!r}])"
+    with subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"here\n"
+        alone, all_of_them = psutil.Process(process.pid).memory_info().rss, scrape.resident_bytes(process.pid)
+        process.stdin.close()
+    assert all_of_them > alone + 50_000_000
 
 
 def test_hit_rate_is_of_the_window_and_not_of_all_time():
