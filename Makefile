@@ -3,7 +3,7 @@ PORT ?= 8000
 VENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit engine slow bench load compat clean
+.PHONY: help setup demo test lint unit engine slow bench load docs compat clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ bench: $(VENV) ## kernel benchmarks on this machine's device
 
 load: $(VENV) ## load test of the tiny model: traffic of several kinds, one HTML page, under 4 minutes
 	@.venv/bin/python serve/load_test.py quick
+
+docs: $(VENV) ## write the tables of README.md and docs/ anew from results, options and profiles
+	@.venv/bin/python docs/generate.py
 
 compat: $(VENV) ## the vLLM names we use, held against every supported release (downloads 340 MB once)
 	.venv/bin/python requirements/compat.py

@@ -217,16 +217,3 @@ def test_plan_needs_no_vllm_and_draws_only_when_asked() -> None:
         "assert not set(sys.modules) & {'vllm', 'numba', 'transformers', 'matplotlib'}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_readme_shows_what_plan_prints(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = CONFIG_48B.parents[2]
-    monkeypatch.chdir(root)
-    monkeypatch.setenv("COLUMNS", "80")
-    _, output = run_plan(model=Path("configs/models/48b-a3b"))
-    _, shown = (
-        (root / "README.md").read_text().split("$ kimi-vllm plan --model configs/models/48b-a3b --memory 141GB\n")
-    )
-    printed = [line.rstrip() for line in output.splitlines()]
-    expected = shown.split("```")[0].splitlines()
-    assert printed[: len(expected)] == expected

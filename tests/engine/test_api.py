@@ -8,6 +8,7 @@ import json
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
+from support.documents import WITH_COMMANDS, commands
 from support.engine import RECALL
 from support.server import serving_process
 
@@ -291,6 +293,16 @@ def test_metrics_and_log_have_no_prompt_and_no_key(server):
         assert len(text) > 1000
         assert secret not in text
         assert KEY not in text
+
+
+def test_what_the_documents_ask_is_answered(server):
+    shown = [command for page in WITH_COMMANDS for command in commands(page) if command.words[0] == "curl"]
+    assert shown
+    for command in shown:
+        words = [word.replace("http://127.0.0.1:8000", server.url) for word in command.words]
+        words += ["-H", f"Authorization: Bearer {KEY}"]
+        answer = json.loads(subprocess.run(words, capture_output=True, check=True, timeout=60).stdout)
+        assert answer["choices"][0]["text"] == " 2", command.text
 
 
 def test_sigterm_lets_a_stream_finish(server):

@@ -1,0 +1,64 @@
+"""The generated parts of README.md and docs/*.md say what their sources say now."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from support.documents import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))
+import generate
+import regions
+
+from kimi_vllm.options import KimiOptions
+
+README_LINES = 250
+
+
+@pytest.mark.parametrize("document", generate.documents(), ids=lambda path: path.name)
+def test_no_part_is_stale(document: Path) -> None:
+    assert generate.renew(document) == document.read_text(), "run make docs"
+
+
+def test_every_part_is_in_a_document() -> None:
+    used = {match["name"] for path in generate.documents() for match in generate.REGION.finditer(path.read_text())}
+    assert used == set(regions.REGIONS)
+
+
+def test_the_readme_can_be_read_in_one_sitting() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def test_every_option_has_a_meaning() -> None:
+    assert list(regions.option_meanings()) == [field.name for field in fields(KimiOptions)]
+
+
+def test_other_rows_make_a_stale_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (ROOT / "serve" / "bench" / "results" / "h200.jsonl").read_text()
+    (tmp_path / "h200.jsonl").write_text(rows.replace('"p50_ms": 2.8279', '"p50_ms": 3.5'))
+    monkeypatch.setattr(regions, "ENGINE", tmp_path)
+    assert regions.h200_tpot().splitlines()[2].startswith("| 4K | 3.50 |")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- generated: options -->\n", "no partner"),
+        ("<!-- end -->\n", "no partner"),
+        ("<!-- generated: soak -->\n<!-- generated: options -->\n<!-- end -->\n", "no partner"),
+        ("<!-- generated: wishes -->\n<!-- end -->\n", "wishes is not one of"),
+    ],
+)
+def test_wrong_markers_are_errors(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(generate.RegionError, match=message):
+        generate.renew(tmp_path / "page.md")
+
+
+def test_the_picture_of_a_load_test_is_shown_once_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "ROOT", tmp_path)
+    monkeypatch.setattr(regions, "LOAD_PICTURE", tmp_path / "load.png")
+    assert regions.load_picture() == ""
+    (tmp_path / "load.png").touch()
+    assert regions.load_picture().endswith("](load.png)")
