@@ -100,8 +100,8 @@ def prefill(heads: int, head_dim: int, exact: bool) -> Prefill:
 def skinny(tokens: int, outputs: int, inputs: int) -> Skinny | None:
     """Return the launch parameters for a product of so many rows; None where cuBLAS is faster or nobody measured."""
     for rule in _table()["skinny"]:
-        small_enough = outputs * inputs <= rule["max_weights"] and inputs <= rule.get("max_inputs", inputs)
-        if tokens == rule["tokens"] and small_enough:
+        shaped = rule.get("min_inputs", 0) <= inputs <= rule.get("max_inputs", inputs)
+        if tokens == rule["tokens"] and shaped and outputs * inputs <= rule["max_weights"]:
             return Skinny(**rule["launch"])
     return None
 

@@ -153,7 +153,9 @@ def test_no_kernel_of_ours_is_compiled_for_a_request():
 def test_recall_through_vllm_serve(dtype, tmp_path):
     rng = random.Random(7)
     asked = [held_out_prompt(rng, rng.randint(1, 20)) for _ in range(100)]
-    options = ("--dtype", dtype, "--no-enforce-eager", "--gpu-memory-utilization", "0.2")
+    # What it measures of the memory, other tests' engines would disturb.
+    memory = ("--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(2**30))
+    options = ("--dtype", dtype, "--no-enforce-eager", *memory)
     with serving(RECALL, tmp_path / "log", *options) as port:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         prompts = [prompt for prompt, _ in asked]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from support.checkpoints import write_checkpoint
 from support.engine import RECALL, engine, poison, random_prompts
 
@@ -153,6 +154,7 @@ def test_nan_in_free_pages_changes_nothing():
     assert [completion.tokens for completion in again] == expected
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is given to vLLM whole")
 def test_the_kv_cache_of_a_cpu_is_what_all_sequences_can_use(monkeypatch):
     """And not nearly all of the machine's memory, which vLLM would take and fill with zeros first."""
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")

@@ -51,6 +51,7 @@ def test_the_table_serves_what_was_measured_faster_than_cublas():
     assert all(launch.skinny(1, *shape) for shape in (o_proj, shared, router))
     assert all(launch.skinny(2, *shape) for shape in (o_proj, shared, router))
     assert launch.skinny(4, *router)
+    assert not launch.skinny(2, 8192, 128)
     assert not any((launch.skinny(1, *in_proj), launch.skinny(4, *o_proj), launch.skinny(3, *router)))
     assert not any(launch.skinny(tokens, *router) for tokens in (0, 5, 8, 8192))
 

@@ -141,4 +141,4 @@ def test_experts_are_compiled_once(monkeypatch):
     made = []
     monkeypatch.setattr(skinny.SkinnyExpertsMethod, "apply", lambda self, layer, x, *rest: made.append(len(x)))
     skinny.warm_up(nn.ModuleList(layers), torch.bfloat16)
-    assert made == [1]
+    assert len(made) == 1

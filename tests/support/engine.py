@@ -124,6 +124,7 @@ def engine(checkpoint: Path, **options: Any) -> Iterator[Engine]:
 def engines(checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -> Iterator[dict[Any, Engine]]:
     """Several engines at once, by name. They share vLLM's process groups, so they go together."""
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     started: dict[Any, Engine] = {}
     try:
@@ -134,6 +135,8 @@ def engines(checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -
         for running in started.values():
             running.llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
+        # The graphs in it are gone, and torch 2.11 fails where the next engine's name a pool without graphs.
+        type(current_platform)._global_graph_pool = None
 
 
 def check_equal(completion: Completion, plain: Completion) -> None:
