@@ -2,7 +2,8 @@
 #   docker run --gpus all --ipc=host -p 8000:8000 -v kimi-models:/models kimi-vllm moonshotai/Kimi-Linear-48B-A3B-Instruct
 # docker build --target cpu -t kimi-vllm:cpu .    serves the tiny checkpoint without a GPU
 #   docker run --shm-size=1g -p 8000:8000 kimi-vllm:cpu
-# What follows the image's name goes to `vllm serve`.
+# What follows the image's name goes to `vllm serve`, the model first: vLLM 0.32 refuses some options in front of it. It
+# listens on all addresses, port 8000, by default.
 ARG PYTHON_TAG=3.11-slim-bookworm
 ARG CUDA_PYTHON_TAG=3.12-slim-bookworm
 
@@ -25,8 +26,8 @@ ENV HF_HOME=/models PATH=/home/kimi/kimi-vllm/.venv/bin:$PATH
 VOLUME /models
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5m CMD ["curl", "-fsS", "http://127.0.0.1:8000/health"]
-ENTRYPOINT ["vllm", "serve", "--host", "0.0.0.0", "--port", "8000"]
-CMD ["configs/models/recall", "--served-model-name", "kimi-recall", "--dtype", "float32", "--max-model-len", "2048"]
+ENTRYPOINT ["vllm", "serve"]
+CMD ["configs/models/recall", "--served-model-name", "kimi-recall", "--config", "configs/serve/cpu-demo.yaml"]
 
 FROM python:${CUDA_PYTHON_TAG} AS cuda
 # CUDA's libraries come as wheels with torch, the driver with the container runtime. Triton and torch.compile need a
@@ -50,4 +51,4 @@ VOLUME /models
 EXPOSE 8000
 # Loading 48B parameters from a cold volume takes a while.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m CMD ["curl", "-fsS", "http://127.0.0.1:8000/health"]
-ENTRYPOINT ["vllm", "serve", "--host", "0.0.0.0", "--port", "8000"]
+ENTRYPOINT ["vllm", "serve"]

@@ -131,6 +131,15 @@ def _of_block(block: Code) -> Iterator[Command]:
         yield Command(block, lines[start].removeprefix("$ "), tuple(lines[start + 1 : end]))
 
 
+def commands_in_sources() -> Iterator[Command]:
+    """Those that comments of profiles and docstrings of scripts show, indented."""
+    for path in (*sorted((ROOT / "configs" / "serve").glob("*.yaml")), *sorted((ROOT / "serve").glob("**/*.py"))):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            match = re.fullmatch(r"(?:#   |    )((?:\.venv/bin/)?(?:vllm|kimi-vllm|python3?) (?![=:,]).+)", line)
+            if match and _starts_a_command(match[1]):
+                yield Command(Code(path, number, match[1], "sh"), match[1])
+
+
 def _parts(line: str) -> list[str]:
     return [part for part in (part.strip() for part in line.split(" && ")) if shlex.split(part, comments=True)]
 
