@@ -3,10 +3,10 @@ PORT ?= 8000
 VENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit engine slow bench load docs compat clean
+.PHONY: help setup demo test lint unit engine slow bench load soak container docs compat clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV) ## create .venv from requirements/cpu.lock (Linux, Python 3.11, about 2 minutes, no GPU)
 
@@ -20,7 +20,7 @@ test: lint ## all that runs without a GPU; unit and engine tests beside each oth
 	@$(MAKE) --no-print-directory -j2 unit engine
 
 lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh serve/gpu/install.sh && .venv/bin/hadolint Dockerfile
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh serve/gpu/install.sh serve/container/rehearse.sh && .venv/bin/hadolint Dockerfile
 
 unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of their own, in Triton's interpreter
 	.venv/bin/python -m pytest -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 .venv/bin/python -m pytest -m "triton and not gpu" tests/kernels
@@ -28,7 +28,7 @@ unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of th
 engine: $(VENV) ## tests that start a real vLLM engine on the CPU
 	.venv/bin/python -m pytest -m "engine and not gpu and not slow"
 
-slow: $(VENV) ## engine tests that take minutes: pipeline stages
+slow: $(VENV) ## engine tests that take minutes: pipeline stages, the dashboard in a Prometheus
 	.venv/bin/python -m pytest -m "engine and not gpu and slow"
 
 bench: $(VENV) ## kernel benchmarks on this machine's device
@@ -36,6 +36,12 @@ bench: $(VENV) ## kernel benchmarks on this machine's device
 
 load: $(VENV) ## load test of the tiny model: traffic of several kinds, one HTML page, under 4 minutes
 	@.venv/bin/python serve/load_test.py quick
+
+soak: $(VENV) ## 20 minutes of load after 7 that find its rate and warm up: no errors, level memory, free slots
+	@.venv/bin/python serve/load_test.py soak
+
+container: ## build the Dockerfile's CPU target with podman and use it (root, 20 minutes, 15 GB)
+	@serve/container/rehearse.sh
 
 docs: $(VENV) ## write the tables of README.md and docs/ anew from results, options and profiles
 	@.venv/bin/python docs/generate.py
