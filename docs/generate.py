@@ -1,4 +1,4 @@
-"""Write the generated parts of README.md and docs/*.md anew: `make docs`.
+"""Write the generated parts of README.md and docs/*.md anew, and the pictures of results: `make docs`.
 
 A part lies between ``<!-- generated: NAME -->`` and ``<!-- end -->``; NAME is a function of `regions.py`, which makes
 its text from results of benchmarks, options or profiles. ``--check`` writes nothing and fails if a part is stale.
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import pictures
 import typer
 from regions import REGIONS
 
@@ -54,13 +55,16 @@ def stale(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
 def main(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if a part is stale.")] = False,
 ) -> None:
-    """Write the generated parts of README.md and docs/*.md."""
-    changed = list(stale(documents()))
-    for path, text in changed:
-        if not check:
+    """Write the generated parts of README.md and docs/*.md, and draw the pictures of rows that have changed."""
+    changed, drawn = dict(stale(documents())), pictures.stale()
+    if not check:
+        for path, text in changed.items():
             path.write_text(text)
+        if drawn:
+            pictures.draw()
+    for path in (*changed, *drawn):
         typer.echo(f"{path.relative_to(ROOT)}: {'stale; run make docs' if check else 'written'}")
-    raise typer.Exit(int(check and bool(changed)))
+    raise typer.Exit(int(check and bool(changed or drawn)))
 
 
 if __name__ == "__main__":

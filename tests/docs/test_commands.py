@@ -27,8 +27,10 @@ from kimi_vllm.cli import app
 COMMANDS = {
     # The same words in several documents are checked once.
     (command.text, command.shown): command
-    for document in documents.WITH_COMMANDS
-    for command in documents.commands(document)
+    for command in (
+        *(command for document in documents.WITH_COMMANDS for command in documents.commands(document)),
+        *documents.commands_in_sources(),
+    )
 }.values()
 
 RUN_BY = {
@@ -51,6 +53,7 @@ RUN_BY = {
 
 PARSED_ONLY = {
     "serve/bench/versus_transformers.py": "a benchmark of minutes",
+    "serve/load/screenshot.py": "drives a browser",
     "serve/gpu/smoke.py": "serves from packed files on a GPU machine",
     "kimi_vllm.bench scheduler": "a benchmark",
     "kimi_vllm.kernels.bench cpu": "a benchmark of minutes",
@@ -61,6 +64,8 @@ PARSED_ONLY = {
 NOT_HERE = {"ray": "Not run by us"}
 """Programs that are not installed here, and what a document that shows them has to say."""
 
+REPORT = "load-results/quick-20260101-120000/report.html"
+
 TOLERANCE = {"inspect-state": 0.02}
 """Relative, of numbers that are shown: sums of floats depend on the machine."""
 
@@ -69,11 +74,11 @@ TOLERANCE = {"inspect-state": 0.02}
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clone as far as commands look at it; what they write does not land in this one."""
     for entry in ROOT.iterdir():
-        if not entry.name.startswith(".") or entry.name == ".venv":
+        if (not entry.name.startswith(".") and entry.name != "load-results") or entry.name == ".venv":
             (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "parts").symlink_to(ROOT / "serve" / "gpu")  # pack.py puts its scripts beside what it packs
-    for name in ("questions.jsonl", "rows.jsonl", "before/run.json", "after/run.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("questions.jsonl", "rows.jsonl", "before/run.json", "after/run.json", REPORT):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,5 +1,6 @@
 """The generated parts of README.md and docs/*.md say what their sources say now."""
 
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from support.documents import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
 import generate
+import pictures
 import regions
 
 from kimi_vllm.options import KimiOptions
@@ -19,6 +21,23 @@ README_LINES = 250
 @pytest.mark.parametrize("document", generate.documents(), ids=lambda path: path.name)
 def test_no_part_is_stale(document: Path) -> None:
     assert generate.renew(document) == document.read_text(), "run make docs"
+
+
+def test_no_picture_is_stale() -> None:
+    assert pictures.stale() == [], "run make docs"
+
+
+def test_other_rows_make_stale_pictures_until_they_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(pictures.ROWS.read_text() + "\n")
+    drawn = {tmp_path / path.name: name for path, name in pictures.DRAWN.items()}
+    for path in pictures.DRAWN:
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(pictures, "ROWS", rows)
+    monkeypatch.setattr(pictures, "DRAWN", drawn)
+    assert pictures.stale() == list(drawn)
+    pictures.draw()
+    assert pictures.stale() == []
 
 
 def test_every_part_is_in_a_document() -> None:
