@@ -92,17 +92,19 @@ def h200_tpot() -> str:
     """Time per output token of one request against its context."""
     cells = []
     for case, ours, theirs in _pairs("tpot", _h200()):
-        if case["batch"] != "1" or ours is None or theirs is None:
+        if case["batch"] != "1":
             continue
-        own, other = (row["tpot"]["p50_ms"] for row in (ours, theirs))
-        busy, floor = " / ".join(_busy(row) for row in (ours, theirs)), ours["floor_ms"]
-        cells.append([tokens(case["context"]), f"{own:.2f}", f"{other:.2f}", _times(other / own), busy, f"{floor:.2f}"])
+        own, other = (row and row["tpot"]["p50_ms"] for row in (ours, theirs))
+        times = [NONE if time is None else f"{time:.2f}" for time in (own, other)]
+        ratio = NONE if own is None or other is None else _times(other / own)
+        busy, floor = " / ".join(_busy(row) for row in (ours, theirs)), (ours or theirs or {})["floor_ms"]
+        cells.append([tokens(case["context"]), *times, ratio, busy, f"{floor:.2f}"])
     columns = ["batch 1, context", "kimi-vllm, ms per token", "in-tree", "", "GPU busy, ours / in-tree", "floor"]
     return _table(columns, cells)
 
 
-def _busy(row: Row) -> str:
-    profile = row.get("profile", {})
+def _busy(row: Row | None) -> str:
+    profile = (row or {}).get("profile", {})
     return f"{profile['busy_ms']:.2f}" if "busy_ms" in profile else NONE
 
 

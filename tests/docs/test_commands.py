@@ -53,6 +53,7 @@ RUN_BY = {
 
 PARSED_ONLY = {
     "serve/bench/versus_transformers.py": "a benchmark of minutes",
+    "serve/container/rehearse.sh": "builds an image as root, 20 minutes; shellcheck reads it",
     "serve/load/screenshot.py": "drives a browser",
     "serve/gpu/smoke.py": "serves from packed files on a GPU machine",
     "kimi_vllm.bench scheduler": "a benchmark",
@@ -141,6 +142,9 @@ def _check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         _prints(arguments, command.shown, monkeypatch)
     if program in ("vllm", "kimi-vllm") and command.where.language is None and _is_name(arguments):
         arguments = [*arguments, "--help"]
+    if program.endswith(".sh"):
+        _known(program)
+        program, arguments = "source", [program, *arguments]
     if program in NOT_HERE:
         assert NOT_HERE[program] in command.where.document.read_text()
         return

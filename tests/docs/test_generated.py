@@ -58,6 +58,10 @@ def test_other_rows_make_a_stale_part(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "h200.jsonl").write_text(rows.replace('"p50_ms": 2.8279', '"p50_ms": 3.5'))
     monkeypatch.setattr(regions, "ENGINE", tmp_path)
     assert regions.h200_tpot().splitlines()[2].startswith("| 4K | 3.50 |")
+    one_sided = [line for line in rows.splitlines() if '"provider": "kimi-vllm"' in line]
+    (tmp_path / "h200.jsonl").write_text("\n".join(one_sided))
+    assert regions.h200_tpot().splitlines()[2].startswith("| 4K | 2.83 | – | – | 2.74 / – |")
+    assert "| 7,927 tokens/s | – | – |" in regions.h200_batches()
 
 
 @pytest.mark.parametrize(
