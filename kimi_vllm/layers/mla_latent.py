@@ -7,10 +7,12 @@ the context. Decodes run in latent space (the key and value projections absorbed
 expand each tile to keys and values once for all their queries.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -26,6 +28,8 @@ from kimi_vllm.layers.mla_latent_metadata import DeviceDecodes, LatentBackend, L
 
 TILE_ELEMENTS = 1 << 22
 """Scores, or gathered latent elements, held at once per layer: 16 MiB in fp32, which stays in the last-level cache."""
+FLASH_DEVICES = ("cpu",)
+"""Where torch has flash attention for every dtype and head size that also returns the logarithm of its weights' sum."""
 
 
 class RunningSoftmax:
@@ -88,11 +92,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             )
         self.prefix = prefix
         self.num_heads = num_heads
-        self.rank, self.nope, self.value = (
-            geometry.kv_lora_rank,
-            geometry.qk_nope_head_dim,
-            geometry.v_head_dim,
-        )
+        self.rank, self.nope, self.value = geometry.kv_lora_rank, geometry.qk_nope_head_dim, geometry.v_head_dim
         self.latent_dim = geometry.latent_dim
         self.scale = geometry.qk_head_dim**-0.5
         self._kv_b_proj = [kv_b_proj]  # in a list, so that nn.Module does not adopt the layer twice
@@ -106,13 +106,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MLAAttentionSpec:
         """One latent per token, on every rank."""
-        return MLAAttentionSpec(
-            block_size=vllm_config.cache_config.block_size,
-            num_kv_heads=1,
-            max_tp_shards=1,
-            head_size=self.latent_dim,
-            dtype=vllm_config.model_config.dtype,
-        )
+        block_size, dtype = vllm_config.cache_config.block_size, vllm_config.model_config.dtype
+        return MLAAttentionSpec(block_size, num_kv_heads=1, max_tp_shards=1, head_size=self.latent_dim, dtype=dtype)
 
     def forward(self, query: Tensor, latent: Tensor) -> Tensor:
         """Attend: query ``[T, H·(nope + rope)]`` and latent ``[T, R + rope]`` to ``[T, H·v]``."""
@@ -134,8 +129,9 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         heads = out.view(-1, self.num_heads, self.value)
         if step.num_decodes:
             heads[: step.num_decodes] = self._decode(query[: step.num_decodes], step)
+        prefill = self._prefill_flash if query.device.type in FLASH_DEVICES else self._prefill
         for first, end, context, table in step.prefills:
-            heads[first:end] = self._prefill(query[first:end], context, table)
+            heads[first:end] = prefill(query[first:end], context, table)
         heads[num_tokens:] = 0
 
     def _attend_decodes(self, query: Tensor, latent: Tensor, out: Tensor, step: DeviceDecodes) -> None:
@@ -179,9 +175,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return keys.transpose(1, 2), values
 
     def _decode(self, query: Tensor, step: LatentMetadata) -> Tensor:
-        from_latent = self._projections[1]
-        rows = query.shape[0]
-        query = self._absorbed(query)
+        rows, query = query.shape[0], self._absorbed(query)
         tile = max(1, TILE_ELEMENTS // (rows * self.latent_dim) // self._block_size)  # blocks
         num_blocks = step.decode_tables.shape[1]
         if num_blocks <= tile:
@@ -195,7 +189,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
                 tables, bias = step.decode_tables[active, first : first + tile], step.decode_bias[active, :, start:end]
                 softmax.add(*self._decode_tile(query[active], tables, bias), active)
             averages = softmax.result().to(query.dtype)
-        return torch.bmm(averages.transpose(0, 1), from_latent).transpose(0, 1)  # [N, H, v]
+        return torch.bmm(averages.transpose(0, 1), self._projections[1]).transpose(0, 1)  # [N, H, v]
 
     def _absorbed(self, query: Tensor) -> Tensor:
         """Queries ``[N, H, nope + rope]`` in latent space, ``[N, H, R + rope]``."""
@@ -228,10 +222,29 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             softmax.add(scores, values, (slice(None), slice(first, None)))
         return softmax.result().to(query.dtype).transpose(0, 1)
 
+    def _prefill_flash(self, query: Tensor, context: int, table: Tensor) -> Tensor:
+        """Tiles of what is before the chunk, then the chunk: scores stay in torch's kernel, a few KiB at a time."""
+        width = max(query.shape[2], self.value)  # of queries, keys and values alike
+        tile = max(1, TILE_ELEMENTS // (2 * self.num_heads * width) // self._block_size) * self._block_size
+        query = pad(query.transpose(0, 1), (0, width - query.shape[2]))[None]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        result, before = torch.zeros(query.shape), torch.full(query.shape[:3], -torch.inf)
+        for start, end in pairwise([*range(0, context, tile), context, context + query.shape[2]]):
+            both = (pad(x, (0, width - x.shape[2]))[None] for x in self._keys_values(self._latents(table, start, end)))
+            averages, weight = flash(query, *both, is_causal=start == context, scale=self.scale)
+            total = torch.logaddexp(before, weight)
+            result = result * (before - total).exp()[..., None] + averages * (weight - total).exp()[..., None]
+            before = total
+        return result[0, ..., : self.value].to(query.dtype).transpose(0, 1)
+
+    def _latents(self, table: Tensor, start: int, end: int) -> Tensor:
+        """Latents ``[end - start, R + rope]`` of a request's tokens."""
+        blocks = table[start // self._block_size : cdiv(end, self._block_size)]
+        return self.kv_cache[blocks, 0].flatten(0, 1)[start % self._block_size :][: end - start]
+
     def _prefill_tile(self, query: Tensor, position: int, table: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Scores ``[H, n, t]`` of queries from `position` on against tokens start..end, and their values."""
-        blocks = table[start // self._block_size : cdiv(end, self._block_size)]
-        keys, values = self._keys_values(self.kv_cache[blocks, 0].flatten(0, 1)[: end - start])
+        keys, values = self._keys_values(self._latents(table, start, end))
         scores = torch.matmul(query, keys.transpose(1, 2)).float()
         if end > position + 1:
             seen = torch.arange(start, end, device=scores.device)
@@ -265,8 +278,5 @@ def _latent_attention_fake(query: Tensor, latent: Tensor, out: Tensor, layer_nam
 
 
 direct_register_custom_op(
-    op_name="kimi_latent_attention",
-    op_func=_latent_attention,
-    mutates_args=["out"],
-    fake_impl=_latent_attention_fake,
+    op_name="kimi_latent_attention", op_func=_latent_attention, mutates_args=["out"], fake_impl=_latent_attention_fake
 )

@@ -74,11 +74,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
@@ -99,14 +95,8 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
         for row in range(num_decodes, step.num_reqs):
             first, end = starts[row], starts[row + 1]
             if end > first:
-                prefills.append(
-                    (
-                        first,
-                        end,
-                        seq_lens[row] - (end - first),
-                        tables[row, : cdiv(seq_lens[row], block_size)],
-                    )
-                )
+                context, table = seq_lens[row] - (end - first), tables[row, : cdiv(seq_lens[row], block_size)]
+                prefills.append((first, end, context, table))
         places = step.slot_mapping[: step.num_actual_tokens].long()
         blocks, offsets = places.div(block_size, rounding_mode="floor"), places.remainder(block_size)
         decode_lens = step.seq_lens[:num_decodes].long()

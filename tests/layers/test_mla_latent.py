@@ -101,6 +101,7 @@ def test_padded_rows_of_a_graph_write_to_the_null_page_and_give_zeros():
     assert (out[1] == 0).all()
 
 
+@pytest.mark.parametrize("flash", [True, False], ids=["flash", "plain"])
 @pytest.mark.parametrize("tile", [1, 5000, 1 << 22], ids=["one-block", "few-blocks", "whole"])
 @pytest.mark.parametrize(
     ("query_lens", "seq_lens"),
@@ -111,8 +112,10 @@ def test_padded_rows_of_a_graph_write_to_the_null_page_and_give_zeros():
     ],
     ids=["decodes", "mixed", "prefills"],
 )
-def test_equals_dense_attention_over_dirty_pages(query_lens, seq_lens, tile, monkeypatch):
+def test_equals_dense_attention_over_dirty_pages(query_lens, seq_lens, tile, flash, monkeypatch):
     monkeypatch.setattr(mla_latent, "TILE_ELEMENTS", tile)
+    if not flash:  # as on GPUs
+        monkeypatch.setattr(mla_latent, "FLASH_DEVICES", ())
     torch.manual_seed(0)
     layer = Layer(sum(-(-length // BLOCK) for length in seq_lens) + 3)
     latents = [torch.randn(length, RANK + ROPE) for length in seq_lens]
