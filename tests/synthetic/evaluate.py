@@ -130,21 +130,22 @@ def _table(task: str, modes: dict[str, Any]) -> Table:
 def run(
     task: Only = None,
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; may be repeated.")] = None,
+    sequences: Annotated[int, typer.Option(help="Of a task, all lengths together.", min=4, max=64)] = 64,
     file: Json = None,
     models: Annotated[Path, typer.Option(help="Folder with a checkpoint for every task.")] = MODELS,
 ) -> None:
-    """Ask 64 sequences a task in every mode, and transformers; exits with 1 if answers are not what they must be."""
+    """Ask every model in every mode, and transformers; exits with 1 if answers are not what they must be."""
     from synthetic import serving
-    from synthetic.tasks import TASKS as known
+    from synthetic.tasks import TASKS as ALL_TASKS
 
     console = Console(width=120)
     lengths = sorted(length or LENGTHS)
-    result: dict[str, Any] = {"bench": "synthetic", "tasks": {}}
+    result: dict[str, Any] = {"bench": "synthetic", "sequences": sequences, "tasks": {}}
     start, cpu = time.perf_counter(), time.process_time()
     for name in task or TASKS:
-        if name not in known:
+        if name not in ALL_TASKS:
             raise typer.BadParameter(f"--task {name}: tasks are {', '.join(TASKS)}.")
-        questions = serving.questions_of(known[name], serving.counts_of(lengths))
+        questions = serving.questions_of(ALL_TASKS[name], serving.counts_of(lengths, sequences))
         runs = {TRANSFORMERS: _by_transformers(models / name, questions)}
         with serving.serving(models / name, max(lengths)) as running:
             for mode, ask in serving.MODES.items():

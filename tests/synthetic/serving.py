@@ -120,11 +120,16 @@ def questions_of(task: Task, counts: dict[int, int], seed: int = SEED) -> list[Q
     return found
 
 
-def counts_of(lengths: Sequence[int]) -> dict[int, int]:
-    """SEQUENCES sequences in all, about as many tokens of every length."""
+def counts_of(lengths: Sequence[int], sequences: int) -> dict[int, int]:
+    """About as many tokens of every length.
+
+    Args:
+        lengths: of sequences.
+        sequences: how many in all, at least one of each.
+    """
     total = sum(1 / length for length in lengths)
-    counts = {length: max(1, int(SEQUENCES / length / total)) for length in lengths}
-    counts[min(lengths)] += SEQUENCES - sum(counts.values())
+    counts = {length: max(1, int(sequences / length / total)) for length in lengths}
+    counts[min(lengths)] += sequences - sum(counts.values())
     return counts
 
 
@@ -266,7 +271,7 @@ MODES: dict[str, Callable[[Engine, Sequence[Question]], Run]] = {
     "one-shot": one_shot,
     "chunks of 37": lambda running, questions: in_chunks(running, questions, 37),
     "chunks of 97": lambda running, questions: in_chunks(running, questions, 97),
-    f"{SEQUENCES} at once": at_once,
+    "all at once": at_once,
     "prefix-cache hit": after_hit,
     "after preemption": after_preemption,
 }

@@ -71,7 +71,7 @@ def one(
     checkpoint.save(model, task, out)
     result: dict[str, Any] = {
         "task": name,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "tests/synthetic/train.py", *sys.argv[1:]]),
         "device": device_name(device),
         "parameters": model.num_parameters(),
         "seconds": round(seconds),
@@ -82,6 +82,8 @@ def one(
         "accuracy": measured,
         **training.as_json(recipe, curve),
     }
+    if start_from is not None:
+        result["started_from"] = json.loads((start_from / "training.json").read_text())
     (out / "training.json").write_text(json.dumps(result, indent=1) + "\n")
     for condition, shares in measured.items():
         text = ", ".join(f"{length}: {share:.4f}" for length, share in shares.items())
