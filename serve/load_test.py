@@ -174,9 +174,10 @@ def _point(
         words = command(point, target, folder)
         found = records.measured(point, words, began, began)
         progress.update(task, description=f"  {point.label}", total=point.num_requests)
-        found.result = run(
+        numbers = run(
             words, point, folder, lambda: progress.update(task, completed=scraper.latest("finished") - before)
         )
+        found.result = records.without_root(numbers)
         found.file = result_name(point)
     except (GeneratorError, RecordError) as error:
         found.error = str(error)

@@ -111,6 +111,11 @@ def from_root(command: list[str]) -> list[str]:
     return [word.removeprefix(ROOT).removeprefix(".venv/bin/") for word in command]
 
 
+def without_root(numbers: dict[str, Any]) -> dict[str, Any]:
+    """A generator's result, whose texts name the model by its path, in the same way."""
+    return {name: value.removeprefix(ROOT) if isinstance(value, str) else value for name, value in numbers.items()}
+
+
 def new(scenario: Scenario, target: Target, server_command: list[str]) -> Record:
     """An empty record of a test that starts now."""
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

@@ -309,6 +309,25 @@ def test_a_generator_that_fails_shows_the_end_of_its_output_and_one_that_is_inte
     assert not marker.exists()
 
 
+def test_a_record_has_commands_as_one_types_them_and_no_paths_of_the_machine(tmp_path):
+    root = str(Path(load_test.__file__).parents[1])
+    words = [f"{root}/.venv/bin/vllm", "serve", f"{root}/configs/models/recall", "--port", "1"]
+    made = record.new(read(scenario(tmp_path)), TARGET, words)
+    assert made.server_command == ["vllm", "serve", "configs/models/recall", "--port", "1"]
+    numbers = record.without_root({"tokenizer_id": f"{root}/configs/models/recall", "completed": 3})
+    assert numbers == {"tokenizer_id": "configs/models/recall", "completed": 3}
+
+
+def test_the_committed_soak_passed_and_its_verdict_follows_from_its_numbers():
+    kept = record.load(Path(load_test.__file__).parent / "load" / "results" / "soak-cpu.json")
+    held = [point for point in kept.points if point.part == kept.scenario["soak"]["part"]]
+    assert all(point.ended - point.started >= 1200 for point in held)
+    assert kept.complete
+    end = {"slots_live": 0.0, "slots_checkpoint": 0.0, "slots_free": 16.0}
+    assert soak.judge(kept, "held", 0.02, end) == kept.verdict
+    assert all(check["passed"] for check in kept.verdict)
+
+
 def test_a_record_is_read_as_it_was_written_and_other_files_are_refused(tmp_path):
     made = make_record(tmp_path)
     record.save(made, tmp_path / "run.json")
