@@ -6,7 +6,7 @@ PYTEST := .venv/bin/python -m pytest -n $(JOBS) --dist loadfile
 VENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit engine slow bench load soak container docs compat clean
+.PHONY: help setup demo test lint unit engine slow bench load soak eval long container docs compat clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ load: $(VENV) ## load test of the tiny model: traffic of several kinds, one HTML
 
 soak: $(VENV) ## 20 minutes of load after 7 that find its rate and warm up: no errors, level memory, free slots
 	@.venv/bin/python serve/load_test.py soak
+
+eval: $(VENV) ## trained models answer in every mode of serving, beside transformers (10 minutes)
+	@.venv/bin/python tests/synthetic/evaluate.py run
+
+long: $(VENV) ## a context of a million tokens on this CPU, and questions about it (10 minutes)
+	@.venv/bin/python tests/synthetic/evaluate.py long
 
 container: ## build the Dockerfile's CPU target with podman and use it (root, 20 minutes, 15 GB)
 	@serve/container/rehearse.sh

@@ -182,7 +182,8 @@ def curves(png: Annotated[Path, typer.Argument(help="The picture.")] = MODELS / 
     """Draw the training curves of the shipped checkpoints."""
     from synthetic import pictures
 
-    pictures.training({name: json.loads((MODELS / name / "training.json").read_text()) for name in TASKS}, png)
+    found = {name: json.loads((MODELS / name / "training.json").read_text()) for name in TASKS}
+    pictures.training({name: run.get("started_from", run) for name, run in found.items()}, png)
 
 
 @app.command()
