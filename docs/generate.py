@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pictures
+import proof_regions  # noqa: F401  registers its parts
 import typer
 from regions import REGIONS
 

@@ -25,6 +25,7 @@ ALL = [
     ROOT / "CHANGELOG.md",
     ROOT / "kernels" / "NOTES.md",
     ROOT / "configs" / "models" / "recall" / "README.md",
+    ROOT / "configs" / "models" / "synthetic" / "README.md",
 ]
 PROGRAMS = ("make", "python", "python3", "pip", "pytest", "vllm", "kimi-vllm", "curl", "docker", "kubectl", "ray")
 SHELL, PLAIN = ("sh", "console"), ("text", "mermaid", "json", "yaml", "python")
