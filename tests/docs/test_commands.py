@@ -304,7 +304,9 @@ def _pip(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch
     project = documents.pyproject()["project"]
     for requirement in requirements:
         if requirement.startswith("."):
-            assert (Path(requirement) / "pyproject.toml").exists()
+            folder, extras = re.fullmatch(r"([^\[]+)(?:\[(.*)\])?", requirement).groups()  # type: ignore[union-attr]
+            assert (Path(folder) / "pyproject.toml").exists()
+            assert set((extras or "").split(",")) - {""} <= project["optional-dependencies"].keys()
         elif (wanted := Requirement(requirement)).name == project["name"]:
             assert wanted.extras <= set(project["optional-dependencies"])
     assert all(Path(path).is_file() for path in getattr(options, "requirements", ()))

@@ -146,7 +146,8 @@ def _is_known(text: str) -> bool:
     if re.fullmatch(r"\w*_\w*", text):
         return any(f"{text}" in source for source in (_metrics(), *_texts("kimi_vllm")))
     longest = max(text.split("…"), key=len).strip()
-    places = (SITE / "vllm" / name for name in ("renderers", "entrypoints", "v1/engine"))
+    # aiohttp is the client of vLLM's load generator.
+    places = (SITE / name for name in ("vllm/renderers", "vllm/entrypoints", "vllm/v1/engine", "aiohttp"))
     return any(longest in path.read_text() for place in places for path in place.glob("*.py"))
 
 
