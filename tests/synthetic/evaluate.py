@@ -129,8 +129,11 @@ def _table(task: str, modes: dict[str, Any]) -> Table:
 @app.command()
 def run(
     task: Only = None,
-    length: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; may be repeated.")] = None,
-    sequences: Annotated[int, typer.Option(help="Of a task, all lengths together.", min=4, max=64)] = 64,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help=f"Tokens of a sequence; may be repeated. Default: {', '.join(map(str, LENGTHS))}.", min=256),
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Of a task, all lengths together.", min=1, max=64)] = 64,
     file: Json = None,
     models: Annotated[Path, typer.Option(help="Folder with a checkpoint for every task.")] = MODELS,
 ) -> None:
@@ -139,7 +142,9 @@ def run(
     from synthetic.tasks import TASKS as ALL_TASKS
 
     console = Console(width=120)
-    lengths = sorted(length or LENGTHS)
+    lengths = sorted(set(length or LENGTHS))
+    if sequences < len(lengths):
+        raise typer.BadParameter(f"--sequences {sequences}: at least one for each of {len(lengths)} lengths.")
     result: dict[str, Any] = {"bench": "synthetic", "sequences": sequences, "tasks": {}}
     start, cpu = time.perf_counter(), time.process_time()
     for name in task or TASKS:

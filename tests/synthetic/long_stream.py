@@ -99,7 +99,8 @@ def read_and_ask(model: Path, tokens: int, chunk: int, threads: int) -> dict[str
         "enable_prefix_caching": True,
         "additional_config": {"kimi": {"state_slots": 4}},
     }
-    asked, samples = [], []
+    asked: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
     with engine(model, **options) as running:
         assert torch.get_num_threads() == threads
         for number, (depth, (key, value)) in enumerate(zip(DEPTHS, needles, strict=True)):
