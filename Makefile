@@ -25,7 +25,7 @@ lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh serve/gpu/install.sh serve/container/rehearse.sh && .venv/bin/hadolint Dockerfile
 
 unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of their own, in Triton's interpreter
-	$(PYTEST) -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 $(PYTEST) -m "triton and not gpu" tests/kernels
+	$(PYTEST) -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m "triton and not gpu" tests/kernels
 
 engine: $(VENV) ## tests that start a real vLLM engine on the CPU
 	$(PYTEST) -m "engine and not gpu and not slow"
