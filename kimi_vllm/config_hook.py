@@ -163,7 +163,7 @@ def _bring_our_own(vllm_config: VllmConfig) -> None:
 def _size(vllm_config: VllmConfig, options: KimiOptions) -> None:
     """Divide memory before anything is loaded, and write the outcome where scheduler and workers look for it."""
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    costs = _costs(vllm_config)
+    costs = _costs(vllm_config, getattr(torch, options.state_dtype))
     memory, utilization = _memory(vllm_config), cache.gpu_memory_utilization
     if current_platform.is_cpu():
         memory -= int(options.host_memory_gib * 2**30)  # the host's memory is the device's
@@ -200,7 +200,7 @@ def _size(vllm_config: VllmConfig, options: KimiOptions) -> None:
     logger.info("%s", sizing.table())
 
 
-def _costs(vllm_config: VllmConfig) -> Costs:
+def _costs(vllm_config: VllmConfig, state_dtype: torch.dtype) -> Costs:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     geometry, ranks = geometry_of(model), parallel.tensor_parallel_size
     cached = STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype)
@@ -215,6 +215,7 @@ def _costs(vllm_config: VllmConfig) -> Costs:
             cache.block_size or NATURAL_BLOCK_SIZE,
             ranks=ranks,
             expert_ranks=ranks * parallel.data_parallel_size,
+            state_dtype=state_dtype,
             cache_itemsize=cached.itemsize,
             gpu_dtype=None if current_platform.is_cpu() else model.dtype,
         )

@@ -6,6 +6,8 @@ from typing import Any
 
 from kimi_vllm.cache.eviction import POLICIES
 
+STATE_DTYPES = ("float32", "bfloat16", "float16")
+
 
 class OptionsError(ValueError):
     """An option that does not exist or has a value that cannot be used. Names the option."""
@@ -18,6 +20,8 @@ class KimiOptions:
     Attributes:
         state_slots: slots of the KDA state pool that requests and checkpoints share. Default: chosen from
             memory by `planning.size`, at most one per sequence (``--max-num-seqs``) beside those for checkpoints.
+        state_dtype: of KDA's recurrent state. "float32", as the checkpoint was trained; on GPUs also "bfloat16" or
+            "float16", which halve a request's state and round it after every step.
         checkpoint_interval: with prefix caching, also keep the state every so many tokens of a prompt, rounded up
             to the attention block. 0 keeps only the boundaries that a later request is likely to resume at.
         checkpoint_share: share of the memory for state and KV cache, from 0 to below 1, that slots for checkpoints may
@@ -33,6 +37,7 @@ class KimiOptions:
     """
 
     state_slots: int | None = None
+    state_dtype: str = "float32"
     checkpoint_interval: int = 0
     checkpoint_share: float = 0.1
     eviction: str = "value"
@@ -55,7 +60,11 @@ class KimiOptions:
         memory = self.host_memory_gib
         if not isinstance(memory, int | float) or isinstance(memory, bool) or not 0 <= memory < float("inf"):
             raise OptionsError(f"kimi.host_memory_gib={memory!r}: expected a number of GiB, or 0.")
-        for name, known in {"eviction": tuple(POLICIES), "on_nonfinite": ("abort", "resume")}.items():
+        for name, known in {
+            "state_dtype": STATE_DTYPES,
+            "eviction": tuple(POLICIES),
+            "on_nonfinite": ("abort", "resume"),
+        }.items():
             if (value := getattr(self, name)) not in known:
                 raise OptionsError(f"kimi.{name}={value!r}: expected one of {', '.join(known)}.")
 

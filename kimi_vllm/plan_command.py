@@ -38,7 +38,7 @@ def plan(
     tp: Annotated[int, typer.Option(min=1, help="Devices that share the model: --tensor-parallel-size.")] = 1,
     state_dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
-        typer.Option(help="Dtype of KDA's recurrent state. `vllm serve` uses float32."),
+        typer.Option(help="kimi.state_dtype: of KDA's recurrent state. CPUs serve float32 only."),
     ] = "float32",
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],

@@ -6,7 +6,7 @@ those of one worker. Pure arithmetic: no vLLM, and torch only for the sizes of i
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
@@ -70,8 +70,11 @@ class Costs:
 
         Raises:
             ValueError: the heads do not divide over the ranks.
-            PlanError: there is no MLA layer beside which states could be kept.
+            PlanError: there is no MLA layer beside which states could be kept; or a CPU shall keep states in another
+                dtype than float32.
         """
+        if gpu_dtype is None and state_dtype != torch.float32:
+            raise PlanError(f"kimi.state_dtype: on CPUs states are float32, not {state_dtype}. Drop the option.")
         num_kda = sum(geometry.kda)
         if num_kda == geometry.num_layers:
             raise PlanError(
@@ -79,8 +82,8 @@ class Costs:
                 "stages, or set VLLM_PP_LAYER_PARTITION."
             )
         device, dtype = ("cpu", torch.float32) if gpu_dtype is None else ("cuda", gpu_dtype)
-        layout = SlotLayout.of(geometry, num_kda, ranks, conv_dtype(device, dtype))
-        layout = replace(layout, state_dtype=state_dtype)
+        dtypes = {"state_dtype": state_dtype, "conv_dtype": conv_dtype(device, dtype)}
+        layout = SlotLayout.of(geometry, num_kda, ranks, **dtypes)
         latent = geometry.latent_dim * (cache_itemsize or itemsize)
         return cls(
             weights=_weight_bytes(

@@ -71,11 +71,13 @@ def test_cache_of_the_48b_model():
     assert costs.page == 64 * 8064
     # Ours: 20 layers of 32 heads, 128 x 128 float32, and a ring of 4 columns of 12,288 channels in float32.
     assert costs.slot == 20 * (2 * MIB + 4 * 12_288 * 4) == 45_875_200
-    half = Costs.of(GEOMETRY, 2, 64, state_dtype=torch.bfloat16)
-    assert half.slot == 20 * (1 * MIB + 4 * 12_288 * 4) == 24_903_680
     # On a GPU the ring is in the model's dtype.
     on_gpu = Costs.of(GEOMETRY, 2, 64, gpu_dtype=torch.bfloat16)
     assert on_gpu.slot == 20 * (2 * MIB + 4 * 12_288 * 2) == 43_909_120
+    half = Costs.of(GEOMETRY, 2, 64, gpu_dtype=torch.bfloat16, state_dtype=torch.bfloat16)
+    assert half.slot == 20 * (1 * MIB + 4 * 12_288 * 2) == 22_937_600
+    with pytest.raises(PlanError, match=r"kimi.state_dtype: on CPUs states are float32, not torch.float16"):
+        Costs.of(GEOMETRY, 2, 64, state_dtype=torch.float16)
 
 
 @pytest.mark.parametrize(("dtype", "mebibytes"), [(torch.float32, 41.41), (torch.bfloat16, 21.41)])

@@ -66,10 +66,15 @@ class StateHome:
         self, geometry: KimiGeometry, vllm_config: VllmConfig, num_layers: int, mla_layer: int, prefix: str
     ) -> None:
         device = vllm_config.device_config.device
-        held = conv_dtype(device.type, vllm_config.model_config.dtype)
-        layout = SlotLayout.of(geometry, num_layers, vllm_config.parallel_config.tensor_parallel_size, held)
         self.prefix = prefix
         self.options = KimiOptions.from_additional_config(vllm_config.additional_config)
+        layout = SlotLayout.of(
+            geometry,
+            num_layers,
+            vllm_config.parallel_config.tensor_parallel_size,
+            state_dtype=getattr(torch, self.options.state_dtype),
+            conv_dtype=conv_dtype(device.type, vllm_config.model_config.dtype),
+        )
         # The config hook chose it, so that scheduler and workers have the same number.
         assert self.options.state_slots is not None
         self.num_slots = 1 + self.options.state_slots

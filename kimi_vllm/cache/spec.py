@@ -51,9 +51,9 @@ class SlotLayout:
         geometry: KimiGeometry,
         num_layers: int,
         tensor_parallel_size: int = 1,
-        conv_dtype: torch.dtype = torch.float32,
+        **dtypes: torch.dtype,
     ) -> Self:
-        """The layout for `num_layers` KDA layers of a model whose heads are split over ranks.
+        """The layout for `num_layers` KDA layers of a model whose heads are split over ranks; `dtypes` as attributes.
 
         Raises:
             ValueError: the heads do not divide over the ranks.
@@ -64,4 +64,4 @@ class SlotLayout:
                 f"--tensor-parallel-size {tensor_parallel_size}: the model's {heads} KDA heads do not divide by it."
             )
         heads //= tensor_parallel_size
-        return cls(num_layers, heads, geometry.linear_head_dim, geometry.conv_width, conv_dtype=conv_dtype)
+        return cls(num_layers, heads, geometry.linear_head_dim, geometry.conv_width, **dtypes)

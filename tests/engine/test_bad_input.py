@@ -81,6 +81,10 @@ def test_a_tensor_of_the_wrong_shape_is_named(config, tensors, tmp_path):
             "kimi.state_slots: 10000000 KDA state slots of 0.2 MiB need",
         ),
         (
+            {"additional_config": {"kimi": {"state_dtype": "bfloat16"}}},
+            "kimi.state_dtype: on CPUs states are float32, not torch.bfloat16",
+        ),
+        (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
             "--speculative-config: kimi-vllm does not support it",
         ),
@@ -89,7 +93,7 @@ def test_a_tensor_of_the_wrong_shape_is_named(config, tensors, tmp_path):
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls .*: kimi-vllm needs"),
         ({"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "--worker-cls .*: kimi-vllm needs"),
     ],
-    ids=["option", "memory", "speculative", "lora", "fp8-cache", "scheduler", "worker"],
+    ids=["option", "memory", "state-dtype", "speculative", "lora", "fp8-cache", "scheduler", "worker"],
 )
 def test_what_is_not_served_is_refused_by_name(options, message):
     fails(message, RECALL, **options)

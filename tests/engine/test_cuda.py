@@ -95,9 +95,15 @@ def test_logits_equal_transformers(name, dtype, smooth):
         assert error <= TOLERANCE[dtype], f"{len(prompt)} tokens: {error:.1e}"
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("scheduling", [True, False], ids=["async", "sync"])
-def test_recall_with_graphs_chunks_hits_and_preemption(dtype, scheduling):
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "scheduling"),
+    [
+        *((dtype, "float32", scheduling) for dtype in TOLERANCE for scheduling in (True, False)),
+        ("bfloat16", "bfloat16", True),
+        ("float16", "float16", True),
+    ],
+)
+def test_recall_with_graphs_chunks_hits_preemption_and_swaps(dtype, state_dtype, scheduling):
     from vllm import SamplingParams
 
     rng = random.Random(6)
@@ -111,9 +117,11 @@ def test_recall_with_graphs_chunks_hits_and_preemption(dtype, scheduling):
         "enable_prefix_caching": True,
         "num_gpu_blocks_override": 60,
         "skip_tokenizer_init": False,
+        "additional_config": {"kimi": {"state_dtype": state_dtype, "state_slots": 36, "host_memory_gib": 0.1}},
     }
     with engine(RECALL, **options) as running:
         assert running.scheduler.scheduler_config.async_scheduling == scheduling
+        assert running.pool.state.dtype == running.pool.host_state.dtype == getattr(torch, state_dtype)
         # Long answers, so that requests outgrow the pages; the last questions again, which hit what they have left.
         for questions in (asked, asked[-4:]):
             parameters = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
@@ -126,6 +134,7 @@ def test_recall_with_graphs_chunks_hits_and_preemption(dtype, scheduling):
             assert sum(right) >= 0.99 * len(questions)
         assert sum(output.num_cached_tokens or 0 for output in outputs) > 0
         assert running.num_preemptions > 0
+        assert running.counts["swaps_out"] > 0
 
 
 def test_no_kernel_of_ours_is_compiled_for_a_request():

@@ -67,20 +67,33 @@ OF_TASK: dict[str, dict[str, Any]] = {
     }
 }
 
+HEADS_OF_48B: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "linear_attn_config": HUB_CONFIG["linear_attn_config"] | {"num_heads": 32},
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+"""The attention of the 48B model, for GPUs: the kernels that serve it serve this."""
 
-def hub_config(task: Task) -> dict[str, Any]:
+
+def hub_config(task: Task, heads_of_48b: bool = False) -> dict[str, Any]:
     """config.json of a task's model."""
-    return dict(sorted((HUB_CONFIG | OF_TASK.get(task.name, {}) | {"vocab_size": len(task.vocabulary)}).items()))
+    heads = HEADS_OF_48B if heads_of_48b else OF_TASK.get(task.name, {})
+    return dict(sorted((HUB_CONFIG | heads | {"vocab_size": len(task.vocabulary)}).items()))
 
 
-def build_model(task: Task, start_from: Path | None = None) -> KimiLinearForCausalLM:
+def build_model(task: Task, start_from: Path | None = None, heads_of_48b: bool = False) -> KimiLinearForCausalLM:
     """An untrained model, initialised by transformers (its `dt_bias` included) from torch's seed.
 
     Args:
         task: whose vocabulary it speaks.
         start_from: a checkpoint; parameters of the same name and shape are taken from it.
+        heads_of_48b: see `HEADS_OF_48B`.
     """
-    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(hub_config(task)))
+    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(hub_config(task, heads_of_48b)))
     for layer in model.model.layers:
         if hasattr(layer.self_attn, "conv1d"):
             layer.self_attn.conv1d.reset_parameters()  # see recall_checkpoint.build_model
@@ -108,12 +121,13 @@ def build_tokenizer(task: Task) -> PreTrainedTokenizerFast:
     )
 
 
-def save(model: KimiLinearForCausalLM, task: Task, out: Path) -> None:
+def save(model: KimiLinearForCausalLM, task: Task, out: Path, heads_of_48b: bool = False) -> None:
     """Write weights, configuration and tokenizer in the hub's layout.
 
     Args:
         model: on any device.
         task: whose vocabulary it speaks.
         out: folder, made if it is missing.
+        heads_of_48b: as it was built.
     """
-    recall_checkpoint.save_as_hub(model, out, hub_config(task), build_tokenizer(task))
+    recall_checkpoint.save_as_hub(model, out, hub_config(task, heads_of_48b), build_tokenizer(task))

@@ -8,8 +8,12 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +31,17 @@ MODELS = ROOT / "configs" / "models" / "synthetic"
 RESULTS = ROOT / "serve" / "bench" / "results"
 TASKS = ("palindrome", "mqar", "stack", "registers", "needle")
 LENGTHS = [256, 512, 1024, 2048]
-TRANSFORMERS, BFLOAT16 = "transformers", "bfloat16"
+TRANSFORMERS = "transformers"
+ROUNDED = {
+    "bfloat16": ("one-shot", {"dtype": "bfloat16"}),
+    "bfloat16, decoded": ("all at once", {"dtype": "bfloat16"}),
+    "states in bfloat16, decoded": ("all at once", {"state_dtype": "bfloat16"}),
+    "states in float16, decoded": ("all at once", {"state_dtype": "float16"}),
+    "all in bfloat16, decoded": ("all at once", {"dtype": "bfloat16", "state_dtype": "bfloat16"}),
+}
+"""Modes that round more than float32 does: how questions are asked, and of which engine. Answers may differ there."""
+ON_CPU = ("bfloat16",)
+"""Those a CPU serves; of states in other dtypes than float32 only GPUs have kernels."""
 MUST_REACH = {256: 0.99, 512: 0.99}
 """Accuracy in float32, by length."""
 NOISE = 2e-3
@@ -69,6 +83,7 @@ def _by_transformers(checkpoint: Path, questions: Any) -> Any:
 
     transformers_logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # its convolutions would round their operands
     model = KimiLinearForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
     answers = []
     with torch.no_grad():
@@ -102,11 +117,13 @@ def faults(result: dict[str, Any]) -> list[str]:
                 what = f"{task}, {length} tokens, {mode}"
                 share = row["right"] / row["asked"]
                 theirs = modes[TRANSFORMERS][length]
-                if mode != BFLOAT16 and share < MUST_REACH.get(int(length), 0):
+                if mode in ROUNDED:
+                    continue
+                if share < MUST_REACH.get(int(length), 0):
                     found.append(f"{what}: {share:.4f} right")
-                if mode != BFLOAT16 and row["margin"] > NOISE:
+                if row["margin"] > NOISE:
                     found.append(f"{what}: an answer differs where one-shot was sure by {row['margin']} nats")
-                if mode != BFLOAT16 and abs(share - theirs["right"] / theirs["asked"]) > 1e-3:
+                if abs(share - theirs["right"] / theirs["asked"]) > 1e-3:
                     found.append(
                         f"{what}: {share:.4f} right, but {theirs['right'] / theirs['asked']:.4f} in transformers"
                     )
@@ -126,6 +143,42 @@ def _table(task: str, modes: dict[str, Any]) -> Table:
     return table
 
 
+def _ask(name: str, models: Path, lengths: Sequence[int], sequences: int) -> dict[str, Any]:
+    """One task in all modes: what `_compare` found, by mode."""
+    import torch
+
+    from synthetic import serving
+    from synthetic.tasks import TASKS as ALL_TASKS
+
+    questions = serving.questions_of(ALL_TASKS[name], serving.counts_of(lengths, sequences))
+    runs = {TRANSFORMERS: _by_transformers(models / name, questions)}
+    with serving.serving(models / name, max(lengths)) as running:
+        for mode, ask in serving.MODES.items():
+            runs[mode] = ask(running, questions)
+    rounded = ROUNDED if torch.cuda.is_available() else ON_CPU
+    for mode in rounded:
+        asked, options = ROUNDED[mode]
+        with serving.serving(models / name, max(lengths), **options) as running:
+            runs[mode] = serving.MODES[asked](running, questions)
+    plain = runs["one-shot"].answers
+    return {mode: _compare(questions, run.answers, plain) for mode, run in runs.items()}
+
+
+def _beside(names: Sequence[str], jobs: int, options: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What `run` finds for each task, in processes of their own, so many at once."""
+
+    def one(name: str, file: Path) -> dict[str, Any]:
+        command = [sys.executable, __file__, "run", "--task", name, "--json", str(file), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not file.exists():  # faults alone end with 1 too, and are found again in what was measured
+            raise RuntimeError(f"{name}: exit status {done.returncode}\n{done.stderr[-4000:]}")
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda name: one(name, Path(folder) / f"{name}.json"), names)
+
+
 @app.command()
 def run(
     task: Only = None,
@@ -136,37 +189,36 @@ def run(
     sequences: Annotated[int, typer.Option(help="Of a task, all lengths together.", min=1, max=64)] = 64,
     file: Json = None,
     models: Annotated[Path, typer.Option(help="Folder with a checkpoint for every task.")] = MODELS,
+    jobs: Annotated[int, typer.Option(help="Tasks at once, a process each.", min=1)] = 1,
 ) -> None:
     """Ask every model in every mode, and transformers; exits with 1 if answers are not what they must be."""
-    from synthetic import serving
-    from synthetic.tasks import TASKS as ALL_TASKS
-
     console = Console(width=120)
     lengths = sorted(set(length or LENGTHS))
     if sequences < len(lengths):
         raise typer.BadParameter(f"--sequences {sequences}: at least one for each of {len(lengths)} lengths.")
     result: dict[str, Any] = {"bench": "synthetic", "sequences": sequences, "tasks": {}}
-    start, cpu = time.perf_counter(), time.process_time()
-    for name in task or TASKS:
-        if name not in ALL_TASKS:
-            raise typer.BadParameter(f"--task {name}: tasks are {', '.join(TASKS)}.")
-        questions = serving.questions_of(ALL_TASKS[name], serving.counts_of(lengths, sequences))
-        runs = {TRANSFORMERS: _by_transformers(models / name, questions)}
-        with serving.serving(models / name, max(lengths)) as running:
-            for mode, ask in serving.MODES.items():
-                runs[mode] = ask(running, questions)
-        with serving.serving(models / name, max(lengths), dtype=BFLOAT16) as running:
-            runs[BFLOAT16] = serving.one_shot(running, questions)
-        plain = runs["one-shot"].answers
-        modes = {mode: _compare(questions, run.answers, plain) for mode, run in runs.items()}
-        result["tasks"][name] = modes
-        console.print(_table(name, modes))
-        console.print(f"{time.perf_counter() - start:.0f} s so far, {time.process_time() - cpu:.0f} s of a core")
-    result["seconds"] = {"wall": round(time.perf_counter() - start), "cpu": round(time.process_time() - cpu)}
+    names = task or TASKS
+    if unknown := [name for name in names if name not in TASKS]:
+        raise typer.BadParameter(f"--task {unknown[0]}: tasks are {', '.join(TASKS)}.")
+    start, cpu = time.perf_counter(), 0.0
+    if jobs > 1:
+        options = [f"--length={n}" for n in lengths] + [f"--sequences={sequences}", f"--models={models}"]
+        found = _beside(names, jobs, options)
+    else:
+        found = ({"tasks": {name: _ask(name, models, lengths, sequences)}} for name in names)
+    before = time.process_time()
+    for part in found:
+        result["tasks"] |= part["tasks"]
+        cpu += part.get("seconds", {}).get("cpu", 0)
+        for name, modes in part["tasks"].items():
+            console.print(_table(name, modes))
+        console.print(f"{time.perf_counter() - start:.0f} s so far")
+    cpu += time.process_time() - before
+    result["seconds"] = {"wall": round(time.perf_counter() - start), "cpu": round(cpu)}
     if file is not None:
         _write(file, result)
-    if found := faults(result):
-        for fault in found:
+    if wrong := faults(result):
+        for fault in wrong:
             console.print(fault, style="red")
         raise typer.Exit(1)
 
@@ -198,12 +250,14 @@ def long(
     threads: Annotated[int, typer.Option(help="Of torch and of our kernels.")] = os.cpu_count() or 1,
     file: Json = None,
     model: Annotated[Path, typer.Option(help="Checkpoint of the needle task.")] = MODELS / "needle",
+    dtype: Annotated[str, typer.Option(help="As for `vllm serve`.")] = "float32",
+    state_dtype: Annotated[str, typer.Option(help="kimi.state_dtype")] = "float32",
 ) -> None:
     """Read a context of needles at 1 %, 50 % and 99 % in chunks and ask for each; exits with 1 for a wrong answer."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     from synthetic import long_stream
 
-    result = long_stream.read_and_ask(model, tokens, chunk, threads)
+    result = long_stream.read_and_ask(model, tokens, chunk, threads, dtype=dtype, state_dtype=state_dtype)
     console = Console(width=120)
     console.print(long_stream.table(result))
     if file is not None:

@@ -10,10 +10,13 @@ from rich.table import Table
 from support.engine import Engine, engine
 from vllm import SamplingParams, TokensPrompt
 
+from kimi_vllm.config_hook import geometry_of
 from synthetic.tasks import BOS, FILLERS, FIRST_FILLER, NEEDLE_KEYS, NEEDLE_VALUES, TASKS
 
 DEPTHS = (0.01, 0.5, 0.99)
 MIB = 2**20
+GPU_KV_BYTES = 4 * 2**30
+"""A million latents of 576 in two bytes are 1.1 GiB."""
 
 
 def make_context(length: int, seed: int = 0) -> tuple[list[int], list[tuple[int, int]]]:
@@ -67,6 +70,8 @@ def _ask(running: Engine, prompt: list[int], samples: list[dict[str, Any]] | Non
                     "pages": free - pages.get_num_free_blocks(),
                 }
             )
+            if torch.cuda.is_available():
+                samples[-1]["gpu_mib"] = round(torch.cuda.max_memory_allocated() / MIB, 1)
     [output] = outputs
     running.check_idle()
     return {
@@ -78,14 +83,17 @@ def _ask(running: Engine, prompt: list[int], samples: list[dict[str, Any]] | Non
     }
 
 
-def read_and_ask(model: Path, tokens: int, chunk: int, threads: int) -> dict[str, Any]:
+def read_and_ask(
+    model: Path, tokens: int, chunk: int, threads: int, dtype: str = "float32", state_dtype: str = "float32"
+) -> dict[str, Any]:
     """Read a context once and ask for each needle; all questions but the first find it in the prefix cache.
 
     Args:
         model: checkpoint of the needle task.
         tokens: length of the context.
         chunk: tokens in a step.
-        threads: of torch, whose attention takes most of the time.
+        threads: of torch, whose attention takes most of the time on a CPU.
+        dtype, state_dtype: of the model and of KDA's states.
 
     Returns:
         Questions with answers and times, memory over time, sizes of a slot, of a page and of both pools in bytes.
@@ -93,23 +101,28 @@ def read_and_ask(model: Path, tokens: int, chunk: int, threads: int) -> dict[str
     vocabulary = TASKS["needle"].vocabulary
     context, needles = make_context(tokens)
     options: dict[str, Any] = {
+        "dtype": dtype,
         "max_model_len": tokens + 64,
         "max_num_seqs": 1,
         "max_num_batched_tokens": chunk,
         "enable_prefix_caching": True,
-        "additional_config": {"kimi": {"state_slots": 4}},
+        "additional_config": {"kimi": {"state_slots": 4, "state_dtype": state_dtype}},
     }
+    if torch.cuda.is_available():
+        options["kv_cache_memory_bytes"] = GPU_KV_BYTES
     asked: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     with engine(model, **options) as running:
-        assert torch.get_num_threads() == threads
+        assert torch.cuda.is_available() or torch.get_num_threads() == threads
         for number, (depth, (key, value)) in enumerate(zip(DEPTHS, needles, strict=True)):
             prompt = [*context, vocabulary.index("<ask>"), key]
             found = _ask(running, prompt, samples if number == 0 else None)
             asked.append(
                 {"depth": depth, "tokens_ago": tokens - round(depth * tokens), "right": vocabulary[value], **found}
             )
-        latents = next(layer for layer in running.model.modules() if type(layer).__name__ == "LatentAttention").kv_cache
+        attention = ("LatentAttention", "MLAAttention")  # ours, vLLM's
+        latents = next(layer for layer in running.model.modules() if type(layer).__name__ in attention).kv_cache
+        geometry = geometry_of(running.worker.model_config)
         sizes = {
             "slot_bytes": running.pool.layout.slot_bytes,
             "slots_bytes": running.pool.nbytes,
@@ -121,6 +134,10 @@ def read_and_ask(model: Path, tokens: int, chunk: int, threads: int) -> dict[str
         "tokens": tokens,
         "chunk": chunk,
         "threads": threads,
+        "dtype": dtype,
+        "state_dtype": state_dtype,
+        "kda_heads": geometry.linear_num_heads,
+        "mla_heads": geometry.num_attention_heads,
         "asked": asked,
         "sizes": sizes,
         "memory": samples[:: max(1, len(samples) // 50)] + samples[-1:],

@@ -134,10 +134,14 @@ def counts_of(lengths: Sequence[int], sequences: int) -> dict[int, int]:
 
 
 @contextmanager
-def serving(checkpoint: Path, longest: int, **options: Any) -> Iterator[Engine]:
+def serving(checkpoint: Path, longest: int, state_dtype: str = "float32", **options: Any) -> Iterator[Engine]:
     """An engine that can be asked questions of up to `longest` tokens, 64 at once."""
     if torch.cuda.is_available():
-        forced: dict[str, Any] = {"enable_trace_replay": True}
+        forced: dict[str, Any] = {
+            "enable_trace_replay": True,
+            "enforce_eager": False,
+            "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, SEQUENCES]},
+        }
     else:
         forced = {"logits_processors": [Replay], "async_scheduling": False}
     defaults = {
@@ -145,7 +149,7 @@ def serving(checkpoint: Path, longest: int, **options: Any) -> Iterator[Engine]:
         "max_num_seqs": SEQUENCES,
         "max_num_batched_tokens": max(longest, 2048),
         "enable_prefix_caching": True,
-        "additional_config": {"kimi": {"state_slots": SLOTS}},
+        "additional_config": {"kimi": {"state_slots": SLOTS, "state_dtype": state_dtype}},
     }
     with engine(checkpoint, **(defaults | forced | options)) as running:
         yield running

@@ -50,6 +50,9 @@ def one(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = training.Recipe.lr,
     max_length: Annotated[int, typer.Option(help="Of training sequences; 512 and its halves down to 32.")] = 512,
     start_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint, where shapes are equal.")] = None,
+    heads_of_48b: Annotated[
+        bool, typer.Option("--heads-of-48b", help="32 KDA heads, 32 MLA heads over latents of 512: for GPUs.")
+    ] = False,
 ) -> None:
     """Train one task's model from one seed, measure it, and write its checkpoint."""
     task = _task(name)
@@ -61,14 +64,14 @@ def one(
     recipe = training.Recipe(
         seed=seed, steps=steps, seconds=60 * minutes, tokens=tokens, lr=lr, lengths=lengths, probe_lengths=lengths[-2:]
     )
-    model = checkpoint.build_model(task, start_from).to(device)
+    model = checkpoint.build_model(task, start_from, heads_of_48b).to(device)
     start = time.perf_counter()
     curve = training.train(model, task, recipe, f"{name}-s{seed}")
     seconds = time.perf_counter() - start
     torch.set_float32_matmul_precision("highest")
     measured = training.final_accuracy(model, task, recipe)
     model.cpu()
-    checkpoint.save(model, task, out)
+    checkpoint.save(model, task, out, heads_of_48b)
     result: dict[str, Any] = {
         "task": name,
         "command": shlex.join(["python", "tests/synthetic/train.py", *sys.argv[1:]]),
