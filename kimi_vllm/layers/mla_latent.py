@@ -26,8 +26,9 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.layers.mla_latent_metadata import DeviceDecodes, LatentBackend, LatentMetadata
 
-TILE_ELEMENTS = 1 << 22
-"""Scores, or gathered latent elements, held at once per layer: 16 MiB in fp32, which stays in the last-level cache."""
+TILE_ELEMENTS, GPU_TILE_ELEMENTS = 1 << 22, 1 << 26
+"""Scores, or gathered latent elements, held at once per layer: on a CPU 16 MiB in fp32, which stay in the last-level
+cache; on a GPU as many as make launches worth their while."""
 FLASH_DEVICES = ("cpu",)
 """Where torch has flash attention for every dtype and head size that also returns the logarithm of its weights' sum."""
 
@@ -163,6 +164,11 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     def _block_size(self) -> int:
         return self.kv_cache.shape[2]
 
+    def _tile(self, elements: int) -> int:
+        """Tokens in whole blocks, each of so many elements, that are held at once."""
+        most = TILE_ELEMENTS if self.kv_cache.device.type == "cpu" else GPU_TILE_ELEMENTS
+        return max(1, most // elements // self._block_size) * self._block_size
+
     @property
     def _projections(self) -> tuple[Tensor, Tensor]:
         """W_UK ``[H, nope, R]`` and W_UV ``[H, R, v]``, read out of the projection whatever form its weights are in."""
@@ -176,7 +182,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
 
     def _decode(self, query: Tensor, step: LatentMetadata) -> Tensor:
         rows, query = query.shape[0], self._absorbed(query)
-        tile = max(1, TILE_ELEMENTS // (rows * self.latent_dim) // self._block_size)  # blocks
+        tile = self._tile(rows * self.latent_dim) // self._block_size
         num_blocks = step.decode_tables.shape[1]
         if num_blocks <= tile:
             scores, values = self._decode_tile(query, step.decode_tables, step.decode_bias)
@@ -209,7 +215,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         num_queries = query.shape[0]
         length = context + num_queries
         query = query.transpose(0, 1) * self.scale  # [H, n, nope + rope]
-        tile = max(1, TILE_ELEMENTS // (self.num_heads * num_queries) // self._block_size) * self._block_size
+        tile = self._tile(self.num_heads * num_queries)
         if length <= tile:
             scores, values = self._prefill_tile(query, context, table, 0, length)
             return (scores.softmax(-1).to(values.dtype) @ values).transpose(0, 1)
@@ -225,7 +231,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     def _prefill_flash(self, query: Tensor, context: int, table: Tensor) -> Tensor:
         """Tiles of what is before the chunk, then the chunk: scores stay in torch's kernel, a few KiB at a time."""
         width = max(query.shape[2], self.value)  # of queries, keys and values alike
-        tile = max(1, TILE_ELEMENTS // (2 * self.num_heads * width) // self._block_size) * self._block_size
+        tile = self._tile(2 * self.num_heads * width)
         query = pad(query.transpose(0, 1), (0, width - query.shape[2]))[None]
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         result, before = torch.zeros(query.shape), torch.full(query.shape[:3], -torch.inf)

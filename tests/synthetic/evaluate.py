@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,16 +151,19 @@ def _ask(name: str, models: Path, lengths: Sequence[int], sequences: int) -> dic
     from synthetic import serving
     from synthetic.tasks import TASKS as ALL_TASKS
 
+    start = time.perf_counter()
     questions = serving.questions_of(ALL_TASKS[name], serving.counts_of(lengths, sequences))
     runs = {TRANSFORMERS: _by_transformers(models / name, questions)}
     with serving.serving(models / name, max(lengths)) as running:
         for mode, ask in serving.MODES.items():
             runs[mode] = ask(running, questions)
+            typer.echo(f"{name}: {mode}, {time.perf_counter() - start:.0f} s", err=True)
     rounded = ROUNDED if torch.cuda.is_available() else ON_CPU
-    for mode in rounded:
-        asked, options = ROUNDED[mode]
+    for options, same in groupby(rounded, lambda mode: ROUNDED[mode][1]):
         with serving.serving(models / name, max(lengths), **options) as running:
-            runs[mode] = serving.MODES[asked](running, questions)
+            for mode in same:
+                runs[mode] = serving.MODES[ROUNDED[mode][0]](running, questions)
+                typer.echo(f"{name}: {mode}, {time.perf_counter() - start:.0f} s", err=True)
     plain = runs["one-shot"].answers
     return {mode: _compare(questions, run.answers, plain) for mode, run in runs.items()}
 
@@ -169,9 +173,9 @@ def _beside(names: Sequence[str], jobs: int, options: Sequence[str]) -> Iterator
 
     def one(name: str, file: Path) -> dict[str, Any]:
         command = [sys.executable, __file__, "run", "--task", name, "--json", str(file), *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         if not file.exists():  # faults alone end with 1 too, and are found again in what was measured
-            raise RuntimeError(f"{name}: exit status {done.returncode}\n{done.stderr[-4000:]}")
+            raise RuntimeError(f"{name}: exit status {done.returncode}")
         found: dict[str, Any] = json.loads(file.read_text())
         return found
 

@@ -129,6 +129,17 @@ def switched_off(model: KimiLinearForCausalLM, kind: str) -> Iterator[None]:
             hook.remove()
 
 
+def drop(model: KimiLinearForCausalLM, kind: str, share: float) -> None:
+    """Let all layers of one kind add nothing to the hidden state of a random share of sequences, in training only."""
+
+    def hook(_module: Any, _inputs: Any, out: torch.Tensor) -> torch.Tensor:
+        return out * (torch.rand(len(out), 1, 1, device=out.device) >= share) if torch.is_grad_enabled() else out
+
+    for layer in model.model.layers:
+        if layer.block_type == kind:
+            layer.self_attn.o_proj.register_forward_hook(hook)
+
+
 class GateWatch:
     """Losses on the gates of the last batch.
 

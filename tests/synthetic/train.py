@@ -50,6 +50,9 @@ def one(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = training.Recipe.lr,
     max_length: Annotated[int, typer.Option(help="Of training sequences; 512 and its halves down to 32.")] = 512,
     start_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint, where shapes are equal.")] = None,
+    mla_dropout: Annotated[
+        float, typer.Option(help="Share of sequences that go without the MLA layer.", min=0, max=1)
+    ] = training.Recipe.mla_dropout,
     heads_of_48b: Annotated[
         bool, typer.Option("--heads-of-48b", help="32 KDA heads, 32 MLA heads over latents of 512: for GPUs.")
     ] = False,
@@ -62,7 +65,14 @@ def one(
     torch.manual_seed(seed)
     lengths = tuple(n for n in training.Recipe.lengths if n <= max_length)
     recipe = training.Recipe(
-        seed=seed, steps=steps, seconds=60 * minutes, tokens=tokens, lr=lr, lengths=lengths, probe_lengths=lengths[-2:]
+        seed=seed,
+        steps=steps,
+        seconds=60 * minutes,
+        tokens=tokens,
+        lr=lr,
+        lengths=lengths,
+        probe_lengths=lengths[-2:],
+        mla_dropout=mla_dropout,
     )
     model = checkpoint.build_model(task, start_from, heads_of_48b).to(device)
     start = time.perf_counter()

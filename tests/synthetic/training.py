@@ -39,6 +39,7 @@ class Recipe:
         weight_decay: on matrices only.
         fast_weight: weight of the loss on gates that forget very fast.
         keep_weight: weight of the loss on gates that forget, and on writes, at filler (needle only).
+        mla_dropout: share of sequences in which the MLA layer adds nothing, so that the memory is in the KDA layers.
     """
 
     seed: int = 0
@@ -53,6 +54,7 @@ class Recipe:
     weight_decay: float = 0.05
     fast_weight: float = 0.1
     keep_weight: float = 0.02
+    mla_dropout: float = 0.0
 
 
 @dataclass
@@ -104,6 +106,8 @@ class Stepper:
         self._model, self._task = model, task
         device = model.device
         self._watch = fast_kda.GateWatch(model, recipe.fast_weight, recipe.keep_weight)
+        if recipe.mla_dropout:
+            fast_kda.drop(model, "full_attention", recipe.mla_dropout)
         self.lr = torch.zeros((), device=device)
         decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and "A_log" not in name]
         kept = [p for name, p in model.named_parameters() if p.dim() < 2 or "A_log" in name]
