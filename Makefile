@@ -42,8 +42,8 @@ load: $(VENV) ## load test of the tiny model: traffic of several kinds, one HTML
 soak: $(VENV) ## 20 minutes of load after 7 that find its rate and warm up: no errors, level memory, free slots
 	@.venv/bin/python serve/load_test.py soak
 
-eval: $(VENV) ## trained models answer in every mode of serving, beside transformers (10 minutes)
-	@.venv/bin/python tests/synthetic/evaluate.py run
+eval: $(VENV) ## trained models answer in every mode of serving, beside transformers (5 minutes)
+	@.venv/bin/python tests/synthetic/evaluate.py run --jobs 2
 
 long: $(VENV) ## a context of a million tokens on this CPU, and questions about it (10 minutes)
 	@.venv/bin/python tests/synthetic/evaluate.py long

@@ -1,11 +1,15 @@
 """The generated parts of `proof.md`: what the models of the synthetic tasks answered."""
 
 import json
+from pathlib import Path
 from typing import Any
 
-from regions import ENGINE, _region, _table
+from regions import ENGINE, ROOT, _region, _table
 
 ACCURACY, LONG = ENGINE / "synthetic-2core.json", ENGINE / "synthetic-long-2core.json"
+ON_GPU = ENGINE / "synthetic-h100.json"
+LONG_ON_GPU = (ENGINE / "synthetic-long-h100.json", ENGINE / "synthetic-long-h100-48b-heads.json")
+TRAINED = ROOT / "configs" / "models" / "synthetic"
 PLAIN, THEIRS, BFLOAT16 = "one-shot", "transformers", "bfloat16"
 MIB = 2**20
 
@@ -29,34 +33,98 @@ def synthetic_accuracy() -> str:
     return _table([*columns, f"in bfloat16, {lengths[1]}"], cells)
 
 
-@_region
-def synthetic_modes() -> str:
-    """Answers that are not one-shot's, by mode, all tasks and lengths together."""
-    found = json.loads(ACCURACY.read_text())
+def _modes(path: Path, taught: bool = False) -> str:
+    """Answers that are not one-shot's, by mode, all tasks and lengths together; `taught`: also up to 512 tokens."""
+    found = json.loads(path.read_text())
     totals: dict[str, list[float]] = {}
     for modes in found["tasks"].values():
         for mode, rows in modes.items():
-            total = totals.setdefault(mode, [0, 0, 0, 0.0])
-            for row in rows.values():
+            total = totals.setdefault(mode, [0, 0, 0, 0.0, 0])
+            for length, row in rows.items():
                 for place, key in enumerate(("asked", "right", "differ")):
                     total[place] += row[key]
                 total[3] = max(total[3], row["margin"])
+                total[4] += row["differ"] * (int(length) <= 512)
     cells = [
-        [mode, f"{asked:,}", f"{right / asked:.3%}", str(differ), f"{margin:.1e}" if differ else "–"]
-        for mode, (asked, right, differ, margin) in totals.items()
+        [
+            *(mode, f"{asked:,}", f"{right / asked:.3%}", str(differ)),
+            *[str(short)] * taught,
+            f"{margin:.1e}" if differ else "–",
+        ]
+        for mode, (asked, right, differ, margin, short) in totals.items()
     ]
-    return _table(["mode", "answers", "right", "not one-shot's", "one-shot's largest lead there, nats"], cells)
+    columns = ["mode", "answers", "right", "not one-shot's", *["of these up to 512 tokens"] * taught]
+    return _table([*columns, "one-shot's largest lead there, nats"], cells)
 
 
 @_region
-def synthetic_measured() -> str:
-    """Where and how long the evaluation ran."""
-    found = json.loads(ACCURACY.read_text())
+def synthetic_modes() -> str:
+    """Answers of each mode on a CPU."""
+    return _modes(ACCURACY)
+
+
+@_region
+def synthetic_gpu_modes() -> str:
+    """Answers of each mode on a GPU."""
+    return _modes(ON_GPU, taught=True)
+
+
+def _measured(path: Path) -> str:
+    found = json.loads(path.read_text())
     env, seconds = found["env"], found["seconds"]
     return (
         f"Measured on {found['date']}, {env['device']}, {env['cores']} cores, torch {env['torch']}, {env['vllm']}, "
         f"transformers {env['transformers']}: {seconds['cpu'] / 60:.1f} minutes of one core."
     )
+
+
+@_region
+def synthetic_measured() -> str:
+    """Where and how long the evaluation ran on a CPU."""
+    return _measured(ACCURACY)
+
+
+@_region
+def synthetic_gpu_measured() -> str:
+    """Where and how long it ran on a GPU, and whether the answers are those of the CPU."""
+    here, there = (json.loads(path.read_text())["tasks"] for path in (ACCURACY, ON_GPU))
+    rights = [[row["right"] for modes in tasks.values() for row in modes[PLAIN].values()] for tasks in (here, there)]
+    same = (
+        "as many right in every task at every length as on the CPU" if rights[0] == rights[1] else "not as on the CPU"
+    )
+    return f"{_measured(ON_GPU)} One-shot: {same}."
+
+
+@_region
+def synthetic_seeds() -> str:
+    """Accuracy of transformers after training from one seed and from another."""
+    cells = []
+    for task in json.loads(ACCURACY.read_text())["tasks"]:
+        runs = [json.loads((TRAINED / task / name).read_text()) for name in ("training.json", "training-seed1.json")]
+        shares = [f"{run['accuracy'][THEIRS][length]:.2%}" for length in ("256", "512") for run in runs]
+        cells.append([task, *shares])
+    return _table(["right, transformers", "256 tokens, seed 0", "seed 1", "512 tokens, seed 0", "seed 1"], cells)
+
+
+@_region
+def synthetic_gpu_long() -> str:
+    """The long context on a GPU, for the shipped model and for one with the heads of 48B."""
+    cells = []
+    for path in LONG_ON_GPU:
+        found = json.loads(path.read_text())
+        asked, last, sizes = found["asked"], found["memory"][-1], found["sizes"]
+        answers = ", ".join(f"`{row['answer']}`" for row in asked)
+        right = "all right" if all(row["answer"] == row["right"] for row in asked) else "not all right"
+        cells.append(
+            [
+                f"{found['kda_heads']} KDA, {found['mla_heads']} MLA heads, {found['dtype']}",
+                f"{answers}: {right}",
+                f"{asked[0]['seconds']:.1f} s, then {asked[1]['seconds']:.1f} and {asked[2]['seconds']:.1f} s",
+                f"{last['slots']} slots of {sizes['slot_bytes'] / MIB:.2f} MiB",
+                f"{last['pages']:,} pages, {last['pages'] * sizes['page_bytes'] / MIB:,.0f} MiB",
+            ]
+        )
+    return _table(["a million tokens, NVIDIA H100", "at 1, 50 and 99 %", "answered after", "state", "KV cache"], cells)
 
 
 @_region

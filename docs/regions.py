@@ -141,6 +141,40 @@ def h200_batches() -> str:
     return _table(["as many as fit (at most 256), context", "kimi-vllm", "", "in-tree", ""], cells)
 
 
+def _options() -> list[tuple[str, Row, Row]]:
+    """By context: our row with options set for long requests, and vLLM's plain one, of another card."""
+    theirs = {case["context"]: row for case, _, row in _pairs("tpot", _h200()) if row and case["batch"] != "1"}
+    rows = [row for row in read(ENGINE / "h200-options.jsonl") if row["case"].get("batch") == "largest"]
+    return [(tokens(row["case"]["context"]), row, theirs[row["case"]["context"]]) for row in rows]
+
+
+@_region
+def h200_options() -> str:
+    """Steps with as many requests as fit, with options set for long requests."""
+    cells = [
+        [
+            context,
+            *(
+                f"{r['requests']} requests, {r['tpot']['p50_ms']:.1f} ms, {r['tokens_per_s']:,.0f} tokens/s"
+                for r in pair
+            ),
+        ]
+        for context, *pair in _options()
+    ]
+    return _table(["as many as fit, context", "kimi-vllm with both options", "in-tree"], cells)
+
+
+@_region
+def h200_options_short() -> str:
+    """The same in a sentence."""
+    found = [
+        f"{ours['tokens_per_s']:,.0f} tokens/s at {context} (in-tree {theirs['tokens_per_s']:,.0f})"
+        for context, ours, theirs in _options()
+        if context != "4K"
+    ]
+    return f"On another H200, with `typical_tokens` 32768 and `state_dtype` bfloat16: {' and '.join(found)}."
+
+
 @_region
 def h200_load() -> str:
     """Tokens while prompts arrive, and time to the first token."""

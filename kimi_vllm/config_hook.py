@@ -176,6 +176,7 @@ def _size(vllm_config: VllmConfig, options: KimiOptions) -> None:
         prefix_caching=bool(cache.enable_prefix_caching),
         checkpoint_share=options.checkpoint_share,
         state_slots=options.state_slots,
+        typical_tokens=options.typical_tokens,
         num_pages=_pages_asked(vllm_config, costs.page),
         fill=not current_platform.is_cpu(),
         any_length=vllm_config.model_config.original_max_model_len == -1,

@@ -20,6 +20,9 @@ class KimiOptions:
     Attributes:
         state_slots: slots of the KDA state pool that requests and checkpoints share. Default: chosen from
             memory by `planning.size`, at most one per sequence (``--max-num-seqs``) beside those for checkpoints.
+        typical_tokens: tokens of a request at its end. Where memory is short of a slot per sequence, `state_slots` is
+            chosen so that each running request has a KV cache of so many: 8192 gives the 48B model's state and KV cache
+            about half of the memory each. Set it to what your requests have.
         state_dtype: of KDA's recurrent state. "float32", as the checkpoint was trained; on GPUs also "bfloat16" or
             "float16", which halve a request's state and round it after every step.
         checkpoint_interval: with prefix caching, also keep the state every so many tokens of a prompt, rounded up
@@ -37,6 +40,7 @@ class KimiOptions:
     """
 
     state_slots: int | None = None
+    typical_tokens: int = 8192
     state_dtype: str = "float32"
     checkpoint_interval: int = 0
     checkpoint_share: float = 0.1
@@ -50,6 +54,8 @@ class KimiOptions:
                 f"kimi.state_slots={self.state_slots!r}: expected an integer of at least 2. A request that resumes "
                 "from a checkpoint reads one slot and writes another, so one slot could wait for itself."
             )
+        if not _is_int(self.typical_tokens) or self.typical_tokens < 1:
+            raise OptionsError(f"kimi.typical_tokens={self.typical_tokens!r}: expected a number of tokens.")
         if not _is_int(self.checkpoint_interval) or self.checkpoint_interval < 0:
             raise OptionsError(
                 f"kimi.checkpoint_interval={self.checkpoint_interval!r}: expected a number of tokens, or 0."

@@ -50,6 +50,7 @@ def plan(
     prefix_caching: Annotated[bool, typer.Option(help="Whether checkpoints are kept for later requests.")] = True,
     checkpoint_share: Annotated[float, typer.Option(help="kimi.checkpoint_share")] = KimiOptions().checkpoint_share,
     state_slots: Annotated[int | None, typer.Option(help="kimi.state_slots; default: chosen.")] = None,
+    typical_tokens: Annotated[str, typer.Option(help="kimi.typical_tokens, such as 32k.")] = "8k",
     gpu_memory_utilization: Annotated[float, typer.Option(min=0.1, max=1, help="As for `vllm serve`.")] = 0.92,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block of the KV cache.")] = 64,
     device: Annotated[
@@ -71,7 +72,7 @@ def plan(
     from kimi_vllm.planning import Demand, PlanError
 
     try:
-        options = KimiOptions(state_slots=state_slots, checkpoint_share=checkpoint_share)
+        options = KimiOptions(state_slots, parse_tokens(typical_tokens), checkpoint_share=checkpoint_share)
         geometry, written, longest = read_model(model)
         shown = tuple(parse_tokens(context) for context in contexts.split(","))
         weights: torch.dtype = written if dtype == "auto" else getattr(torch, dtype)
@@ -82,6 +83,7 @@ def plan(
             prefix_caching=prefix_caching,
             checkpoint_share=options.checkpoint_share,
             state_slots=options.state_slots,
+            typical_tokens=options.typical_tokens,
             fill=device == "cuda",
         )
         made = Plan(

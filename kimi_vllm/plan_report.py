@@ -47,14 +47,12 @@ class InTree:
     states: int
 
     @classmethod
-    def of(
-        cls, geometry: KimiGeometry, itemsize: int, ranks: int, state_dtype: torch.dtype, *, prefix_caching: bool
-    ) -> "InTree":
-        """Sizes for one worker; conv states are in the model's dtype there, and one column shorter than ours."""
+    def of(cls, geometry: KimiGeometry, itemsize: int, ranks: int, *, prefix_caching: bool) -> "InTree":
+        """Sizes for one worker. There states are always float32, convs in the model's dtype and one column shorter."""
         num_kda, heads = sum(geometry.kda), geometry.linear_num_heads // ranks
         num_mla, dim = geometry.num_layers - num_kda, geometry.linear_head_dim
         token = geometry.latent_dim * itemsize
-        state = heads * dim * (dim * state_dtype.itemsize + 3 * (geometry.conv_width - 1) * itemsize)
+        state = heads * dim * (dim * torch.float32.itemsize + 3 * (geometry.conv_width - 1) * itemsize)
         block_size = 128 * -(-state // (128 * token))
         few, many = sorted((num_kda, num_mla))
         group = many if many < 1.5 * few else few
@@ -108,7 +106,7 @@ class Plan:
     def in_tree(self) -> InTree:
         """What vLLM's own cache would hold."""
         caching = self.demand.prefix_caching
-        return InTree.of(self.geometry, self.itemsize, self.ranks, self.state_dtype, prefix_caching=caching)
+        return InTree.of(self.geometry, self.itemsize, self.ranks, prefix_caching=caching)
 
     @property
     def break_even(self) -> int:

@@ -14,12 +14,8 @@ import torch
 from kimi_vllm.cache.slots import MIN_SLOTS
 from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.options import KimiOptions
 from kimi_vllm.precision import conv_dtype, router_dtype
-
-TYPICAL_TOKENS = 8192
-"""Tokens of KV cache that come with every live slot when memory does not suffice for all sequences asked for. A slot
-without pages is of no use: the request would be preempted. Fewer would favour many short requests, more would favour
-few long ones; with this many, the 48B model gives about half of its cache memory to either kind."""
 
 _VOCAB_MULTIPLE = 64
 _INPUT_COLUMNS = 16
@@ -110,6 +106,7 @@ class Demand:
         prefix_caching: whether states are kept for later requests.
         checkpoint_share: see `KimiOptions`.
         state_slots: slots asked for by the user; None to choose.
+        typical_tokens: see `KimiOptions`. A slot without pages is of no use: the request would be preempted.
         num_pages: blocks of the KV cache asked for by the user; None to choose.
         fill: whether to use all memory, as is the custom on a GPU. Otherwise no more than the sequences can use.
         any_length: whether `max_model_len` may still be lowered to what fits (``--max-model-len auto``).
@@ -121,6 +118,7 @@ class Demand:
     prefix_caching: bool
     checkpoint_share: float
     state_slots: int | None = None
+    typical_tokens: int = KimiOptions().typical_tokens
     num_pages: int | None = None
     fill: bool = True
     any_length: bool = False
@@ -216,7 +214,7 @@ def cache_bytes(memory: int, utilization: float, costs: Costs) -> int:
 def size(costs: Costs, demand: Demand, available: int) -> Sizing:
     """Divide `available` bytes, those of `cache_bytes`, between state slots and KV cache.
 
-    Live slots come first, each with KV cache for `TYPICAL_TOKENS`, up to one per sequence; then checkpoints within
+    Live slots come first, each with KV cache for `typical_tokens`, up to one per sequence; then checkpoints within
     their share; the KV cache gets the rest. Numbers that the user gave are taken as they are.
 
     Raises:
@@ -253,7 +251,7 @@ def _slots(costs: Costs, demand: Demand, available: int, longest: int) -> tuple[
     if demand.num_pages is not None:
         live = _fit(left - demand.num_pages * costs.page, costs.slot)
     else:
-        typical = demand.blocks(min(TYPICAL_TOKENS, demand.max_model_len)) * costs.page
+        typical = demand.blocks(min(demand.typical_tokens, demand.max_model_len)) * costs.page
         # The longest request must fit whatever the number of slots, or vLLM refuses to start once all is loaded.
         live = min(_fit(left - costs.page, costs.slot + typical), _fit(left - (1 + longest) * costs.page, costs.slot))
     live = min(live, demand.max_num_seqs)

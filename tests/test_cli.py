@@ -160,7 +160,7 @@ def test_plan_takes_a_file_half_the_state_and_a_binary_size() -> None:
     assert status == 0
     assert report["memory"] == 131 * 2**30
     assert report["sizing"]["costs"]["slot"] == 20 * (2**20 + 4 * 12_288 * 2)
-    assert report["in_tree_block_size"] == 1024
+    assert report["in_tree_block_size"] == 1920, "vLLM's own model keeps float32 states whatever is asked"
 
 
 def test_plan_on_two_devices_halves_the_state_but_not_the_latents() -> None:

@@ -23,13 +23,14 @@ def test_checkpoint_share_is_a_number_below_one(share):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"kimi": {"slots": 4}}, "kimi.slots: no such option. Known: state_slots, state_dtype, checkpoint_interval"),
+        ({"kimi": {"slots": 4}}, "kimi.slots: no such option. Known: state_slots, typical_tokens, state_dtype"),
         ({"kimi": {"state_slots": 1}}, "kimi.state_slots=1: expected an integer of at least 2"),
         ({"kimi": {"state_slots": "many"}}, "kimi.state_slots='many'"),
         ({"kimi": {"checkpoint_interval": -1}}, "kimi.checkpoint_interval=-1"),
         ({"kimi": {"checkpoint_share": 1}}, "kimi.checkpoint_share=1: expected a number from 0 to below 1"),
         ({"kimi": {"checkpoint_share": -0.1}}, "kimi.checkpoint_share=-0.1"),
         ({"kimi": {"checkpoint_share": "half"}}, "kimi.checkpoint_share='half'"),
+        ({"kimi": {"typical_tokens": 0}}, "kimi.typical_tokens=0: expected a number of tokens"),
         ({"kimi": {"state_dtype": "fp8"}}, "kimi.state_dtype='fp8': expected one of float32, bfloat16, float16"),
         ({"kimi": {"eviction": "fifo"}}, "kimi.eviction='fifo': expected one of value, lru"),
         ({"kimi": {"on_nonfinite": "ignore"}}, "kimi.on_nonfinite='ignore': expected one of abort, resume"),

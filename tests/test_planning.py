@@ -120,32 +120,15 @@ def test_break_even():
     assert made.break_even == 1884
 
 
-@pytest.mark.parametrize(
-    ("state", "ranks", "block_size"),
-    [
-        (torch.float32, 1, 1920),
-        (torch.float32, 2, 1024),
-        (torch.float32, 4, 512),
-        (torch.float32, 8, 256),
-        (torch.bfloat16, 1, 1024),
-    ],
-)
-def test_in_tree_block_size(state, ranks, block_size):
-    assert InTree.of(GEOMETRY, 2, ranks, state, prefix_caching=True).block_size == block_size
+@pytest.mark.parametrize(("ranks", "block_size"), [(1, 1920), (2, 1024), (4, 512), (8, 256)])
+def test_in_tree_block_size(ranks, block_size):
+    assert InTree.of(GEOMETRY, 2, ranks, prefix_caching=True).block_size == block_size
 
 
-@pytest.mark.parametrize(
-    ("state", "caching", "mebibytes"),
-    [
-        (torch.float32, False, 59.1),
-        (torch.float32, True, 103.4),
-        (torch.bfloat16, False, 31.5),
-        (torch.bfloat16, True, 55.1),
-    ],
-)
-def test_least_that_a_request_holds_in_tree(state, caching, mebibytes):
+@pytest.mark.parametrize(("caching", "mebibytes"), [(False, 59.1), (True, 103.4)])
+def test_least_that_a_request_holds_in_tree(caching, mebibytes):
     """One block of the MLA group, and one or two of each of three KDA groups: 20 layers in groups of 7."""
-    in_tree = InTree.of(GEOMETRY, 2, 1, state, prefix_caching=caching)
+    in_tree = InTree.of(GEOMETRY, 2, 1, prefix_caching=caching)
     assert (in_tree.mla_groups, in_tree.kda_groups) == (1, 3)
     assert round(in_tree.request_bytes(1) / MIB, 1) == mebibytes
 
@@ -160,6 +143,16 @@ def test_an_h200_by_hand():
     assert sizing.num_pages == (available - sizing.state_bytes) // 516_096
     assert sizing.longest(sizing.live) >= 8192
     assert sizing.concurrency(2**20) == 1
+
+
+def test_longer_typical_requests_get_fewer_slots_and_more_pages():
+    """Divided for requests of 8,192 tokens, 55 of 32,768 run at once; divided for those, 79."""
+    short, long = plan().sizing, plan(demand=replace(DEMAND, typical_tokens=32768)).sizing
+    assert (short.live, short.concurrency(32768)) == (222, 55)
+    assert (long.live, long.concurrency(32768)) == (79, 79)
+    assert long.state_bytes + long.kv_bytes <= plan().available
+    # Never more slots than sequences, however short requests are.
+    assert plan(demand=replace(DEMAND, typical_tokens=64)).sizing.live == DEMAND.max_num_seqs
 
 
 def test_a_small_cpu_model_gets_one_slot_per_sequence_and_as_many_for_checkpoints():

@@ -21,7 +21,7 @@ LARGE = Plan.for_model(ROOT / "configs" / "models" / "48b-a3b")
 
 @pytest.mark.parametrize(("context", "published"), [(4096, 1.47), (131072, 1.71), (1048576, 3.43)])
 def test_floor_of_the_48b_model_on_an_h200(context, published):
-    assert floor_ms(LARGE.geometry(), 1, context, bandwidth_tbps=4.8) == pytest.approx(published, rel=0.02)
+    assert floor_ms(step_bytes(LARGE.geometry(), 1, context), 4.8) == pytest.approx(published, rel=0.02)
 
 
 def test_floor_of_a_batch_reads_more_experts_but_none_twice():
@@ -29,6 +29,7 @@ def test_floor_of_a_batch_reads_more_experts_but_none_twice():
     one, many, endless = (step_bytes(geometry, batch, 4096) for batch in (1, 64, 10_000))
     assert many.kv == 64 * one.kv == 64 * 4096 * 8064
     assert many.state == 64 * one.state
+    assert one.state - step_bytes(geometry, 1, 4096, state_itemsize=2).state == 2 * 20 * 2**20
     assert one.weights < many.weights < 64 * one.weights
     embedding = geometry.vocab_size * geometry.hidden_size
     assert endless.weights == 2 * (49_122_681_728 - embedding)

@@ -240,11 +240,14 @@ def plot(
 
 @app.command()
 def curves(png: Annotated[Path, typer.Argument(help="The picture.")] = MODELS / "training.png") -> None:
-    """Draw the training curves of the shipped checkpoints."""
+    """Draw the training curves of the shipped checkpoints, and of another seed."""
     from synthetic import pictures
 
-    found = {name: json.loads((MODELS / name / "training.json").read_text()) for name in TASKS}
-    pictures.training({name: run.get("started_from", run) for name, run in found.items()}, png)
+    found, others = (
+        {name: json.loads((MODELS / name / file).read_text()) for name in TASKS}
+        for file in ("training.json", "training-seed1.json")
+    )
+    pictures.training({name: run.get("started_from", run) for name, run in found.items()}, others, png)
 
 
 @app.command()

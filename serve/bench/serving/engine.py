@@ -21,6 +21,7 @@ class BenchEngine:
     Attributes:
         num_preemptions: how often a request lost its memory so far.
         facts: what the engine chose by itself, for the rows.
+        state_itemsize: bytes of an element of KDA's recurrent state.
     """
 
     def __init__(self, plan: Plan, provider: str, *, cuda: bool) -> None:
@@ -54,6 +55,8 @@ class BenchEngine:
             raise WrongModel(f"{provider} was to be measured, but {module} serves. `kimi-vllm doctor` says why.")
         drawn = randomise(model) if plan.load_format == "dummy" else {}
         self.model = model
+        # vLLM's own model has no other state than one in float32.
+        self.state_itemsize = model.model.state_home.pool.state.itemsize if provider.startswith(OURS) else 4
         filled = self.make_noise()
         self.max_running = int(self.scheduler.max_num_running_reqs)
         self.max_model_len = int(self.config.model_config.max_model_len)

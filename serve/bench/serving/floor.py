@@ -7,7 +7,7 @@ its tokens chose, the latents of the context in the MLA layers, and reads and wr
     bytes(N, L) = w·(dense + touched(N)·expert) + N·(L·latents + 2·state)
     touched(N)  = E·(1 - (1 - k/E)^N)      experts of a layer that N tokens choose k of E from at random
     latents     = w·layers_MLA·(rank + rope)
-    state       = layers_KDA·(4·H·K·V + w·(width - 1)·3·H·K)      matrix in float32, convolution window in w bytes
+    state       = layers_KDA·(s·H·K·V + w·(width - 1)·3·H·K)      matrix in s bytes, convolution window in w
 
     time(N, L)  = bytes / (peak · ACHIEVABLE)
 
@@ -43,11 +43,13 @@ class StepBytes:
         return self.weights + self.kv + self.state
 
 
-def step_bytes(geometry: KimiGeometry, batch: int, context: int, itemsize: int = 2) -> StepBytes:
+def step_bytes(
+    geometry: KimiGeometry, batch: int, context: int, itemsize: int = 2, state_itemsize: int = 4
+) -> StepBytes:
     """Bytes of a decode step of `batch` sequences, each with `context` tokens behind it; see the module's formula."""
     num_kda = sum(geometry.kda)
     heads, dim = geometry.linear_num_heads, geometry.linear_head_dim
-    state = num_kda * (4 * heads * dim * dim + itemsize * (geometry.conv_width - 1) * 3 * heads * dim)
+    state = num_kda * (state_itemsize * heads * dim * dim + itemsize * (geometry.conv_width - 1) * 3 * heads * dim)
     latents = itemsize * (geometry.num_layers - num_kda) * geometry.latent_dim
     weights = num_parameters(geometry) - geometry.vocab_size * geometry.hidden_size
     if geometry.moe is not None:
@@ -66,6 +68,6 @@ def peak_tbps() -> float:
     return next((peak for part, peak in PEAKS_TBPS.items() if part in name), 0.0)
 
 
-def floor_ms(geometry: KimiGeometry, batch: int, context: int, bandwidth_tbps: float, itemsize: int = 2) -> float:
+def floor_ms(moved: StepBytes, bandwidth_tbps: float) -> float:
     """The floor of a decode step in milliseconds, for a peak bandwidth in 10^12 bytes per second."""
-    return step_bytes(geometry, batch, context, itemsize).total / (bandwidth_tbps * 1e9 * ACHIEVABLE)
+    return moved.total / (bandwidth_tbps * 1e9 * ACHIEVABLE)

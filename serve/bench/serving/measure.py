@@ -56,7 +56,8 @@ def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool
     requests = len(engine.scheduler.running)
     full = sum(len(tokens) == requests for _, tokens in clock.arrivals)
     geometry, itemsize = plan.geometry(), engine.config.model_config.dtype.itemsize
-    moved, peak = step_bytes(geometry, requests, context, itemsize), plan.bandwidth_tbps or peak_tbps()
+    moved = step_bytes(geometry, requests, context, itemsize, engine.state_itemsize)
+    peak = plan.bandwidth_tbps or peak_tbps()
     fields: dict[str, Any] = {
         "context": "synthetic",
         "requests": requests,
@@ -64,7 +65,7 @@ def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool
         "tokens_per_s": round(requests / seconds["p50_ms"] * 1e3, 1),
         "steps_with_all_requests": f"{full}/{len(clock.arrivals)}",
         "preemptions": engine.num_preemptions - preempted,
-        "floor_ms": None if not peak else round(floor_ms(geometry, requests, context, peak, itemsize), 4),
+        "floor_ms": None if not peak else round(floor_ms(moved, peak), 4),
         "floor_bytes": {"weights": moved.weights, "kv": moved.kv, "state": moved.state},
     }
     if not plan.profiled:
