@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import engine_regions  # noqa: F401  registers its parts
 import pictures
-import proof_regions  # noqa: F401  registers its parts
+import proof_regions  # noqa: F401
 import typer
 from regions import REGIONS
 

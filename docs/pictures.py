@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
-from regions import ENGINE, IN_TREE, OURS, read
+from regions import ENGINE
+from serving.plan import IN_TREE, OURS
+from serving.rows import read
 
 ROWS = ENGINE / "h200.jsonl"
 DRAWN = {ENGINE / f"h200-{name}.png": f"{name}.png" for name in ("tpot", "tpot-amortised", "kda-mla")}

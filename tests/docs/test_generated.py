@@ -11,6 +11,7 @@ import pytest
 from support.documents import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
+import engine_regions
 import generate
 import pictures
 import regions
@@ -62,18 +63,20 @@ def test_other_rows_make_a_stale_part(tmp_path: Path, monkeypatch: pytest.Monkey
     at_4k = next(row for row in ours if row["case"] == {"context": 4096, "batch": "1"})
     largest = next(row for row in ours if row["case"] == {"context": 4096, "batch": "largest"})
     at_4k["tpot"]["p50_ms"] = 3.5
-    monkeypatch.setattr(regions, "ENGINE", tmp_path)
+    monkeypatch.setattr(engine_regions, "ENGINE", tmp_path)
 
     def write(some: list[dict[str, Any]]) -> None:
         (tmp_path / "h200.jsonl").write_text("\n".join(json.dumps(row) for row in some))
 
     write(rows)
-    assert regions.h200_tpot().splitlines()[2].startswith("| 4K | 3.50 |")
+    assert engine_regions.h200_tpot().splitlines()[2].startswith("| 4K | 3.50 |")
     write(ours)
     assert (
-        regions.h200_tpot().splitlines()[2].startswith(f"| 4K | 3.50 | – | – | {at_4k['profile']['busy_ms']:.2f} / – |")
+        engine_regions.h200_tpot()
+        .splitlines()[2]
+        .startswith(f"| 4K | 3.50 | – | – | {at_4k['profile']['busy_ms']:.2f} / – |")
     )
-    assert f"| {largest['tokens_per_s']:,.0f} tokens/s | – | – |" in regions.h200_batches()
+    assert f"| {largest['tokens_per_s']:,.0f} tokens/s | – | – |" in engine_regions.h200_batches()
 
 
 @pytest.mark.parametrize(
