@@ -128,6 +128,22 @@ def synthetic_gpu_long() -> str:
 
 
 @_region
+def synthetic_long_short() -> str:
+    """The long context on a CPU and on a GPU, in a sentence."""
+    found, (small, large) = json.loads(LONG.read_text()), (json.loads(path.read_text()) for path in LONG_ON_GPU)
+    rights = [sum(row["answer"] == row["right"] for row in run["asked"]) for run in (found, small, large)]
+    seconds = [run["asked"][0]["seconds"] for run in (found, small, large)]
+    first, *_, last = found["memory"]
+    return (
+        f"A context of {found['tokens']:,} tokens with notes at 1, 50 and 99 %, then a question about each: "
+        f"{rights[0]} of 3 right on {found['threads']} CPU cores, read in {seconds[0]:,.0f} s; resident memory "
+        f"{first['rss_mib']:,.0f} MiB after the first step, {last['rss_mib']:,.0f} after the last. On an H100 "
+        f"{rights[1]} of 3 in {seconds[1]:.0f} s, and with {large['kda_heads']} KDA and {large['mla_heads']} MLA heads "
+        f"{rights[2]} of 3 in {seconds[2]:.0f} s."
+    )
+
+
+@_region
 def synthetic_long() -> str:
     """The long context: answers, time and memory."""
     found = json.loads(LONG.read_text())

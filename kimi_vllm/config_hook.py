@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from vllm import envs
 from vllm.config import CacheConfig, CompilationConfig, ModelConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
@@ -270,10 +271,18 @@ def _refuse_unserved(vllm_config: VllmConfig) -> None:
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--enable-lora": vllm_config.lora_config is not None,
+        # A prompt is cut into chunks where other requests leave room, and another cut is another rounding.
+        "VLLM_BATCH_INVARIANT=1": envs.VLLM_BATCH_INVARIANT,
     }
     for option, asked in refusals.items():
         if asked:
             raise ValueError(
                 f"{option}: kimi-vllm does not support it with KDA state yet. Drop the option, or set "
                 "KIMI_VLLM_DISABLE=1 to use vLLM's own Kimi Linear."
+            )
+    for name in ("mamba_cache_mode", "mamba_block_size", "mamba_cache_dtype", "mamba_ssm_cache_dtype"):
+        if getattr(vllm_config.cache_config, name) not in (None, "none", "auto"):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: it is for vLLM's own cache of states, which kimi-vllm replaces. Drop it; "
+                "kimi.state_dtype in --additional-config sets the dtype of states."
             )

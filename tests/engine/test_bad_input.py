@@ -90,13 +90,31 @@ def test_a_tensor_of_the_wrong_shape_is_named(config, tensors, tmp_path):
         ),
         ({"enable_lora": True}, "--enable-lora: kimi-vllm does not support it|does not support LoRA"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"mamba_ssm_cache_dtype": "bfloat16"}, r"--mamba-ssm-cache-dtype: .* kimi.state_dtype"),
+        ({"mamba_cache_mode": "align"}, "--mamba-cache-mode: it is for vLLM's own cache of states"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls .*: kimi-vllm needs"),
         ({"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "--worker-cls .*: kimi-vllm needs"),
     ],
-    ids=["option", "memory", "state-dtype", "speculative", "lora", "fp8-cache", "scheduler", "worker"],
+    ids=[
+        "option",
+        "memory",
+        "state-dtype",
+        "speculative",
+        "lora",
+        "fp8-cache",
+        "mamba-dtype",
+        "mamba-mode",
+        "scheduler",
+        "worker",
+    ],
 )
 def test_what_is_not_served_is_refused_by_name(options, message):
     fails(message, RECALL, **options)
+
+
+def test_batch_invariance_is_not_promised(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    fails("VLLM_BATCH_INVARIANT=1: kimi-vllm does not support it with KDA state yet", RECALL)
 
 
 def test_replicas_of_experts_on_a_cpu_are_refused_before_the_first_request_would_fail():
