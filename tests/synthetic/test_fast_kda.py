@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from synthetic import fast_kda
+from synthetic import checkpoint, fast_kda
 from synthetic.fast_kda import MIN_LOG_DECAY, chunk_kda, modeling
+from synthetic.tasks import TASKS
+from synthetic.training import forward
 
 
 def inputs(length: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -64,3 +66,21 @@ def test_inverse_of_a_unit_lower_triangle() -> None:
     product = (lower + torch.eye(32)) @ fast_kda._unit_lower_inverse(lower)
     assert torch.allclose(product, torch.eye(32).expand(3, 32, 32), atol=1e-4)
     assert F.relu(product.triu(1)).max() < 1e-4
+
+
+def test_layers_are_dropped_in_training_only_and_for_whole_sequences() -> None:
+    torch.manual_seed(0)
+    model = checkpoint.build_model(TASKS["needle"])
+    tokens = torch.randint(len(TASKS["needle"].vocabulary), (24, 6))
+    whole = forward(model, tokens).detach()
+    with fast_kda.switched_off(model, "full_attention"):
+        without = forward(model, tokens).detach()
+    assert not torch.allclose(whole, without, atol=1e-4)
+    fast_kda.drop(model, "full_attention", 0.5)
+    logits = forward(model, tokens).detach()
+    dropped = [torch.allclose(row, bare, atol=1e-5) for row, bare in zip(logits, without, strict=True)]
+    kept = [torch.allclose(row, full, atol=1e-5) for row, full in zip(logits, whole, strict=True)]
+    assert 0 < sum(dropped) < len(tokens)
+    assert [not gone for gone in dropped] == kept
+    with torch.no_grad():
+        assert torch.allclose(forward(model, tokens), whole, atol=1e-5)
