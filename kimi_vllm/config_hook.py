@@ -24,6 +24,7 @@ from kimi_vllm.geometry import GeometryError, KimiGeometry
 from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions, OptionsError
 from kimi_vllm.planning import Costs, Demand, cache_bytes, size
+from kimi_vllm.quantization import QuantizationError, WeightFormat
 
 logger = init_logger("vllm.kimi_vllm")
 
@@ -36,6 +37,7 @@ NATURAL_BLOCK_SIZE = 64
 _SCHEDULER = "kimi_vllm.cache.scheduler.KimiScheduler"
 _WORKER = "kimi_vllm.worker.KimiWorker"
 _GEOMETRY_ATTRIBUTE = "kimi_geometry"
+_KV_BYTES_ATTRIBUTE = "kimi_kv_bytes"
 
 
 class KimiLinearConfigHook(VerifyAndUpdateConfig):
@@ -95,6 +97,12 @@ def geometry_of(model_config: ModelConfig) -> KimiGeometry:
             "kimi-vllm's config hook did not run. Is the plugin listed in VLLM_PLUGINS? Run `kimi-vllm doctor`."
         )
     return KimiGeometry.from_dict(values)
+
+
+def planned_kv_bytes(model_config: ModelConfig) -> int | None:
+    """Bytes of the KV cache that a GPU worker is to have; None where vLLM or the user decides."""
+    planned: int | None = getattr(model_config.hf_config, _KV_BYTES_ATTRIBUTE, None)
+    return planned
 
 
 def _config_as_written(model_config: ModelConfig) -> dict[str, Any]:
@@ -164,7 +172,7 @@ def _bring_our_own(vllm_config: VllmConfig) -> None:
 def _size(vllm_config: VllmConfig, options: KimiOptions) -> None:
     """Divide memory before anything is loaded, and write the outcome where scheduler and workers look for it."""
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    costs = _costs(vllm_config, getattr(torch, options.state_dtype))
+    costs = planned_costs(vllm_config)
     memory, utilization = _memory(vllm_config), cache.gpu_memory_utilization
     if current_platform.is_cpu():
         memory -= int(options.host_memory_gib * 2**30)  # the host's memory is the device's
@@ -199,16 +207,28 @@ def _size(vllm_config: VllmConfig, options: KimiOptions) -> None:
         # vLLM would take nearly all free memory and write zeros to it before it is ready: a minute for 20 GiB, and
         # nothing left for anybody else, whatever the model's size.
         cache.kv_cache_memory_bytes = sizing.kv_bytes
+    elif demand.num_pages is None:
+        setattr(vllm_config.model_config.hf_config, _KV_BYTES_ATTRIBUTE, sizing.kv_bytes)
     logger.info("%s", sizing.table())
 
 
-def _costs(vllm_config: VllmConfig, state_dtype: torch.dtype) -> Costs:
+def planned_costs(vllm_config: VllmConfig) -> Costs:
+    """What weights, a state slot and a page weigh on the heaviest worker.
+
+    Raises:
+        PlanError: see `Costs.of`.
+        QuantizationError: nobody knows how the weights are stored, and the user has not fixed slots and pages.
+    """
+    options = KimiOptions.from_additional_config(vllm_config.additional_config)
+    state_dtype = getattr(torch, options.state_dtype)
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     geometry, ranks = geometry_of(model), parallel.tensor_parallel_size
     cached = STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype)
+    quantization = _weight_format(vllm_config)
     stages = []
     for stage in range(parallel.pipeline_parallel_size):
-        layers = slice(*get_pp_indices(geometry.num_layers, stage, parallel.pipeline_parallel_size))
+        first, end = get_pp_indices(geometry.num_layers, stage, parallel.pipeline_parallel_size)
+        layers = slice(first, end)
         part = replace(geometry, kda=geometry.kda[layers], sparse=geometry.sparse[layers])
         # vLLM splits experts over data-parallel ranks too.
         costs = Costs.of(
@@ -220,15 +240,34 @@ def _costs(vllm_config: VllmConfig, state_dtype: torch.dtype) -> Costs:
             state_dtype=state_dtype,
             cache_itemsize=cached.itemsize,
             gpu_dtype=None if current_platform.is_cpu() else model.dtype,
+            quantization=quantization,
+            first_layer=first,
         )
         stages.append(costs)
-    heaviest = Costs.heaviest(stages)
+    return Costs.heaviest(stages)
+
+
+def _weight_format(vllm_config: VllmConfig) -> WeightFormat | None:
+    """How the model's linear layers are stored.
+
+    Raises:
+        QuantizationError: nobody knows, and the user has not said how many slots and pages there shall be.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     if model.quantization is None:
-        return heaviest
-    index = get_hf_file_to_dict("model.safetensors.index.json", model.model, model.revision) or {}
-    total = index.get("metadata", {}).get("total_size")
-    workers = ranks * parallel.pipeline_parallel_size
-    return heaviest if total is None else replace(heaviest, weights=min(heaviest.weights, int(total) // workers))
+        return None
+    try:
+        written = _config_as_written(model)
+        checkpoint = written.get("quantization_config") or written.get("compression_config")
+        if checkpoint is not None:
+            return WeightFormat.of_checkpoint(checkpoint)
+        online = model.quantization_config
+        return WeightFormat.online(model.quantization, () if online is None else online.ignore)
+    except QuantizationError:
+        options = KimiOptions.from_additional_config(vllm_config.additional_config)
+        if options.state_slots is not None and (cache.kv_cache_memory_bytes or cache.num_gpu_blocks_override):
+            return None  # nothing is divided by weights that would be those of the model's dtype
+        raise
 
 
 def _memory(vllm_config: VllmConfig) -> int:

@@ -20,9 +20,9 @@ from kimi_vllm.planning import (
     best_concurrency,
     cache_bytes,
     memory_needed,
-    num_parameters,
     size,
 )
+from kimi_vllm.weight_bytes import num_parameters
 
 
 @dataclass(frozen=True, slots=True)

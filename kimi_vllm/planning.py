@@ -5,7 +5,7 @@ those of one worker. Pure arithmetic: no vLLM, and torch only for the sizes of i
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -16,9 +16,8 @@ from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.precision import conv_dtype, router_dtype
-
-_VOCAB_MULTIPLE = 64
-_INPUT_COLUMNS = 16
+from kimi_vllm.quantization import WeightFormat
+from kimi_vllm.weight_bytes import weight_bytes
 
 
 class PlanError(ValueError):
@@ -51,6 +50,8 @@ class Costs:
         state_dtype: torch.dtype = torch.float32,
         cache_itemsize: int | None = None,
         gpu_dtype: torch.dtype | None = None,
+        quantization: WeightFormat | None = None,
+        first_layer: int = 0,
     ) -> Self:
         """The costs of a model, or of one pipeline stage given as a geometry of fewer layers.
 
@@ -63,6 +64,8 @@ class Costs:
             state_dtype: of the recurrent matrix.
             cache_itemsize: bytes per cached latent element, if not `itemsize`.
             gpu_dtype: the model's dtype if a GPU serves it; see `precision`.
+            quantization: how linear layers are stored, if not in the model's dtype.
+            first_layer: number of a pipeline stage's first layer, by which `quantization` may name it.
 
         Raises:
             ValueError: the heads do not divide over the ranks.
@@ -82,8 +85,14 @@ class Costs:
         layout = SlotLayout.of(geometry, num_kda, ranks, **dtypes)
         latent = geometry.latent_dim * (cache_itemsize or itemsize)
         return cls(
-            weights=_weight_bytes(
-                geometry, itemsize, router_dtype(device, dtype).itemsize, ranks, expert_ranks or ranks
+            weights=weight_bytes(
+                geometry,
+                itemsize,
+                router_dtype(device, dtype).itemsize,
+                ranks,
+                expert_ranks or ranks,
+                quantization,
+                first_layer,
             ),
             slot=layout.slot_bytes,
             page=(geometry.num_layers - num_kda) * latent * block_size,
@@ -274,55 +283,6 @@ def memory_needed(costs: Costs, demand: Demand, utilization: float) -> int:
     cache = MIN_SLOTS * costs.slot + (1 + demand.blocks(demand.max_model_len)) * costs.page
     small = (costs.weights + cache) / (utilization - 1 / 20)
     return round(small if allowance(int(small)) < 4 * 2**30 else (costs.weights + cache + 4 * 2**30) / utilization)
-
-
-def num_parameters(geometry: KimiGeometry) -> int:
-    """Parameters of the model, as its checkpoint has them."""
-    return sum(count for count, _ in _weights(geometry, 1, 1))
-
-
-def _weight_bytes(geometry: KimiGeometry, itemsize: int, router_itemsize: int, ranks: int, expert_ranks: int) -> int:
-    weights = sum(count * (4 if full else itemsize) for count, full in _weights(geometry, ranks, expert_ranks))
-    if geometry.moe is not None:
-        weights -= sum(geometry.sparse) * geometry.moe.num_experts * geometry.hidden_size * (4 - router_itemsize)
-    # Rows and columns that are filled up: of the embeddings by vLLM, of KDA's input projection by us.
-    vocab = 2 * (-geometry.vocab_size % _VOCAB_MULTIPLE) // ranks
-    columns = sum(geometry.kda) * (-(geometry.linear_num_heads // ranks) % _INPUT_COLUMNS)
-    return weights + (vocab + columns) * geometry.hidden_size * itemsize
-
-
-def _weights(geometry: KimiGeometry, ranks: int, expert_ranks: int) -> Iterator[tuple[int, bool]]:
-    """Elements on one rank, and whether they are kept in float32 whatever the model's dtype."""
-    hidden = geometry.hidden_size
-    yield 2 * geometry.vocab_size * hidden // ranks, False
-    yield (2 * geometry.num_layers + 1) * hidden, False
-    for is_kda, is_sparse in zip(geometry.kda, geometry.sparse, strict=True):
-        yield from _kda_weights(geometry, ranks) if is_kda else _mla_weights(geometry, ranks)
-        if not is_sparse or geometry.moe is None:
-            yield 3 * geometry.intermediate_size * hidden // ranks, False
-            continue
-        moe = geometry.moe
-        expert = 3 * moe.intermediate_size * hidden
-        yield moe.num_experts * (hidden + 1), True
-        yield moe.num_experts * expert // expert_ranks, False
-        yield moe.num_shared_experts * expert // ranks, False
-
-
-def _kda_weights(geometry: KimiGeometry, ranks: int) -> Iterator[tuple[int, bool]]:
-    hidden, heads, head_dim = geometry.hidden_size, geometry.linear_num_heads // ranks, geometry.linear_head_dim
-    width = heads * head_dim
-    yield (4 * width + heads + 2 * head_dim) * hidden, False  # q, k, v, o; b; f_a, g_a
-    yield 2 * width * head_dim, False  # f_b, g_b
-    yield 3 * width * geometry.conv_width + heads + width + head_dim, True  # convs, A_log, dt_bias, o_norm
-
-
-def _mla_weights(geometry: KimiGeometry, ranks: int) -> Iterator[tuple[int, bool]]:
-    hidden, heads, rank = geometry.hidden_size, geometry.num_attention_heads // ranks, geometry.kv_lora_rank
-    query, low_rank = heads * geometry.qk_head_dim, geometry.q_lora_rank
-    yield (query * hidden if low_rank is None else low_rank * (hidden + 1 + query)), False
-    yield geometry.latent_dim * hidden + rank, False
-    yield heads * (geometry.qk_nope_head_dim + geometry.v_head_dim) * rank, False
-    yield heads * geometry.v_head_dim * hidden, False
 
 
 def _fit(available: int, each: int) -> int:

@@ -5,10 +5,12 @@ scheduler planned. After it, it tells the scheduler which slots are no longer fi
 the two exchange anyway.
 """
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
@@ -17,11 +19,15 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from kimi_vllm.cache.exchange import MOVES, NONFINITE
 from kimi_vllm.cache.guard import StateGuard
 from kimi_vllm.cache.pool import StatePool
+from kimi_vllm.config_hook import planned_kv_bytes
+from kimi_vllm.warm_up import step_sizes
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 else:
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+
+logger = init_logger("vllm.kimi_vllm")
 
 Output: TypeAlias = ModelRunnerOutput | AsyncModelRunnerOutput
 
@@ -35,7 +41,26 @@ class KimiWorker(PlatformWorker):
         """Compile our kernels for all kinds of steps, then what vLLM compiles: no request waits for a compiler."""
         if not current_platform.is_cpu():
             self._warm_up_kernels()
+            if self.vllm_config.kernel_config.enable_jit_warmup:
+                self._warm_up_steps()
         return super().compile_or_warm_up_model()  # type: ignore[no-any-return]
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: on a GPU those planned before loading, unless fewer turn out to be free."""
+        measured = int(super().determine_available_memory())
+        planned = planned_kv_bytes(self.model_config)
+        if planned is None:
+            return measured
+        if measured < planned:
+            logger.warning(
+                "kimi-vllm: %.2f GiB were planned for the KV cache and %.2f GiB are free beside weights, states and "
+                "the largest step. Lower --max-num-batched-tokens, or raise --gpu-memory-utilization.",
+                planned / 2**30,
+                measured / 2**30,
+            )
+        else:
+            logger.info("kimi-vllm: %.2f GiB stay free beside the planned KV cache.", (measured - planned) / 2**30)
+        return min(measured, planned)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Output | None:
         """Make the step's copies, run it, and report sick slots with its result, now or in `sample_tokens`."""
@@ -72,6 +97,15 @@ class KimiWorker(PlatformWorker):
                 with torch.inference_mode():
                     module.warm_up(self.scheduler_config.max_num_batched_tokens, self.model_config.dtype)
                 return  # the layers are alike
+
+    def _warm_up_steps(self) -> None:
+        started = time.perf_counter()
+        sizes = step_sizes(self.scheduler_config.max_num_batched_tokens)
+        # The largest first: what it needs of memory the others find there.
+        for size in reversed(sizes):
+            self.model_runner._dummy_run(size, skip_eplb=True)
+        torch.cuda.synchronize()
+        logger.info("kimi-vllm ran steps of %d sizes in %.1f s to warm up.", len(sizes), time.perf_counter() - started)
 
     def _state_pool(self) -> StatePool | None:
         home = getattr(getattr(self.get_model(), "model", None), "state_home", None)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.plan_report import InTree, Plan
-from kimi_vllm.planning import Costs, Demand, PlanError, allowance, cache_bytes, memory_needed, num_parameters, size
+from kimi_vllm.planning import Costs, Demand, PlanError, allowance, cache_bytes, memory_needed, size
+from kimi_vllm.weight_bytes import num_parameters
 
 CONFIG = Path(__file__).parents[1] / "configs" / "models" / "48b-a3b" / "config.json"
 GEOMETRY = KimiGeometry.from_config(json.loads(CONFIG.read_text()))

@@ -12,6 +12,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.model_executor.parameter import BlockQuantScaleParameter
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -19,10 +20,7 @@ from kimi_vllm.cache.group import StateHome
 from kimi_vllm.cache.metadata import KDAMetadata, rehearsal
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.kernels import dispatch, launch
-
-_COLUMNS = 16
-"""The input projection's columns are a multiple of this. Kernels want rows that start at a multiple of 16 bytes; matrix
-products want 16 columns, in bfloat16 to be fast and in FP8 to work at all."""
+from kimi_vllm.weight_bytes import input_filling
 
 
 class InputLinear(MergedColumnParallelLinear):
@@ -42,7 +40,8 @@ class InputLinear(MergedColumnParallelLinear):
     ) -> None:
         ranks = get_tensor_model_parallel_world_size()
         # Head sizes are multiples of 64, so that only b can leave a row uneven.
-        local, filling = heads // ranks, -(heads // ranks) % _COLUMNS
+        local = heads // ranks
+        filling = input_filling(local, quantised=quant_config is not None)
         self.splits = [3 * local * head_dim, 2 * head_dim, local, filling]
         qkv, whole = [heads * head_dim] * 3, [head_dim * ranks] * 2
         sizes = [*qkv, *whole, (local + filling) * ranks]
@@ -61,10 +60,11 @@ class InputLinear(MergedColumnParallelLinear):
         outputs = getattr(parameter, "output_dim", None)
         if outputs is None or shard_id in (0, 1, 2):  # one scale for the whole tensor, or q, k, v
             return loaded
-        if shard_id in (3, 4):  # f_a, g_a
+        *_, local, filling = self.splits
+        blocks = isinstance(parameter, BlockQuantScaleParameter)
+        if shard_id in (3, 4) or blocks:  # f_a, g_a; or scales of blocks, of which all of b is one
             return torch.cat([loaded] * self.tp_size, outputs)
         by_rank = loaded.unflatten(outputs, (self.tp_size, -1))
-        *_, local, filling = self.splits
         shape = list(by_rank.shape)
         # In proportion, because one element of a packed tensor holds several outputs.
         shape[outputs + 1] = shape[outputs + 1] * filling // local

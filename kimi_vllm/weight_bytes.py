@@ -1,0 +1,151 @@
+"""What a model's parameters weigh on one worker, matrix by matrix, quantised or not. Pure arithmetic."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.quantization import WeightFormat
+
+_VOCAB_MULTIPLE = 64
+_COLUMNS, _QUANTISED_COLUMNS = 16, 128
+
+Kind = Literal["linear", "experts", "plain", "router", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Matrices of one shape, or vectors.
+
+    Attributes:
+        name: As in the checkpoint, without ``.weight``.
+        outputs, inputs: Shape of each on one worker.
+        kind: "linear" and "experts" may be quantised, "plain" follows the model's dtype, "router" is kept as
+            `precision.router_dtype` says, "float32" always is.
+        count: How many.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    kind: Kind
+    count: int = 1
+
+
+def input_filling(heads: int, *, quantised: bool) -> int:
+    """Columns of zeros behind b in KDA's input projection, of which `heads` are this worker's.
+
+    Kernels want rows that start at a multiple of 16 bytes, and matrix products want 16 columns, in bfloat16 to be fast
+    and in FP8 to work at all. Of quantised weights, Intel's AMX packs int8 in columns of 32, blocks that share
+    a scale are 128 wide and none may hold two tensors of the checkpoint, and Marlin wants columns in 64s.
+    """
+    return -heads % (_QUANTISED_COLUMNS if quantised else _COLUMNS)
+
+
+def num_parameters(geometry: KimiGeometry) -> int:
+    """Parameters of the model, as its checkpoint has them."""
+    return sum(weight.count * weight.outputs * weight.inputs for weight in weights(geometry, 1, 1))
+
+
+def weight_bytes(
+    geometry: KimiGeometry,
+    itemsize: int,
+    router_itemsize: int,
+    ranks: int,
+    expert_ranks: int,
+    quantization: WeightFormat | None = None,
+    first_layer: int = 0,
+) -> int:
+    """Bytes of all parameters on one worker.
+
+    Args:
+        geometry: The model, or one pipeline stage as a geometry of fewer layers.
+        itemsize: Bytes per element of the model's dtype.
+        router_itemsize: Bytes per element of the router's weights.
+        ranks: Tensor-parallel size.
+        expert_ranks: Workers over which the routed experts are split.
+        quantization: Which layers are stored otherwise, and how.
+        first_layer: Number of the stage's first layer, by which `quantization` may name it.
+    """
+    itemsizes = {"router": router_itemsize, "float32": torch.float32.itemsize}
+    total = 0
+    for weight in weights(geometry, ranks, expert_ranks, first_layer):
+        stored = None
+        if quantization is not None and (weight.kind == "linear" or weight.kind == "experts"):
+            stored = quantization.stored(weight.name, weight.kind)
+        each = weight.outputs * weight.inputs * itemsizes.get(weight.kind, itemsize)
+        total += weight.count * (each if stored is None else stored.nbytes(weight.outputs, weight.inputs))
+    # Rows and columns that are filled up: of the embeddings by vLLM, of KDA's input projection by us.
+    total += 2 * (-geometry.vocab_size % _VOCAB_MULTIPLE) // ranks * geometry.hidden_size * itemsize
+    columns = input_filling(geometry.linear_num_heads // ranks, quantised=quantization is not None)
+    for layer, is_kda in enumerate(geometry.kda, first_layer):
+        name = f"model.layers.{layer}.self_attn.b_proj"
+        stored = None if quantization is None else quantization.stored(name, "linear")
+        bits = 8 * itemsize if stored is None else stored.bits
+        total += is_kda * columns * geometry.hidden_size * bits // 8
+    return total
+
+
+def weights(geometry: KimiGeometry, ranks: int, expert_ranks: int, first_layer: int = 0) -> Iterator[Weight]:
+    """Every parameter on one worker; arguments as `weight_bytes`."""
+    hidden = geometry.hidden_size
+    yield Weight("model.embed_tokens", geometry.vocab_size // ranks, hidden, "plain")
+    yield Weight("lm_head", geometry.vocab_size // ranks, hidden, "plain")
+    yield Weight("norms", 2 * geometry.num_layers + 1, hidden, "plain")
+    for layer, (is_kda, is_sparse) in enumerate(zip(geometry.kda, geometry.sparse, strict=True), first_layer):
+        prefix = f"model.layers.{layer}."
+        attention = (
+            _kda(geometry, ranks, f"{prefix}self_attn.") if is_kda else _mla(geometry, ranks, f"{prefix}self_attn.")
+        )
+        yield from attention
+        if not is_sparse or geometry.moe is None:
+            yield from _mlp(f"{prefix}mlp.", hidden, geometry.intermediate_size // ranks)
+            continue
+        moe, name = geometry.moe, f"{prefix}block_sparse_moe."
+        yield Weight(f"{name}gate", moe.num_experts, hidden, "router")
+        yield Weight(f"{name}gate.e_score_correction_bias", moe.num_experts, 1, "float32")
+        # Each expert is whole on one worker, or a slice of each is on every worker: the same bytes, but for scales.
+        inner, count = moe.intermediate_size // expert_ranks, moe.num_experts
+        yield Weight(f"{name}experts.0.w1", inner, hidden, "experts", 2 * count)
+        yield Weight(f"{name}experts.0.w2", hidden, inner, "experts", count)
+        if moe.num_shared_experts:
+            yield from _mlp(f"{name}shared_experts.", hidden, moe.num_shared_experts * moe.intermediate_size // ranks)
+
+
+def _kda(geometry: KimiGeometry, ranks: int, prefix: str) -> Iterator[Weight]:
+    hidden, heads, head_dim = geometry.hidden_size, geometry.linear_num_heads // ranks, geometry.linear_head_dim
+    width = heads * head_dim
+    columns = dict.fromkeys(("q_proj", "k_proj", "v_proj"), width) | {"f_a_proj": head_dim, "g_a_proj": head_dim}
+    for name, outputs in (columns | {"b_proj": heads}).items():
+        yield Weight(prefix + name, outputs, hidden, "linear")
+    yield Weight(f"{prefix}o_proj", hidden, width, "linear")
+    yield Weight(f"{prefix}fg_b_proj", 2 * width, head_dim, "plain")
+    yield Weight(
+        f"{prefix}conv1d, A_log, dt_bias, o_norm",
+        3 * width * geometry.conv_width + heads + width + head_dim,
+        1,
+        "float32",
+    )
+
+
+def _mla(geometry: KimiGeometry, ranks: int, prefix: str) -> Iterator[Weight]:
+    hidden, heads, rank = geometry.hidden_size, geometry.num_attention_heads // ranks, geometry.kv_lora_rank
+    query, low_rank = heads * geometry.qk_head_dim, geometry.q_lora_rank
+    if low_rank is None:
+        yield Weight(f"{prefix}q_proj", query, hidden, "linear")
+    else:
+        yield Weight(f"{prefix}q_a_proj", low_rank, hidden, "linear")
+        yield Weight(f"{prefix}q_a_layernorm", low_rank, 1, "plain")
+        yield Weight(f"{prefix}q_b_proj", query, low_rank, "linear")
+    yield Weight(f"{prefix}kv_a_proj_with_mqa", geometry.latent_dim, hidden, "linear")
+    yield Weight(f"{prefix}kv_a_layernorm", rank, 1, "plain")
+    yield Weight(f"{prefix}kv_b_proj", heads * (geometry.qk_nope_head_dim + geometry.v_head_dim), rank, "linear")
+    yield Weight(f"{prefix}o_proj", hidden, heads * geometry.v_head_dim, "linear")
+
+
+def _mlp(prefix: str, hidden: int, intermediate: int) -> Iterator[Weight]:
+    yield Weight(f"{prefix}gate_proj", intermediate, hidden, "linear")
+    yield Weight(f"{prefix}up_proj", intermediate, hidden, "linear")
+    yield Weight(f"{prefix}down_proj", hidden, intermediate, "linear")
