@@ -7,12 +7,13 @@ python serve/bench/engine_bench.py plot h200.jsonl --folder plots
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections import deque
 from dataclasses import replace
-from json import loads
+from json import loads as read_json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # with several GPUs, functions of this benchmark are sent to the workers
 }
 """Of every variant's process, unless the caller has set them."""
 # The experts are vLLM's in both, so what is tuned for them serves both.
@@ -66,11 +68,23 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
         raise typer.BadParameter(f"{text!r}: expected lengths in tokens such as 4K,128K,1M or 4096,131072") from error
 
 
+def _loads(text: str | None) -> tuple[tuple[int, int, int], ...] | None:
+    if text is None:
+        return None
+    found = [re.fullmatch(r"(\d+)x(\w+)\+(\w+)", word.strip()) for word in text.split(",")]
+    if not all(found):
+        raise typer.BadParameter(f"{text!r}: expected requests x prompt + output, such as 64x4K+128")
+    return tuple((int(load[1]), *(_numbers(f"{load[2]},{load[3]}") or ())) for load in found if load)
+
+
 @app.command()
 def run(
     model: Annotated[Path, typer.Option(help="Folder with a config.json.", exists=True, file_okay=False)] = RECALL,
     variant: Annotated[list[str], typer.Option(help="ours, in-tree; repeat for both.")] = ["ours", "in-tree"],  # noqa: B006
-    measure: Annotated[list[str], typer.Option(help="tpot, concurrency, mixed, prefill; repeat for several.")] = [  # noqa: B006
+    measure: Annotated[
+        list[str],
+        typer.Option(help="Some of ready, tpot, concurrency, mixed, prefill, throughput; repeat for several."),
+    ] = [  # noqa: B006
         *MEASUREMENTS
     ],
     json: Annotated[Path, typer.Option(help="Append one JSON line per point to this file.")] = HERE
@@ -91,6 +105,10 @@ def run(
     arrivals: Annotated[int | None, typer.Option(help="mixed: prompts that arrive.")] = None,
     every_s: Annotated[float | None, typer.Option(help="mixed: seconds between them.")] = None,
     prefills: Annotated[str | None, typer.Option(help="prefill: tokens of the prompts.")] = None,
+    loads: Annotated[
+        str | None, typer.Option(help="throughput: requests x prompt + output, such as 64x4K+128,256x1K+128.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="throughput: how often each is timed.")] = None,
     batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of a step, all variants.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most requests at once, all variants.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of the longest request.")] = None,
@@ -124,10 +142,12 @@ def run(
         "arrivals": arrivals,
         "every_s": every_s,
         "prefills": _numbers(prefills),
+        "loads": _loads(loads),
+        "repeats": repeats,
         "batched_tokens": batched_tokens,
         "max_num_seqs": max_num_seqs,
         "max_model_len": max_model_len,
-        "engine": loads(engine),
+        "engine": read_json(engine),
         "bandwidth_tbps": bandwidth_tbps,
         "variant_s": None if minutes is None else minutes * 60,
         "budget_s": budget_s,

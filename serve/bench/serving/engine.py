@@ -3,10 +3,12 @@
 import itertools
 import random
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from serving import workers
 from serving.plan import OURS, Plan
-from serving.synthetic import adopt_context, fill_memory, randomise
+from serving.synthetic import adopt_context
 
 FOREVER = 1 << 20
 
@@ -22,6 +24,7 @@ class BenchEngine:
         num_preemptions: how often a request lost its memory so far.
         facts: what the engine chose by itself, for the rows.
         state_itemsize: bytes of an element of KDA's recurrent state.
+        in_process: whether the worker is in this process; with several GPUs each has a process of its own.
     """
 
     def __init__(self, plan: Plan, provider: str, *, cuda: bool) -> None:
@@ -47,22 +50,22 @@ class BenchEngine:
         self.core = client.engine_core
         self.scheduler = self.core.scheduler
         self.config: Any = llm.llm_engine.vllm_config
-        worker = self.core.model_executor.driver_worker.worker
-        self.runner = worker.model_runner
-        model = self.runner.get_model()
-        module = type(model).__module__
-        if module.startswith("kimi_vllm") != provider.startswith(OURS):
-            raise WrongModel(f"{provider} was to be measured, but {module} serves. `kimi-vllm doctor` says why.")
-        drawn = randomise(model) if plan.load_format == "dummy" else {}
-        self.model = model
-        # vLLM's own model has no other state than one in float32.
-        self.state_itemsize = model.model.state_home.pool.state.itemsize if provider.startswith(OURS) else 4
+        self.in_process = self.config.parallel_config.world_size == 1
+        served = self.on_workers(workers.describe)[0]
+        if served["model_class"].startswith("kimi_vllm") != provider.startswith(OURS):
+            raise WrongModel(
+                f"{provider} was to be measured, but {served['model_class']} serves. `kimi-vllm doctor` says why."
+            )
+        drawn = self.on_workers(workers.draw_weights)[0] if plan.load_format == "dummy" else {}
+        self.state_itemsize = int(served["state_itemsize"])
         filled = self.make_noise()
         self.max_running = int(self.scheduler.max_num_running_reqs)
         self.max_model_len = int(self.config.model_config.max_model_len)
         self.facts = {
-            "model_class": f"{module}.{type(model).__name__}",
+            **served,
             "ready_s": round(ready_s, 1),
+            "tensor_parallel_size": self.config.parallel_config.tensor_parallel_size,
+            "quantization": self.config.model_config.quantization,
             "max_num_seqs": self.max_running,
             "max_num_batched_tokens": self.config.scheduler_config.max_num_batched_tokens,
             "max_model_len": self.max_model_len,
@@ -117,8 +120,11 @@ class BenchEngine:
 
         Pages that vLLM's own model takes are cleared when a request gets them, so this is called again then.
         """
-        context = self.config.compilation_config.static_forward_context
-        return fill_memory(self.runner, context, self.model, self.config.model_config.dtype)
+        return int(self.on_workers(workers.make_noise)[0])
+
+    def on_workers(self, function: Callable[..., Any]) -> list[Any]:
+        """Call a function of `serving.workers` in every worker; return what each said."""
+        return list(self.core.model_executor.collective_rpc(function))
 
     def step(self) -> tuple[float, dict[str, int]]:
         """One step of the core; the time at which its tokens were there, and how many each request got."""
@@ -133,6 +139,34 @@ class BenchEngine:
                 if output.finish_reason is not None:
                     self._held.discard(output.request_id)
         return now, got
+
+    def finish(self) -> None:
+        """Step until no request is left."""
+        while self._held:
+            self.step()
+
+    def kinds_of_steps(self) -> Iterator[tuple[str, float]]:
+        """Step until no request is left; of each step its kind, in powers of two, and the seconds it took."""
+        scheduled: list[Any] = []
+        schedule = self.scheduler.schedule
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            scheduled.append(output)
+            return output
+
+        self.scheduler.schedule = noted
+        try:
+            before = time.perf_counter()
+            while self._held:
+                now, got = self.step()
+                if got and scheduled:
+                    # With asynchronous scheduling tokens are those of the step before the one just scheduled.
+                    yield _kind(scheduled[0]), now - before
+                    del scheduled[:1]
+                    before = now
+        finally:
+            self.scheduler.schedule = schedule
 
     def clear(self) -> None:
         """Abort all requests, and step until the worker has heard of it.
@@ -182,3 +216,10 @@ class BenchEngine:
             return preempt(*args, **kwargs)
 
         self.scheduler._preempt_request = counted
+
+
+def _kind(output: Any) -> str:
+    counts = output.num_scheduled_tokens.values()
+    decodes = sum(count == 1 for count in counts)
+    prompts = sum(counts) - decodes
+    return f"{1 << (prompts - 1).bit_length() if prompts else 0}+{1 << (decodes - 1).bit_length() if decodes else 0}"

@@ -19,7 +19,8 @@ context of 4K, 1.70 at 128K and 3.42 at 1M; without it 1.32, 1.53 and 3.07.
 from dataclasses import dataclass
 
 from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.planning import num_parameters
+from kimi_vllm.quantization import WeightFormat
+from kimi_vllm.weight_bytes import weights as worker_weights
 
 ACHIEVABLE = 0.9
 """Share of the peak bandwidth that a kernel which only reads can have."""
@@ -44,20 +45,43 @@ class StepBytes:
 
 
 def step_bytes(
-    geometry: KimiGeometry, batch: int, context: int, itemsize: int = 2, state_itemsize: int = 4
+    geometry: KimiGeometry,
+    batch: int,
+    context: int,
+    itemsize: int = 2,
+    state_itemsize: int = 4,
+    ranks: int = 1,
+    quantization: WeightFormat | None = None,
 ) -> StepBytes:
-    """Bytes of a decode step of `batch` sequences, each with `context` tokens behind it; see the module's formula."""
+    """Bytes that one worker moves in a decode step; see the module's formula.
+
+    Args:
+        geometry: the model.
+        batch: sequences that decode.
+        context: tokens behind each.
+        itemsize: bytes per element of weights and latents.
+        state_itemsize: bytes per element of the recurrent state.
+        ranks: tensor-parallel size. Every worker reads the latents of all tokens.
+        quantization: how linear layers are stored, if not in `itemsize` bytes.
+    """
     num_kda = sum(geometry.kda)
-    heads, dim = geometry.linear_num_heads, geometry.linear_head_dim
+    heads, dim = geometry.linear_num_heads // ranks, geometry.linear_head_dim
     state = num_kda * (state_itemsize * heads * dim * dim + itemsize * (geometry.conv_width - 1) * 3 * heads * dim)
     latents = itemsize * (geometry.num_layers - num_kda) * geometry.latent_dim
-    weights = num_parameters(geometry) - geometry.vocab_size * geometry.hidden_size
-    if geometry.moe is not None:
-        moe = geometry.moe
-        experts = sum(geometry.sparse) * 3 * moe.intermediate_size * geometry.hidden_size
-        untouched = moe.num_experts * (1 - moe.num_experts_per_token / moe.num_experts) ** batch
-        weights -= round(experts * untouched)
-    return StepBytes(itemsize * weights, batch * context * latents, batch * 2 * state)
+    weights = 0
+    for weight in worker_weights(geometry, ranks, ranks):
+        if weight.name == "model.embed_tokens":
+            continue
+        share = 1.0
+        if weight.kind == "experts" and geometry.moe is not None:
+            moe = geometry.moe
+            share -= (1 - moe.num_experts_per_token / moe.num_experts) ** batch
+        each = weight.outputs * weight.inputs * itemsize
+        if quantization is not None and (weight.kind == "linear" or weight.kind == "experts"):
+            stored = quantization.stored(weight.name, weight.kind)
+            each = each if stored is None else stored.nbytes(weight.outputs, weight.inputs)
+        weights += round(share * weight.count * each)
+    return StepBytes(weights, batch * context * latents, batch * 2 * state)
 
 
 def peak_tbps() -> float:

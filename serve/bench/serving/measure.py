@@ -1,5 +1,6 @@
-"""The four measurements, each a function from an engine to the fields of one row."""
+"""The measurements, each a function from an engine to the fields of one row."""
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,14 +9,19 @@ from serving.engine import BenchEngine
 from serving.floor import floor_ms, peak_tbps, step_bytes
 from serving.plan import Plan
 from serving.profile_steps import profile_kernels, summarise
-from serving.step_clock import StepClock, summary_ms
+from serving.step_clock import StepClock, percentile, summary_ms
+
+from kimi_vllm.quantization import WeightFormat
 
 Point = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
 """What is measured, at which case, and how."""
 
 
 def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
-    """All points of a plan, those that matter most first."""
+    """All points of a plan, those that matter most first; what an engine does once it is ready comes before all."""
+    if "ready" in plan.measurements:
+        for run in ("first", "second"):
+            yield "ready", {"prompts": plan.ready_prompts, "run": run}, lambda: ready(engine, plan)
     if "tpot" in plan.measurements:
         for batch in ("1", "largest"):
             for context in plan.contexts:
@@ -31,6 +37,10 @@ def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
     if "prefill" in plan.measurements:
         for prompt in plan.prefills:
             yield "prefill", {"prompt": prompt}, lambda p=prompt: prefill(engine, plan, p)
+    if "throughput" in plan.measurements:
+        for requests, prompt, output in plan.loads:
+            case = {"requests": requests, "prompt": prompt, "output": output}
+            yield "throughput", case, lambda r=requests, p=prompt, o=output: throughput(engine, plan, r, p, o)
 
 
 def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool) -> dict[str, Any]:
@@ -56,7 +66,9 @@ def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool
     requests = len(engine.scheduler.running)
     full = sum(len(tokens) == requests for _, tokens in clock.arrivals)
     geometry, itemsize = plan.geometry(), engine.config.model_config.dtype.itemsize
-    moved = step_bytes(geometry, requests, context, itemsize, engine.state_itemsize)
+    ranks, method = engine.config.parallel_config.tensor_parallel_size, engine.config.model_config.quantization
+    quantization = WeightFormat.online(method) if method else None
+    moved = step_bytes(geometry, requests, context, itemsize, engine.state_itemsize, ranks, quantization)
     peak = plan.bandwidth_tbps or peak_tbps()
     fields: dict[str, Any] = {
         "context": "synthetic",
@@ -72,6 +84,8 @@ def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool
         return fields | {"profile": {"skipped": "not asked for"}}
     if not cuda:
         return fields | {"profile": {"skipped": "kernels are profiled on CUDA devices only"}}
+    if not engine.in_process:
+        return fields | {"profile": {"skipped": "kernels are profiled with one GPU only"}}
     try:
         kernels = profile_kernels(engine.step, plan.profiled)
         profile = summarise(kernels, plan.profiled, seconds["p50_ms"])
@@ -167,6 +181,54 @@ def prefill(engine: BenchEngine, plan: Plan, prompt: int) -> dict[str, Any]:
         "warmup_s": round(warmup, 4),
         "warmup_only": not times,
         "max_num_batched_tokens": engine.facts["max_num_batched_tokens"],
+    }
+
+
+def throughput(engine: BenchEngine, plan: Plan, requests: int, prompt: int, output: int) -> dict[str, Any]:
+    """Tokens read and written per second by requests that come at once; every prompt is computed."""
+    preempted = engine.num_preemptions
+    seconds = []
+    for _ in range(1 + plan.repeats):
+        started = time.perf_counter()
+        for _ in range(requests):
+            engine.add(prompt, output)
+        engine.finish()
+        seconds.append(time.perf_counter() - started)
+    tokens = requests * (prompt + output)
+    timed = seconds[1:] or seconds
+    return {
+        "context": "real",
+        "seconds": [round(second, 3) for second in timed],
+        "first_s": round(seconds[0], 3),
+        "tokens_per_s": round(tokens / percentile(timed, 0.5), 1),
+        "preemptions": engine.num_preemptions - preempted,
+    }
+
+
+def ready(engine: BenchEngine, plan: Plan) -> dict[str, Any]:
+    """Prompts of mixed lengths, as an engine's first requests: how long its steps take beside others of their kind.
+
+    A step's kind is its number of new prompt tokens and of decoding requests, each to the next power of two.
+    """
+    rng = random.Random(0)
+    longest = min(3000, engine.max_model_len - 65)
+    for _ in range(plan.ready_prompts):
+        engine.add(rng.randint(min(20, longest), longest), 64)
+    kinds: dict[str, list[float]] = {}
+    started = time.perf_counter()
+    for kind, seconds in engine.kinds_of_steps():
+        kinds.setdefault(kind, []).append(seconds)
+    slow = {
+        kind: round(max(times) / percentile(times, 0.5), 2)
+        for kind, times in kinds.items()
+        if len(times) >= 3 and max(times) > 3 * percentile(times, 0.5)
+    }
+    return {
+        "context": "real",
+        "seconds": round(time.perf_counter() - started, 3),
+        "steps": sum(map(len, kinds.values())),
+        "worst_step_s": round(max(max(times) for times in kinds.values()), 4),
+        "beyond_three_medians": slow,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 from kimi_vllm.geometry import KimiGeometry
 
 OURS, IN_TREE = "kimi-vllm", "in-tree"
-MEASUREMENTS = ("tpot", "concurrency", "mixed", "prefill")
+MEASUREMENTS = ("ready", "tpot", "concurrency", "mixed", "prefill", "throughput")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,9 @@ class Plan:
         decoders, decoder_context: requests that decode while prompts of `arrival` tokens arrive.
         arrivals, every_s: how many prompts, and the seconds between two.
         prefills: prompts whose time to the first token is measured.
+        loads: requests that come at once, tokens of each prompt, and tokens of each answer.
+        repeats: how often each of `loads` is timed, after once that is not.
+        ready_prompts: prompts of mixed lengths that are the engine's first.
         bandwidth_tbps: peak of the device's memory, in 10^12 bytes per second, for the floor; 0 if it is known for
             the device by name, else there is no floor.
     """
@@ -58,6 +61,9 @@ class Plan:
     arrivals: int = 6
     every_s: float = 0.75
     prefills: tuple[int, ...] = (4096, 8192, 32768, 131072)
+    loads: tuple[tuple[int, int, int], ...] = ((64, 4096, 128), (256, 1024, 128), (24, 32768, 64))
+    repeats: int = 3
+    ready_prompts: int = 200
     bandwidth_tbps: float = 0
 
     @classmethod
@@ -84,6 +90,8 @@ class Plan:
             arrivals=3,
             every_s=0.25,
             prefills=(512, 2048),
+            loads=((4, 256, 16),),
+            ready_prompts=20,
         )
 
     @property
@@ -94,7 +102,8 @@ class Plan:
     @property
     def model_len(self) -> int:
         """Tokens of the longest request (--max-model-len)."""
-        longest = max(*self.contexts, *self.prompts, *self.prefills, self.decoder_context, self.arrival)
+        loads = (prompt + output for _, prompt, output in self.loads)
+        longest = max(*self.contexts, *self.prompts, *self.prefills, *loads, self.decoder_context, self.arrival)
         return self.max_model_len or min(self._config()["model_max_length"], longest + 4096)
 
     def geometry(self) -> KimiGeometry:
@@ -108,8 +117,12 @@ class Plan:
     @classmethod
     def from_json(cls, line: str) -> Self:
         """The inverse of `to_json`."""
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(line).items()})
+        return cls(**{name: _tuples(value) for name, value in json.loads(line).items()})
 
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((Path(self.model) / "config.json").read_text())
         return config
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

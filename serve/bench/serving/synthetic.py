@@ -16,6 +16,8 @@ from torch import Tensor, nn
 NOISE = 0.02
 """Standard deviation of made-up latents and states."""
 
+_SCALE = 0.02
+
 
 def adopt_context(scheduler: Any, request: Any, growth: int, *, others: int) -> bool:
     """Give a new request the memory of all of its prompt but one token, as if it had been computed.
@@ -127,6 +129,15 @@ def _draw(name: str, weight: Tensor, generator: torch.Generator) -> str:
     if "norm" in owner:
         weight.fill_(1)
         return "norm"
+    if "scale" in leaf:
+        # Of quantised weights, which are drawn from a standard normal distribution.
+        weight.fill_(_SCALE)
+        return "scale"
+    if weight.itemsize == 1:
+        # No generator draws eight-bit floats; one slice at a time, so that no second copy of all experts exists.
+        for part in weight if weight.dim() > 2 else [weight]:
+            part.copy_(torch.empty_like(part, dtype=torch.bfloat16).normal_(0, 1, generator=generator))
+        return "quantised"
     if leaf == "e_score_correction_bias" or leaf.endswith("bias"):
         weight.zero_()
         return "bias"

@@ -2,11 +2,8 @@
 
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from serving.plan import IN_TREE, Plan
 from serving.rows import Rows, environment
@@ -18,6 +15,7 @@ def run_variant(plan: Plan, provider: str, path: Path) -> bool:
     A point that fails leaves a row with the error, and the next one starts with a clean engine.
     """
     import torch
+    from serving import workers
     from serving.engine import BenchEngine
     from serving.measure import points
 
@@ -41,14 +39,14 @@ def run_variant(plan: Plan, provider: str, path: Path) -> bool:
             rows.write(bench, point, {"skipped": f"{elapsed:.0f} s of {plan.variant_s:g} s had passed"})
             continue
         begun = time.perf_counter()
-        with _hiccups() as seen:
-            try:
-                fields = measure()
-            except Exception:
-                fields = {"error": _tail()}
-                traceback.print_exc()
-        fields |= seen
+        engine.on_workers(workers.watch)
         try:
+            fields = measure()
+        except Exception:
+            fields = {"error": _tail()}
+            traceback.print_exc()
+        try:
+            fields |= engine.on_workers(workers.hiccups)[0]
             engine.clear()
         except Exception:  # what was measured before is none the worse
             fields["error_after"] = _tail()
@@ -56,31 +54,6 @@ def run_variant(plan: Plan, provider: str, path: Path) -> bool:
         good &= not {"error", "error_after"} & fields.keys()
         rows.write(bench, point, fields | {"took_s": round(time.perf_counter() - begun, 2)})
     return good
-
-
-@contextmanager
-def _hiccups() -> Iterator[dict[str, Any]]:
-    """What can hold up a step for seconds: Triton kernels compiled (or loaded), memory freed and asked for again."""
-    import torch
-    import triton
-
-    seen: dict[str, Any] = {}
-    before = triton.knobs.runtime.jit_post_compile_hook
-
-    def retries() -> int:
-        return torch.cuda.memory_stats()["num_alloc_retries"] if torch.cuda.is_available() else 0
-
-    def record(*, fn: Any, **others: Any) -> Any:
-        seen.setdefault("compiled", []).append(f"{fn.module}.{fn.name}")
-        return None if before is None else before(fn=fn, **others)
-
-    triton.knobs.runtime.jit_post_compile_hook, first = record, retries()
-    try:
-        yield seen
-    finally:
-        triton.knobs.runtime.jit_post_compile_hook = before
-        if again := retries() - first:
-            seen["allocations_retried"] = again
 
 
 def _tail(lines: int = 12) -> str:
