@@ -11,6 +11,7 @@ import pytest
 import torch
 from openai import OpenAI
 from support.checkpoints import GEOMETRIES, make_random
+from support.cuda import SMOOTH, distributions, relative_error
 from support.engine import RECALL, engine, random_prompts
 from support.server import serving
 
@@ -20,10 +21,6 @@ from recall_task import held_out_prompt
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 LENGTHS = [1, 2, 4, 5, 6, 63, 64, 65, 129, 321]
-# Every expert is chosen: with few of them, rounding moves a token to another expert now and then, and no bound on
-# rounding errors bounds that. Weights are as small as the 48B model's were at first; with the larger ones of the other
-# tests transformers' own bfloat16 is 7 % off its float32.
-SMOOTH = {"num_local_experts": 6, "num_experts_per_tok": 6, "initializer_range": 0.02}
 CASES = {name: values | SMOOTH for name, values in GEOMETRIES.items()}
 # The heads of the 48B model, for which vLLM has other attention kernels than for small ones.
 CASES["heads-of-48b"] = SMOOTH | {
@@ -55,22 +52,6 @@ def smooth(tmp_path_factory):
         return made[name]
 
     return make
-
-
-def distributions(output, vocab_size):
-    """Log-probabilities of every token at every position but the first: ``[T - 1, vocab]``."""
-    rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-    table = torch.full((len(rows), vocab_size), torch.nan)
-    for row, candidates in zip(table, rows, strict=True):
-        for token, candidate in candidates.items():
-            row[token] = candidate.logprob
-    return table
-
-
-def relative_error(ours, theirs):
-    """Of a request's logits, which log-probabilities are up to a constant: norm of the difference over the norm."""
-    ours, theirs = (table - table.mean(-1, keepdim=True) for table in (ours, theirs))
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
