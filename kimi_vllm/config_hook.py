@@ -275,7 +275,24 @@ def _memory(vllm_config: VllmConfig) -> int:
     if current_platform.is_cpu():
         available: int = psutil.virtual_memory().available
         return available // int(vllm_config.parallel_config.world_size)
-    return int(current_platform.get_device_total_memory())
+    return int(current_platform.get_device_total_memory()) - _reserved_by_driver()
+
+
+def _reserved_by_driver() -> int:
+    """Bytes of the device's memory that CUDA never hands out, and that NVML's total counts all the same."""
+    from vllm.platforms.cuda import NvmlCudaPlatform, with_nvml_context
+    from vllm.third_party import pynvml
+
+    if not isinstance(current_platform, NvmlCudaPlatform):
+        return 0  # then the total is CUDA's own
+
+    @with_nvml_context
+    def reserved() -> int:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(current_platform.device_id_to_physical_device_id(0))
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).reserved)
+
+    count: int = reserved()
+    return count
 
 
 def _pages_asked(vllm_config: VllmConfig, page_bytes: int) -> int | None:

@@ -9,15 +9,19 @@ import typer
 
 from kimi_vllm.geometry import GeometryError
 from kimi_vllm.options import KimiOptions
+from kimi_vllm.quantization import ONLINE, WeightFormat
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_CARDS = {"80GB": 85_017_493_504, "141GB": 150_109_880_320}
+"""What CUDA can hand out on an H100 and on an H200, by the size they are sold as; read with driver 580.159."""
 _FACTORS = {"": 1, "K": 2**10, "M": 2**20}
 
 
 def parse_memory(text: str) -> int:
-    """Bytes in "141GB", "80GiB" or "1000000"."""
-    return _parse(text, _UNITS, "141GB, 80GiB or a number of bytes")
+    """Bytes in "79GiB" or "1000000", or of the cards sold as "80GB" and "141GB"."""
+    card = _CARDS.get(text.strip().upper())
+    return card or _parse(text, _UNITS, "141GB, 80GiB or a number of bytes")
 
 
 def parse_tokens(text: str) -> int:
@@ -34,7 +38,9 @@ def _parse(text: str, units: dict[str, int], examples: str) -> int:
 
 def plan(
     model: Annotated[Path, typer.Option(help="A folder with config.json, or the file. No weights are needed.")],
-    memory: Annotated[str, typer.Option(help="Memory of one device: 141GB (decimal) or 80GiB.")],
+    memory: Annotated[
+        str, typer.Option(help="Memory of one device: 80GB for an H100, 141GB for an H200, or exactly, as 79GiB.")
+    ],
     tp: Annotated[int, typer.Option(min=1, help="Devices that share the model: --tensor-parallel-size.")] = 1,
     state_dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
@@ -44,6 +50,13 @@ def plan(
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="Dtype of weights and KV cache; auto: as in config.json."),
     ] = "auto",
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            help=f"As for `vllm serve`: {', '.join(ONLINE)}. Default: what config.json says of the checkpoint."
+        ),
+    ] = None,
+    kv_cache_dtype: Annotated[Literal["auto", "fp8"], typer.Option(help="As for `vllm serve`.")] = "auto",
     contexts: Annotated[str, typer.Option(help="Tokens per request to show.")] = "4k,32k,128k,1M",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="As for `vllm serve`.")] = 256,
     max_model_len: Annotated[str | None, typer.Option(help="As for `vllm serve`; default: the model's.")] = None,
@@ -73,7 +86,9 @@ def plan(
 
     try:
         options = KimiOptions(state_slots, parse_tokens(typical_tokens), checkpoint_share=checkpoint_share)
-        geometry, written, longest = read_model(model)
+        geometry, written, longest, stored = read_model(model)
+        if quantization is not None:
+            stored = WeightFormat.online(quantization)
         shown = tuple(parse_tokens(context) for context in contexts.split(","))
         weights: torch.dtype = written if dtype == "auto" else getattr(torch, dtype)
         demand = Demand(
@@ -91,6 +106,8 @@ def plan(
             geometry=geometry,
             itemsize=weights.itemsize,
             gpu_dtype=weights if device == "cuda" else None,
+            quantization=stored,
+            cache_itemsize=1 if kv_cache_dtype == "fp8" else weights.itemsize,
             ranks=tp,
             state_dtype=getattr(torch, state_dtype),
             memory=parse_memory(memory),

@@ -22,6 +22,7 @@ from kimi_vllm.planning import (
     memory_needed,
     size,
 )
+from kimi_vllm.quantization import WeightFormat
 from kimi_vllm.weight_bytes import num_parameters
 
 
@@ -47,11 +48,13 @@ class InTree:
     states: int
 
     @classmethod
-    def of(cls, geometry: KimiGeometry, itemsize: int, ranks: int, *, prefix_caching: bool) -> "InTree":
+    def of(
+        cls, geometry: KimiGeometry, itemsize: int, cache_itemsize: int, ranks: int, *, prefix_caching: bool
+    ) -> "InTree":
         """Sizes for one worker. There states are always float32, convs in the model's dtype and one column shorter."""
         num_kda, heads = sum(geometry.kda), geometry.linear_num_heads // ranks
         num_mla, dim = geometry.num_layers - num_kda, geometry.linear_head_dim
-        token = geometry.latent_dim * itemsize
+        token = geometry.latent_dim * cache_itemsize
         state = heads * dim * (dim * torch.float32.itemsize + 3 * (geometry.conv_width - 1) * itemsize)
         block_size = 128 * -(-state // (128 * token))
         few, many = sorted((num_kda, num_mla))
@@ -73,6 +76,8 @@ class Plan:
     geometry: KimiGeometry
     itemsize: int
     gpu_dtype: torch.dtype | None
+    quantization: WeightFormat | None
+    cache_itemsize: int
     ranks: int
     state_dtype: torch.dtype
     memory: int
@@ -89,7 +94,9 @@ class Plan:
             self.demand.block_size,
             ranks=self.ranks,
             state_dtype=self.state_dtype,
+            cache_itemsize=self.cache_itemsize,
             gpu_dtype=self.gpu_dtype,
+            quantization=self.quantization,
         )
 
     @cached_property
@@ -106,18 +113,18 @@ class Plan:
     def in_tree(self) -> InTree:
         """What vLLM's own cache would hold."""
         caching = self.demand.prefix_caching
-        return InTree.of(self.geometry, self.itemsize, self.ranks, prefix_caching=caching)
+        return InTree.of(self.geometry, self.itemsize, self.cache_itemsize, self.ranks, prefix_caching=caching)
 
     @property
     def break_even(self) -> int:
         """Tokens below which the state outweighs what all-MLA would hold in the place of KDA."""
-        return self.costs.slot // (sum(self.geometry.kda) * self.geometry.latent_dim * self.itemsize)
+        return self.costs.slot // (sum(self.geometry.kda) * self.geometry.latent_dim * self.cache_itemsize)
 
     def row(self, tokens: int) -> dict[str, Any]:
         """Bytes of one request of so many tokens, and how many fit at once, three ways."""
         sizing, costs, demand = self.sizing, self.costs, self.demand
         pages = demand.blocks(tokens)
-        mla_page = self.geometry.num_layers * self.geometry.latent_dim * self.itemsize * demand.block_size
+        mla_page = self.geometry.num_layers * self.geometry.latent_dim * self.cache_itemsize * demand.block_size
         ours, all_mla, in_tree = costs.slot + pages * costs.page, pages * mla_page, self.in_tree.request_bytes(tokens)
         return {
             "tokens": tokens,
@@ -135,6 +142,7 @@ class Plan:
         return {
             "model": self.model,
             "parameters": num_parameters(self.geometry),
+            "quantization": None if self.quantization is None else self.quantization.method,
             "tensor_parallel_size": self.ranks,
             "state_dtype": _name(self.state_dtype),
             "memory": self.memory,
@@ -150,11 +158,12 @@ class Plan:
         }
 
 
-def read_model(path: Path) -> tuple[KimiGeometry, torch.dtype, int | None]:
-    """Geometry, dtype and longest context of a config.json, or of a folder that has one.
+def read_model(path: Path) -> tuple[KimiGeometry, torch.dtype, int | None, WeightFormat | None]:
+    """Geometry, dtype, longest context and quantisation of a config.json, or of a folder that has one.
 
     Raises:
         GeometryError: no such file, no JSON, or not a model that is served.
+        QuantizationError: see `WeightFormat.of_checkpoint`.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
@@ -163,7 +172,9 @@ def read_model(path: Path) -> tuple[KimiGeometry, torch.dtype, int | None]:
         raise GeometryError(f"--model {path}: expected a config.json or a folder with one ({error}).") from error
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
     longest = config.get("model_max_length") or config.get("max_position_embeddings")
-    return KimiGeometry.from_config(config), dtype, longest
+    written = config.get("quantization_config") or config.get("compression_config")
+    stored = None if written is None else WeightFormat.of_checkpoint(written)
+    return KimiGeometry.from_config(config), dtype, longest, stored
 
 
 def show(plan: Plan) -> None:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
-import torch
-
 Scope = Literal["linear", "experts"]
 Strategy = Literal["tensor", "channel", "group", "block"]
 
@@ -38,7 +36,7 @@ class Stored:
     bits: int
     strategy: Strategy = "tensor"
     group: tuple[int, int] = (1, 1)
-    scale_bytes: int = torch.float32.itemsize
+    scale_bytes: int = 4
     zero_bits: int = 0
 
     def nbytes(self, outputs: int, inputs: int) -> int:

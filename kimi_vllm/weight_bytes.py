@@ -57,6 +57,8 @@ def weight_bytes(
     expert_ranks: int,
     quantization: WeightFormat | None = None,
     first_layer: int = 0,
+    *,
+    absorbed: bool = False,
 ) -> int:
     """Bytes of all parameters on one worker.
 
@@ -68,6 +70,8 @@ def weight_bytes(
         expert_ranks: Workers over which the routed experts are split.
         quantization: Which layers are stored otherwise, and how.
         first_layer: Number of the stage's first layer, by which `quantization` may name it.
+        absorbed: Whether vLLM's MLA keeps its up-projections a second time, in the model's dtype and in the form in
+            which decodes absorb them into query and output.
     """
     itemsizes = {"router": router_itemsize, "float32": torch.float32.itemsize}
     total = 0
@@ -77,6 +81,9 @@ def weight_bytes(
             stored = quantization.stored(weight.name, weight.kind)
         each = weight.outputs * weight.inputs * itemsizes.get(weight.kind, itemsize)
         total += weight.count * (each if stored is None else stored.nbytes(weight.outputs, weight.inputs))
+    if absorbed:
+        heads, up = geometry.num_attention_heads // ranks, geometry.qk_nope_head_dim + geometry.v_head_dim
+        total += (geometry.num_layers - sum(geometry.kda)) * heads * up * geometry.kv_lora_rank * itemsize
     # Rows and columns that are filled up: of the embeddings by vLLM, of KDA's input projection by us.
     total += 2 * (-geometry.vocab_size % _VOCAB_MULTIPLE) // ranks * geometry.hidden_size * itemsize
     columns = input_filling(geometry.linear_num_heads // ranks, quantised=quantization is not None)

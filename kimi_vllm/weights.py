@@ -71,6 +71,7 @@ def load_weights(
         if target not in parameters:
             unexpected.append(name)
             continue
+        _refuse_unquantized(name, tensor, parameters[target], target)
         _load(parameters[target], tensor, name, target, arguments)
         loaded.add(target)
     if unexpected:
@@ -186,6 +187,16 @@ def _load(parameter: nn.Parameter, tensor: Tensor, name: str, target: str, argum
         raise WeightsError(
             f"{name} {shape} does not fit parameter {target} {tuple(parameter.shape)}: {error}"
         ) from error
+
+
+def _refuse_unquantized(name: str, tensor: Tensor, parameter: nn.Parameter, target: str) -> None:
+    # A copy would round the weights to eight bits, and the scales beside them would stay what memory held.
+    if parameter.dtype.itemsize == 1 and parameter.is_floating_point() and tensor.dtype.itemsize > 1:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise WeightsError(
+            f"{name} ({dtype}) is not quantised, and by the checkpoint's quantization_config parameter {target} is. "
+            "Name the layer in its list of layers that are not: `ignore`, `ignored_layers` or `modules_to_not_convert`."
+        )
 
 
 def _refuse_quantized_low_rank(name: str, tensor: Tensor, target: str) -> None:

@@ -11,8 +11,10 @@ import torch
 import yaml
 
 from kimi_vllm.options import KimiOptions
+from kimi_vllm.plan_command import parse_memory
 from kimi_vllm.plan_report import read_model
 from kimi_vllm.planning import Costs, Demand, Sizing, cache_bytes, size
+from kimi_vllm.quantization import WeightFormat
 
 ROOT = Path(__file__).parents[1]
 RECALL = ROOT / "configs" / "models" / "recall"
@@ -37,6 +39,14 @@ INTENDED: dict[str, dict[str, Any]] = {
         "tensor_parallel_size": 1,
         "shutdown_timeout": 300,
         "additional_config": {"kimi": {"checkpoint_interval": 65536}},
+    },
+    "h100-1gpu-fp8": {
+        "quantization": "fp8",
+        "dtype": "bfloat16",
+        "max_num_seqs": 192,
+        "max_model_len": 131072,
+        "tensor_parallel_size": 1,
+        "shutdown_timeout": 120,
     },
     "h100-4gpu": {"max_num_seqs": 128, "max_model_len": MILLION, "tensor_parallel_size": 4, "shutdown_timeout": 120},
     "throughput": {
@@ -130,11 +140,12 @@ def test_tool_calls_are_parsed_and_reasoning_is_not(path: Path) -> None:
 def division(path: Path, gibibytes: float | None = None) -> Sizing:
     """Memory as the engine would divide it: of the profile's GPUs by plan, or so much for state and KV cache."""
     args = engine_args(path)
-    geometry, dtype, _ = read_model(ROOT / "configs" / "models" / "48b-a3b")
+    geometry, dtype, *_ = read_model(ROOT / "configs" / "models" / "48b-a3b")
+    stored = WeightFormat.online(args.quantization) if args.quantization else None
     options = KimiOptions.from_additional_config(args.additional_config)
     ranks = args.tensor_parallel_size
-    costs = Costs.of(geometry, dtype.itemsize, 64, ranks=ranks, gpu_dtype=torch.bfloat16)
-    memory = (80 if path.stem.startswith("h100") else 141) * 10**9
+    costs = Costs.of(geometry, dtype.itemsize, 64, ranks=ranks, gpu_dtype=torch.bfloat16, quantization=stored)
+    memory = parse_memory("80GB" if path.stem.startswith("h100") else "141GB")
     demand = Demand(
         max_num_seqs=args.max_num_seqs,
         max_model_len=args.max_model_len,
@@ -155,7 +166,7 @@ def test_the_engine_would_not_lower_max_num_seqs(path: Path) -> None:
 
 def test_numbers_in_the_comments_are_those_of_the_planner() -> None:
     tp4 = division(ROOT / "configs" / "serve" / "h100-4gpu.yaml")
-    assert [tp4.concurrency(tokens) for tokens in (MILLION, 131072, 32768)] == [4, 36, 128]
+    assert [tp4.concurrency(tokens) for tokens in (MILLION, 131072, 32768)] == [5, 40, 128]
     assert round(tp4.costs.slot / 2**20, 1) == 10.5
     assert round(128 * tp4.costs.slot / 2**30, 1) == 1.3
     throughput = division(ROOT / "configs" / "serve" / "throughput.yaml", gibibytes=34)

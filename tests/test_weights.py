@@ -1,12 +1,15 @@
 """Checkpoint names: the released model's count, and every rename."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.weights import _canonical, _target, checkpoint_names
+from kimi_vllm.weights import WeightsError, _canonical, _target, checkpoint_names, load_weights
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
 
@@ -57,3 +60,12 @@ def test_a_dense_mlp_written_by_transformers_is_renamed(released):
     assert _canonical("model.layers.0.block_sparse_moe.up_proj.weight", released) == "model.layers.0.mlp.up_proj.weight"
     sparse = "model.layers.1.block_sparse_moe.gate.weight"
     assert _canonical(sparse, released) == sparse
+
+
+def test_a_full_precision_tensor_for_a_quantised_parameter_is_refused_by_name(monkeypatch, released):
+    """VLLM would round it to eight bits and multiply by a scale that was never loaded."""
+    model = nn.Module()
+    model.register_parameter("lm_head", nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), requires_grad=False))
+    monkeypatch.setattr("kimi_vllm.weights._target", lambda *_: ("lm_head", {}))
+    with pytest.raises(WeightsError, match=r"lm_head.weight \(bfloat16\) is not quantised, and .*lm_head is.*`ignore`"):
+        load_weights(model, replace(released, moe=None), [("lm_head.weight", torch.zeros(4, 4, dtype=torch.bfloat16))])

@@ -96,6 +96,7 @@ class KimiMoE(nn.Module):
             num_expert_group=1,
             topk_group=1,
             prefix=f"{prefix}.experts",
+            ckpt_names=("w1", "w2", "w3"),  # by which a quantised checkpoint's config may name them
             scoring_func="sigmoid",
             routed_scaling_factor=moe.routed_scaling_factor,
             e_score_correction_bias=self.gate.e_score_correction_bias,

@@ -135,7 +135,7 @@ def to_hub_layout(source: Path, folder: Path) -> Path:
     }
     config |= {"mla_use_nope": True, "moe_router_activation_func": "sigmoid", "moe_layer_freq": 1}
     tensors = load_file(source / "model.safetensors")
-    renamed = {_hub_name(name): tensor for name, tensor in tensors.items()}
+    renamed = {hub_name(name): tensor for name, tensor in tensors.items()}
     renamed = {name: tensor.reshape(-1) if name.endswith("A_log") else tensor for name, tensor in renamed.items()}
     return write_checkpoint(folder, config, renamed, tokenizer_from=source)
 
@@ -153,7 +153,8 @@ def write_checkpoint(
     return folder
 
 
-def _hub_name(name: str) -> str:
+def hub_name(name: str) -> str:
+    """The hub's name of a tensor that transformers has written."""
     return re.sub(r"block_sparse_moe\.((?:gate|up|down)_proj\.)", r"mlp.\1", name)
 
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from support.checkpoints import write_checkpoint
+from support.checkpoints import hub_name, to_hub_layout, write_checkpoint
 
 GROUP = 128
 LOW_RANK = ("f_b_proj", "g_b_proj")
-_LINEAR = re.compile(r".*\.(?:\w+_proj|w[123])\.weight")
+_LINEAR = re.compile(r".*\.(?:\w+_proj|kv_a_proj_with_mqa|w[123])\.weight")
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 Quantised = tuple[dict[str, Tensor], Tensor]
@@ -91,7 +91,7 @@ def _compressed_tensors(form: str, weights: dict[str, Any], activations: dict[st
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
-        "ignore": ["lm_head", *(rf"re:.*\.{name}" for name in LOW_RANK), r"re:.*\.gate"],
+        "ignore": ["lm_head", *(rf"re:.*\.{name}" for name in LOW_RANK), r"re:.*\.gate$"],
         "config_groups": {"group_0": group},
     }
 
@@ -117,7 +117,7 @@ SCHEMES: dict[str, tuple[Callable[[Tensor], Quantised], dict[str, Any]]] = {
     "gptq": (
         gptq,
         {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "lm_head": False}
-        | {"dynamic": {rf"-:.*\.{name}": {} for name in (*LOW_RANK, "gate")}},
+        | {"dynamic": {rf"-:.*\.{name}": {} for name in (*LOW_RANK, "gate$")}},
     ),
     "awq": (
         awq,
@@ -128,7 +128,7 @@ SCHEMES: dict[str, tuple[Callable[[Tensor], Quantised], dict[str, Any]]] = {
 
 
 def quantise(source: Path, folder: Path, scheme: str) -> tuple[Path, Path]:
-    """Write a checkpoint in the hub's layout quantised, and what transformers shall load in its place.
+    """Write a checkpoint quantised, in the hub's layout, and what transformers shall load in its place.
 
     All linear layers and experts are quantised but the low-rank gates' second factors, the router and the head.
 
@@ -136,21 +136,22 @@ def quantise(source: Path, folder: Path, scheme: str) -> tuple[Path, Path]:
         The folders of the quantised checkpoint and of the dequantised one.
     """
     quantiser, written = SCHEMES[scheme]
-    tensors = load_file(source / "model.safetensors")
-    config = json.loads((source / "config.json").read_text())
+    hub, plain_config = to_hub_layout(source, folder / "hub"), json.loads((source / "config.json").read_text())
+    tensors = load_file(hub / "model.safetensors")
+    config = json.loads((hub / "config.json").read_text())
     names = [name for name in tensors if _LINEAR.fullmatch(name) and not any(f".{low}." in name for low in LOW_RANK)]
     config["quantization_config"] = written
     if "quant_method" in written and written["quant_method"] in ("fp8", "awq"):
         kept = [n.removesuffix(".weight") for n in tensors if any(f"{k}.weight" in n for k in _KEPT)]
         config["quantization_config"] = written | {"modules_to_not_convert": kept}
-    quantised, dequantised = dict(tensors), dict(tensors)
+    quantised, dequantised = dict(tensors), {}
     for name in names:
-        parts, plain = quantiser(quantised.pop(name).float())
+        parts, dequantised[name] = quantiser(quantised.pop(name).float())
         quantised |= {f"{name.removesuffix('weight')}{suffix}": part for suffix, part in parts.items()}
-        dequantised[name] = plain
+    plain = load_file(source / "model.safetensors")
+    plain = {name: dequantised.get(hub_name(name), tensor) for name, tensor in plain.items()}
     config["dtype"] = "float16" if written["quant_method"] in ("gptq", "awq") else "bfloat16"
-    plain_config = {key: value for key, value in config.items() if key != "quantization_config"}
     return (
         write_checkpoint(folder / scheme, config, quantised),
-        write_checkpoint(folder / f"{scheme}-dequantised", plain_config | {"dtype": "float32"}, dequantised),
+        write_checkpoint(folder / f"{scheme}-dequantised", plain_config, plain),
     )

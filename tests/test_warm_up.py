@@ -1,0 +1,68 @@
+"""The steps run before an engine is ready meet every variant of vLLM's fused experts that a later step can need."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kimi_vllm.warm_up import step_sizes
+
+OURS = Path(__file__).parents[1] / "kimi_vllm" / "moe_configs"
+EXPERTS, HIDDEN, TOP_K = 256, 2304, 8
+
+
+def variants(config: dict[str, int], tokens: int) -> tuple[Any, ...]:
+    """What Triton compiles anew for: launch parameters, and whether 16 divides the kernel's two counts of rows.
+
+    The second count is that of `moe_align_block_size`, cut short where there are fewer tokens than rows in a block.
+    """
+    chosen, rows = tokens * TOP_K, config["BLOCK_SIZE_M"]
+    padded = chosen + EXPERTS * (rows - 1)
+    if chosen < EXPERTS:
+        padded = min(chosen * rows, padded)
+    if tokens < rows:
+        padded = min(padded, chosen * rows)
+    return *sorted(config.items()), chosen % 16 == 0, padded % 16 == 0
+
+
+def chosen_config(table: dict[int, dict[str, int]] | None, dtype: str | None, block: list[int] | None, tokens: int):
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
+
+    if table is None:
+        return get_default_config(tokens, EXPERTS, 1024, HIDDEN, TOP_K, dtype, block)
+    return table[min(table, key=lambda row: abs(row - tokens))]
+
+
+def tables() -> dict[str, tuple[dict[int, dict[str, int]] | None, str | None, list[int] | None]]:
+    from vllm.model_executor.layers.fused_moe import fused_moe
+
+    found: dict[str, Any] = {
+        "default": (None, None, None),
+        "default fp8": (None, "fp8_w8a8", None),
+        "default fp8 in blocks": (None, "fp8_w8a8", [128, 128]),
+    }
+    theirs = Path(fused_moe.__file__).parent / "configs"
+    # Tables of other models and cards have other rows; those of any 256 experts on Hopper stand for what may come.
+    for path in [*OURS.glob("*.json"), *theirs.glob(f"E={EXPERTS},*device_name=NVIDIA_H[12]00*.json")]:
+        rows = {int(row): config for row, config in json.loads(path.read_text()).items() if row.isdigit()}
+        found[path.stem] = rows, None, None
+    return found
+
+
+@pytest.mark.parametrize("name", tables())
+@pytest.mark.parametrize("most", [8192, 2048, 16384])
+def test_every_launch_of_the_experts_is_met(name: str, most: int) -> None:
+    table, dtype, block = tables()[name]
+    warm = {variants(chosen_config(table, dtype, block, tokens), tokens) for tokens in step_sizes(most)}
+    met = {variants(chosen_config(table, dtype, block, tokens), tokens) for tokens in range(1, most + 1)}
+    assert met <= warm
+
+
+@pytest.mark.parametrize("most", [1, 2, 17, 97, 300, 8192])
+def test_sizes_are_steps_the_scheduler_can_make(most: int) -> None:
+    sizes = step_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 1
+    assert sizes[-1] == most
+    assert len(sizes) < 70
