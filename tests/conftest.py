@@ -1,6 +1,10 @@
 """How engines are started in tests; set before vLLM is imported anywhere."""
 
 import os
+from pathlib import Path
+
+import pytest
+from support.record import Recorder
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # scheduler and worker in this process, within reach of assertions
@@ -14,3 +18,14 @@ os.environ.update(
     KIMI_VLLM_STRICT="1",
     VLLM_USE_FLASHINFER_SAMPLER="0",  # GPUs: it would be compiled first
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--record FILE``: see `support.record`."""
+    parser.addoption("--record", type=Path, help="merge what this run has covered into a JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record, where that is asked."""
+    if (path := config.getoption("--record")) is not None:
+        config.pluginmanager.register(Recorder(path))

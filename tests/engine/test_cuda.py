@@ -3,7 +3,10 @@
 The other engine tests hold there too, in float32; these are about what a CPU does not have.
 """
 
+import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,7 +59,8 @@ def smooth(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_transformers(name, dtype, smooth):
+def test_logits_equal_transformers(name, dtype, smooth, record_property):
+    record_property("covers", dtype)
     from vllm import SamplingParams, TokensPrompt
 
     checkpoint, oracle = smooth(name)
@@ -84,7 +88,8 @@ def test_logits_equal_transformers(name, dtype, smooth):
         ("float16", "float16", True),
     ],
 )
-def test_recall_with_graphs_chunks_hits_preemption_and_swaps(dtype, state_dtype, scheduling):
+def test_recall_with_graphs_chunks_hits_preemption_and_swaps(dtype, state_dtype, scheduling, record_property):
+    record_property("covers", dtype)
     from vllm import SamplingParams
 
     rng = random.Random(6)
@@ -118,29 +123,55 @@ def test_recall_with_graphs_chunks_hits_preemption_and_swaps(dtype, state_dtype,
         assert running.counts["swaps_out"] > 0
 
 
-def test_no_kernel_of_ours_is_compiled_for_a_request():
-    import triton
-    from vllm import SamplingParams, TokensPrompt
+FIRST_REQUESTS = """
+import json, sys
+import triton
+from support.engine import RECALL, engine, random_prompts
+from vllm import SamplingParams, TokensPrompt
 
+if __name__ == "__main__":
     compiled = []
 
     def record(*, fn, **_):
         compiled.append(f"{fn.module}.{fn.name}")
 
     options = {"dtype": "bfloat16", "enforce_eager": False, "max_num_seqs": 20, "max_num_batched_tokens": 300}
-    with engine(RECALL, **options) as running:
+    sampled = [
+        {"temperature": 0},
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05},
+        {"temperature": 0.7, "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+        {"temperature": 0, "logprobs": 5, "prompt_logprobs": 2},
+        {"temperature": 0, "logit_bias": {7: 2.0}, "min_tokens": 3, "stop_token_ids": [9]},
+    ]
+    with engine(RECALL, quantization=json.loads(sys.argv[1]), **options) as running:
+        # Called for what is compiled and for what is loaded from a cache on disk, so a warm cache hides nothing.
         triton.knobs.runtime.jit_post_compile_hook = record
-        try:
-            for lengths in ([1], [2], [4], [5], [64], [500], [3, 1, 700, 64] * 6):
-                inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in random_prompts(lengths, 100)]
-                running.llm.generate(inputs, SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)
-        finally:
-            triton.knobs.runtime.jit_post_compile_hook = None
-    assert not [name for name in compiled if "kimi_vllm" in name]
+        for lengths in ([1], [2], [4], [5], [64], [500], [3, 1, 700, 64] * 6, range(20, 900, 17)):
+            inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in random_prompts(list(lengths), 100)]
+            parameters = [SamplingParams(max_tokens=9, **sampled[i % len(sampled)]) for i in range(len(inputs))]
+            running.llm.generate(inputs, parameters, use_tqdm=False)
+        triton.knobs.runtime.jit_post_compile_hook = None
+    print("COMPILED", json.dumps(sorted(set(compiled))))
+"""
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_nothing_is_compiled_for_a_request(quantization, tmp_path, record_property):
+    """In a process of its own, where no other engine has compiled anything yet."""
+    record_property("covers", "bfloat16" if quantization is None else "FP8")
+    script = tmp_path / "first_requests.py"
+    script.write_text(FIRST_REQUESTS)
+    environment = os.environ | {"PYTHONPATH": f"tests:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, str(script), json.dumps(quantization)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    said = [line for line in done.stdout.splitlines() if line.startswith("COMPILED")]
+    assert said == ["COMPILED []"], done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_recall_through_vllm_serve(dtype, tmp_path):
+def test_recall_through_vllm_serve(dtype, tmp_path, record_property):
+    record_property("covers", dtype)
     rng = random.Random(7)
     asked = [held_out_prompt(rng, rng.randint(1, 20)) for _ in range(100)]
     # What it measures of the memory, other tests' engines would disturb.

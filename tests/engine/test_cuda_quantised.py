@@ -90,9 +90,13 @@ def check_linear_layers(model, weights, rounding):
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("scheme", [*SCHEMES, *ONLINE])
-def test_logits_equal_transformers_with_dequantised_weights(scheme, cache_dtype, made):
+def test_logits_equal_transformers_with_dequantised_weights(scheme, cache_dtype, made, record_property):
     from vllm import SamplingParams, TokensPrompt
 
+    if "int8" not in scheme:
+        record_property("covers", "FP8" if "fp8" in scheme else "4 bits")
+    if cache_dtype == "fp8":
+        record_property("covers", "FP8 latents")
     checkpoint, oracle, weights = made(scheme)
     vocab_size = oracle.model.config.vocab_size
     prompts = random_prompts(LENGTHS, vocab_size)
@@ -122,9 +126,10 @@ def test_logits_equal_transformers_with_dequantised_weights(scheme, cache_dtype,
 
 
 @pytest.mark.parametrize("scheme", [name for name in ONLINE if name.startswith("fp8")])
-def test_recall_in_fp8(scheme):
+def test_recall_in_fp8(scheme, record_property):
     from vllm import SamplingParams
 
+    record_property("covers", "FP8")
     rng = random.Random(8)
     asked = [held_out_prompt(rng, rng.randint(1, 20)) for _ in range(200)]
     options = {"dtype": "bfloat16", "quantization": scheme, "enforce_eager": False, "max_num_seqs": 32}

@@ -16,7 +16,8 @@ CASES = [("recall", "hub"), ("recall", "transformers")] + [
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=["-".join(case) for case in CASES])
-def test_engine_equals_transformers(name, layout, checkpoints, oracles):
+def test_engine_equals_transformers(name, layout, checkpoints, oracles, record_property):
+    record_property("covers", "float32")
     oracle = oracles[name]
     prompts = random_prompts(LENGTHS, oracle.model.config.vocab_size)
     with engine(checkpoints[name, layout]) as running:

@@ -36,7 +36,8 @@ if __name__ == "__main__":
 """
 
 
-def test_two_tensor_parallel_workers(tmp_path):
+def test_two_tensor_parallel_workers(tmp_path, record_property):
+    record_property("covers", "TP 2")
     script = tmp_path / "two_workers.py"  # a file, because workers are spawned and import the main module again
     script.write_text(SCRIPT)
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": "tests"}
@@ -68,7 +69,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_two_pipeline_stages_say_what_one_says(tmp_path):
+def test_two_pipeline_stages_say_what_one_says(tmp_path, record_property):
+    record_property("covers", "PP 2")
     script = tmp_path / "stages.py"
     script.write_text(PIPELINE)
     # vLLM's CPU runner wants its compiled model here: eager, the second stage gets no tensors from the first.

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.engine
     ],
     ids=["fp32-cache-chunked", "bf16"],
 )
-def test_at_least_99_percent_right(options):
+def test_at_least_99_percent_right(options, record_property):
+    record_property("covers", options["dtype"])
     from vllm import SamplingParams
 
     rng = random.Random(5)

@@ -45,7 +45,7 @@ class Engine:
         self.llm = LLM(str(checkpoint), **(defaults | options))
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler
-        self.worker = core.model_executor.driver_worker.worker
+        self._executor = core.model_executor
         self.num_preemptions = 0
         preempt = self.scheduler._preempt_request
 
@@ -54,6 +54,11 @@ class Engine:
             return preempt(*args, **kwargs)
 
         self.scheduler._preempt_request = counted
+
+    @property
+    def worker(self) -> Any:
+        """The worker, where there is one; several have processes of their own."""
+        return self._executor.driver_worker.worker
 
     @property
     def model(self) -> Any:
