@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from kimi_vllm.cache.exchange import MOVES, NONFINITE
@@ -89,6 +89,9 @@ class _AsyncOutput(AsyncModelRunnerOutput):
         if slots := self._sick():
             setattr(output, NONFINITE, slots)
         return output
+
+    def get_kv_connector_output(self) -> KVConnectorOutput | None:
+        return self._inner.get_kv_connector_output()  # type: ignore[no-any-return]  # vLLM asks since 0.33
 
 
 def _with_sick_slots(output: Output, sick: Callable[[], list[int]]) -> Output:
