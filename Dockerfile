@@ -2,7 +2,7 @@
 #   docker run --gpus all --ipc=host -p 8000:8000 -v kimi-models:/models kimi-vllm moonshotai/Kimi-Linear-48B-A3B-Instruct
 # docker build --target cpu -t kimi-vllm:cpu .    serves the tiny checkpoint without a GPU
 #   docker run --shm-size=1g -p 8000:8000 kimi-vllm:cpu
-# What follows the image's name goes to `vllm serve`, the model first: vLLM 0.32 refuses some options in front of it. It
+# What follows the image's name goes to `vllm serve`, the model first: vLLM 0.33 refuses some options in front of it. It
 # listens on all addresses, port 8000, by default.
 ARG PYTHON_TAG=3.11-slim-bookworm
 ARG CUDA_PYTHON_TAG=3.12-slim-bookworm

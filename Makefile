@@ -54,8 +54,9 @@ container: ## build the Dockerfile's CPU target with podman and use it (root, 20
 docs: $(VENV) ## write the tables of README.md and docs/ anew from results, options and profiles
 	@.venv/bin/python docs/generate.py
 
-compat: $(VENV) ## the vLLM names we use, held against every supported release (downloads 340 MB once)
-	.venv/bin/python requirements/compat.py
+compat: $(VENV) ## vLLM 0.33, which is built for GPUs only: the names we use, and the unit tests on its Python sources (340 MB, once)
+	.venv/bin/python requirements/compat.py && sources=$$(.venv/bin/python requirements/compat.py --where) && \
+	PYTHONPATH=$$sources $(PYTEST) -m "not gpu and not triton" --ignore tests/kernels --ignore tests/synthetic --ignore tests/docs
 
 clean: ## remove what can be made again, .venv too
 	rm -rf .venv .compat .demo build dist *.egg-info requirements/vllm-cpu-alias/build requirements/vllm-cpu-alias/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

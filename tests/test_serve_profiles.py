@@ -68,7 +68,7 @@ INTENDED: dict[str, dict[str, Any]] = {
 
 
 def parser() -> Any:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     return make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))

@@ -20,15 +20,15 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import (
     generate_scheduler_kv_cache_config,
-    get_kv_cache_configs,
     get_request_block_hasher,
     init_none_hash,
     resolve_kv_cache_block_sizes,
 )
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, MambaSpec, MLAAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -68,12 +68,12 @@ class Memory:
 
 def our_scheduler(memory: Memory, eviction: str = "value") -> Any:
     """`KimiScheduler` with the cache configuration that the engine would give it."""
-    config = _config(memory, eviction)
+    config = configuration(memory, eviction)
     return build(KimiScheduler, config, our_specs(config, memory.slots, eviction))
 
 
-def our_specs(config: VllmConfig, slots: int, eviction: str = "value") -> dict[str, KVCacheSpec]:
-    """What our worker tells the engine about its caches, with so many state slots beside the null slot."""
+def our_specs(config: VllmConfig, slots: int, eviction: str = "value", **more: int) -> dict[str, KVCacheSpec]:
+    """What our worker tells the engine about its caches: so many slots beside the null slot, and `more` of the spec."""
     geometry = geometry_of(config.model_config)
     layout = SlotLayout.of(geometry, sum(geometry.kda))
     specs: dict[str, KVCacheSpec] = {}
@@ -81,14 +81,14 @@ def our_specs(config: VllmConfig, slots: int, eviction: str = "value") -> dict[s
         attention = attention_spec(config, BLOCK)
         specs[f"model.layers.{layer}.self_attn.attn"] = attention
         specs[f"model.layers.{layer}.kda_state"] = KDAStateSpec.beside(
-            attention, num_slots=1 + slots, slot_bytes=layout.slot_bytes, eviction=eviction
+            attention, num_slots=1 + slots, slot_bytes=layout.slot_bytes, eviction=eviction, **more
         )
     return specs
 
 
 def align_scheduler(memory: Memory) -> Any:
     """VLLM's scheduler and managers, with states in pages."""
-    config = _config(memory, "lru")
+    config = configuration(memory, "lru")
     config.scheduler_config.scheduler_cls = None
     config.cache_config.block_size = config.cache_config.mamba_block_size = ALIGN_BLOCK
     config.cache_config.mamba_cache_mode = "align"
@@ -108,7 +108,8 @@ def align_scheduler(memory: Memory) -> Any:
     return build(Scheduler, config, specs)
 
 
-def _config(memory: Memory, eviction: str) -> VllmConfig:
+def configuration(memory: Memory, eviction: str, **engine: Any) -> VllmConfig:
+    """What the engine would have; `engine`, other options of vLLM."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     config = EngineArgs(
         model=str(CHECKPOINT),
@@ -121,6 +122,7 @@ def _config(memory: Memory, eviction: str) -> VllmConfig:
         max_num_seqs=memory.concurrency,
         max_num_batched_tokens=memory.step_tokens,
         additional_config={"kimi": {"state_slots": max(memory.slots, memory.concurrency + 1), "eviction": eviction}},
+        **engine,
     ).create_engine_config()
     # What the hook has sized from this machine's memory gives way to what was asked for.
     config.scheduler_config.max_num_seqs = memory.concurrency
@@ -147,7 +149,7 @@ def attention_spec(config: VllmConfig, block_size: int) -> MLAAttentionSpec:
 def build(scheduler_class: Any, config: VllmConfig, specs: dict[str, KVCacheSpec], available: int = _ROOM) -> Any:
     """The scheduler that the engine would build for a worker with these caches and so many bytes for their pages."""
     resolve_kv_cache_layout(config, [[layout.name for layout in get_supported_kv_cache_layouts([])]], specs.values())
-    caches = generate_scheduler_kv_cache_config(get_kv_cache_configs(config, [specs], [available]))
+    caches = generate_scheduler_kv_cache_config(_cache_configs(config, specs, available))
     config.cache_config.num_gpu_blocks = caches.num_blocks
     block_size, hash_block_size = resolve_kv_cache_block_sizes(caches, config)
     return scheduler_class(
@@ -158,6 +160,15 @@ def build(scheduler_class: Any, config: VllmConfig, specs: dict[str, KVCacheSpec
         hash_block_size=hash_block_size,
         log_stats=False,
     )
+
+
+def _cache_configs(config: VllmConfig, specs: dict[str, KVCacheSpec], available: int) -> list[KVCacheConfig]:
+    """What the engine makes of a worker's caches. vLLM 0.33 groups them in a call of its own, in another module."""
+    if hasattr(kv_cache_utils, "get_kv_cache_configs"):
+        return list(kv_cache_utils.get_kv_cache_configs(config, [specs], [available]))
+    from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups, get_kv_cache_configs
+
+    return list(get_kv_cache_configs(config, [specs], [available], get_global_kv_cache_groups(config, [specs])))
 
 
 @cache

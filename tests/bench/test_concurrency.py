@@ -1,5 +1,6 @@
 """Requests admitted by the real schedulers, against a calculation by hand; and vLLM's own caches, against its log."""
 
+import logging
 from types import SimpleNamespace
 from unittest import mock
 
@@ -8,7 +9,6 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculat
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import MultipleOf
-from vllm.v1.core import kv_cache_utils
 
 from kimi_vllm.bench import concurrency
 from kimi_vllm.bench.concurrency import best_sizing, default_sizing, in_tree_scheduler, run_in_tree, run_ours
@@ -62,7 +62,7 @@ def test_the_default_division_is_the_plugins_and_the_best_has_a_slot_for_each_re
 
 @pytest.mark.parametrize("caching", [True, False])
 def test_in_tree_has_the_pages_that_vllm_logs_on_a_gpu(caching):
-    with mock.patch.object(kv_cache_utils.logger, "warning") as warned:
+    with mock.patch.object(logging.Logger, "warning") as warned:
         scheduler = in_tree_scheduler(37_127_946_240 + IN_TREE_PAGE - 1, 256, 131_072, caching)
     assert any("padding layers" in call.args[0] and call.args[1] == 1 for call in warned.call_args_list)
     caches = scheduler.kv_cache_config

@@ -171,7 +171,7 @@ def _texts(*folders: str) -> tuple[str, ...]:
 @cache
 def _options() -> set[str]:
     """Of vLLM's server, and of everything here that has a command line."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     found = set(make_arg_parser(FlexibleArgumentParser())._option_string_actions)

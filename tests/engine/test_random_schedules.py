@@ -5,23 +5,17 @@ Every answer that finishes must be the plain run's, and after every step each sl
 """
 
 from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.engine import RECALL, Completion, check_equal, engines, random_prompts
+from support.arrivals import LONGEST_ANSWER, rounds
+from support.engine import RECALL, Completion, check_equal, engines
 
 pytestmark = pytest.mark.engine
 
-BLOCK = 64
-LONGEST_ANSWER = 48
 CASES = 52  # each of four configurations, so 208
 SLOT_GIB = 233_472 / 2**30
-# Two texts for each of four blocks, so that prompts share prefixes and part at boundaries, and a tail for all.
-BLOCKS = [random_prompts([BLOCK, BLOCK], 100, seed=40 + level) for level in range(4)]
-[TAIL] = random_prompts([BLOCK], 100, seed=44)
-TAILS = (0, 1, 2, 40, BLOCK - 1)
 
 
 def scarce(sequences, slots, chunk, pages=100, **more):
@@ -55,35 +49,6 @@ PATHS = {
     "pages": {"hits", "aborts", "preemptions"},
     "lru-host-pages-priority": {"hits", "aborts", "evictions", "swaps_out", "swaps_in", "preemptions"},
 }
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A request of a schedule; `texts` chooses its blocks, steps count from the start of its round."""
-
-    texts: tuple[int, ...]
-    tail: int
-    max_tokens: int
-    step: int
-    abort_after: int | None
-    priority: int
-
-    @property
-    def prompt(self) -> list[int]:
-        stem = [token for level, text in zip(BLOCKS, self.texts, strict=False) for token in level[text]]
-        return [*stem, *TAIL[: self.tail]] or TAIL[:1]
-
-
-arrivals = st.builds(
-    Arrival,
-    texts=st.lists(st.integers(0, 1), max_size=len(BLOCKS)).map(tuple),
-    tail=st.sampled_from(TAILS),
-    max_tokens=st.sampled_from([1, 2, 5, 12, LONGEST_ANSWER]),
-    step=st.integers(0, 12),
-    abort_after=st.none() | st.none() | st.none() | st.integers(0, 20),
-    priority=st.integers(0, 2),
-)
-rounds = st.tuples(st.lists(arrivals, min_size=3, max_size=4), st.lists(arrivals, max_size=3))
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,15 @@
 """How many pieces of a context a decode graph may read, by batch size. FlashAttention itself is on GPUs only."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import vllm.v1.attention.backends.fa_utils as fa_utils
+from support.flash import import_mla_flash
 
 
 @pytest.fixture
 def mla_flash(monkeypatch):
-    for name in ("flash_attn_varlen_func", "get_scheduler_metadata"):
-        monkeypatch.setattr(fa_utils, name, None, raising=False)  # vLLM for CPUs lacks them
-    for module in ("vllm.v1.attention.backends.mla.flashattn_mla", "kimi_vllm.layers.mla_flash"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    import kimi_vllm.layers.mla_flash as module
-
-    return module
+    return import_mla_flash(monkeypatch)
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 128), (32, 128), (33, 32), (256, 32)])
