@@ -27,8 +27,8 @@ lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
 unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of their own, in Triton's interpreter
 	$(PYTEST) -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m "triton and not gpu" tests/kernels
 
-engine: $(VENV) ## tests that start a real vLLM engine on the CPU
-	$(PYTEST) -m "engine and not gpu and not slow"
+engine: $(VENV) ## tests that start a real vLLM engine on the CPU (RECORD=FILE: note what passed)
+	$(PYTEST) -m "engine and not gpu and not slow" $(if $(RECORD),--record $(RECORD))
 
 slow: $(VENV) ## engine tests that take minutes: pipeline stages, the dashboard in a Prometheus
 	.venv/bin/python -m pytest -m "engine and not gpu and slow"

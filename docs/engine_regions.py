@@ -1,4 +1,4 @@
-"""The generated parts about the 48B model's engine on one H200, beside vLLM's own model."""
+"""The generated parts about the 48B model's engine on GPUs, beside vLLM's own model."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,7 +27,22 @@ def _pairs(bench: str, rows: Sequence[Row]) -> list[tuple[dict[str, Any], Row | 
 @_region
 def h200_measured() -> str:
     """Card, versions and dates of the rows below."""
-    rows = _h200()
+    return _measured(_h200(), "One")
+
+
+@_region
+def h100_fp8_measured() -> str:
+    """The same of the rows in FP8."""
+    return _measured(_h100_fp8(), "One")
+
+
+@_region
+def h100_tp2_measured() -> str:
+    """The same of the rows on two cards."""
+    return _measured(read(ENGINE / "h100-tp2.jsonl"), "Two")
+
+
+def _measured(rows: Sequence[Row], cards: str) -> str:
     env = next(row["env"] for row in reversed(rows) if row["bench"] == "header")
     dates = {
         name: " and ".join(
@@ -36,7 +51,7 @@ def h200_measured() -> str:
         for name in (OURS, IN_TREE)
     }
     return (
-        f"One {env['device']}, driver {env['driver']}, torch {env['torch']}, Triton {env['triton']}, "
+        f"{cards} {env['device']}, driver {env['driver']}, torch {env['torch']}, Triton {env['triton']}, "
         f"{env['vllm'].replace('vllm', 'vLLM')}; kimi-vllm measured on {dates[OURS]}, in-tree on {dates[IN_TREE]}."
     )
 
@@ -44,8 +59,12 @@ def h200_measured() -> str:
 @_region
 def h200_tpot() -> str:
     """Time per output token of one request against its context."""
+    return _tpot(_h200())
+
+
+def _tpot(rows: Sequence[Row]) -> str:
     cells = []
-    for case, ours, theirs in _pairs("tpot", _h200()):
+    for case, ours, theirs in _pairs("tpot", rows):
         if case["batch"] != "1":
             continue
         own, other = (row and row["tpot"]["p50_ms"] for row in (ours, theirs))
@@ -78,8 +97,12 @@ def h200_late() -> str:
 @_region
 def h200_batches() -> str:
     """Steps with as many requests as fit."""
+    return _batches(_h200())
+
+
+def _batches(rows: Sequence[Row]) -> str:
     cells = []
-    for case, ours, theirs in _pairs("tpot", _h200()):
+    for case, ours, theirs in _pairs("tpot", rows):
         if case["batch"] == "1":
             continue
         rates = [NONE if row is None else f"{row['tokens_per_s']:,.0f} tokens/s" for row in (ours, theirs)]
@@ -142,10 +165,61 @@ def h200_load() -> str:
     return _table(["", "kimi-vllm, ms", "in-tree, ms", ""], cells)
 
 
-def _compare(what: str, ours: Row | None, theirs: Row | None, value: Callable[[Row], float]) -> list[str]:
-    shown = ["not measured" if row is None else f"{value(row):,.0f}" for row in (ours, theirs)]
-    ratio = NONE if ours is None or theirs is None else _times(value(theirs) / value(ours))
-    return [what, *shown, ratio]
+def _compare(
+    what: str,
+    ours: Row | None,
+    theirs: Row | None,
+    value: Callable[[Row], float],
+    *,
+    digits: int = 0,
+    more: bool = False,
+) -> list[str]:
+    """A line of a table; `more` where the larger value is the better one."""
+    shown = ["not measured" if row is None else f"{value(row):,.{digits}f}" for row in (ours, theirs)]
+    if ours is None or theirs is None:
+        return [what, *shown, NONE]
+    ratio = value(ours) / value(theirs)
+    return [what, *shown, _times(ratio if more else 1 / ratio)]
+
+
+@_region
+def h100_fp8() -> str:
+    """One card of 80 GB in FP8: a token, many requests, first tokens, the next token while prompts arrive."""
+    rows, cells = _h100_fp8(), []
+    for case, ours, theirs in _pairs("tpot", rows):
+        if case["batch"] == "1":
+            what = f"one request, {tokens(case['context'])} of context, ms per token"
+            cells.append(_compare(what, ours, theirs, lambda row: row["tpot"]["p50_ms"], digits=2))
+    for case, ours, theirs in _pairs("prefill", rows):
+        what = f"first token of a prompt of {tokens(case['prompt'])}, ms"
+        cells.append(_compare(what, ours, theirs, lambda row: row["ttft"]["p50_ms"]))
+    for case, ours, theirs in _pairs("mixed", rows):
+        what = f"p99 between tokens, {case['decoders']} decode, prompts of {tokens(case['prompt'])} arrive, ms"
+        cells.append(_compare(what, ours, theirs, lambda row: row["itl"]["p99_ms"]))
+    for case, ours, theirs in _pairs("throughput", rows):
+        what = f"{case['requests']} × ({tokens(case['prompt'])} + {case['output']}) at once, tokens/s"
+        cells.append(_compare(what, ours, theirs, lambda row: row["tokens_per_s"], more=True))
+    for case, ours, theirs in _pairs("tpot", rows):
+        if case["batch"] != "1" and ours and theirs:
+            what = f"as many as fit at {tokens(case['context'])} ({ours['requests']} / {theirs['requests']}), tokens/s"
+            cells.append(_compare(what, ours, theirs, lambda row: row["tokens_per_s"], more=True))
+    return _table(["", "kimi-vllm", "in-tree", ""], cells)
+
+
+def _h100_fp8() -> list[Row]:
+    return read(ENGINE / "h100-fp8.jsonl")
+
+
+@_region
+def h100_fp8_all() -> str:
+    """Every table of serve/bench for one H100 in FP8."""
+    return "\n\n".join(table.markdown() for table in tables(_h100_fp8()))
+
+
+@_region
+def h100_tp2_all() -> str:
+    """Every table of serve/bench for two H100."""
+    return "\n\n".join(table.markdown() for table in tables(read(ENGINE / "h100-tp2.jsonl")))
 
 
 @_region

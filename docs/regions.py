@@ -23,6 +23,9 @@ from serving.plan import IN_TREE, OURS  # noqa: E402
 from serving.rows import Row  # noqa: E402
 from serving.tables import tokens  # noqa: E402
 
+sys.path.insert(0, str(ROOT / "tests"))
+from support.record import FEATURES  # noqa: E402
+
 ENGINE = ROOT / "serve" / "bench" / "results"
 KERNELS = ROOT / "kernels" / "bench" / "results"
 CACHE = ROOT / "kimi_vllm" / "bench" / "results"
@@ -201,6 +204,21 @@ def option_meanings() -> dict[str, str]:
     attributes = cleandoc(KimiOptions.__doc__ or "").split("Attributes:\n")[1]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.M)
     return {name: re.sub(r"\s+", " ", text).replace("``", "`") for name, text in entries}
+
+
+@_region
+def compatibility() -> str:
+    """What tests have run where: a row a feature, a column a vLLM and device."""
+    known = json.loads((ROOT / "tests" / "tested.json").read_text())
+    places = [
+        (release, device) for release, devices in sorted(known.items()) for device in sorted(devices, reverse=True)
+    ]
+    cells = []
+    for feature in FEATURES:
+        said = [known[release][device].get(feature, "not tried") for release, device in places]
+        cells.append([feature, *(text.removeprefix("tested ") for text in said)])
+    names = [f"vLLM {release}, {device.removeprefix('NVIDIA ').removesuffix(' HBM3')}" for release, device in places]
+    return _table(["", *names], cells)
 
 
 @_region

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from support.record import Recorder
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # scheduler and worker in this process, within reach of assertions
@@ -46,4 +45,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Record, where that is asked."""
     if (path := config.getoption("--record")) is not None:
+        from support.record import Recorder
+
         config.pluginmanager.register(Recorder(path))

@@ -323,7 +323,9 @@ def _pytest(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPa
 def _pytest_parser(arguments: list[str]) -> Any:
     from _pytest.config import get_config
 
-    return get_config()._parser.parse_known_and_unknown_args(arguments)
+    parser = get_config()._parser
+    runpy.run_path(str(ROOT / "tests" / "conftest.py"))["pytest_addoption"](parser)
+    return parser.parse_known_and_unknown_args(arguments)
 
 
 def _curl(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

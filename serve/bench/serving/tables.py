@@ -32,6 +32,8 @@ def tables(rows: Sequence[Row]) -> list[ResultTable]:
         _concurrency_table(rows),
         _mixed_table(rows),
         _prefill_table(rows),
+        _throughput_table(rows),
+        _ready_table(rows),
         _failures(rows),
     ]
     return [table for table in found if table.cells]
@@ -142,6 +144,42 @@ def _prefill_table(rows: Sequence[Row]) -> ResultTable:
             ]
         cells.append(cell + [_ratio(points, case, lambda r: r["tokens_per_s"])] * _paired(names))
     return ResultTable("Time to the first token", [*columns, *["ratio"] * _paired(names)], cells)
+
+
+def _throughput_table(rows: Sequence[Row]) -> ResultTable:
+    points = latest(rows, "throughput")
+    names, cases = _axes(points)
+    columns = ["at once: requests × (prompt + answer)"]
+    for name in names:
+        columns += [f"{name}, s", f"{name}, tokens/s"]
+    cells = []
+    for case in cases:
+        load = json.loads(case)
+        cell = [f"{load['requests']} × ({tokens(load['prompt'])} + {load['output']})"]
+        for name in names:
+            row = points.get((name, case))
+            cell += [
+                "–" if row is None else f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}",
+                _number(row, lambda r: r["tokens_per_s"], digits=0),
+            ]
+        cells.append(cell + [_ratio(points, case, lambda r: r["tokens_per_s"])] * _paired(names))
+    return ResultTable("Tokens read and written per second", [*columns, *["ratio"] * _paired(names)], cells)
+
+
+def _ready_table(rows: Sequence[Row]) -> ResultTable:
+    started = {row["provider"]: row["ready_s"] for row in rows if row["bench"] == "engine" and "ready_s" in row}
+    cells = [
+        [
+            f"{row['provider']}, {row['case']['prompts']} prompts, {row['case']['run']} time",
+            f"{started[row['provider']]:.0f}",
+            f"{row['seconds']:.1f}",
+            f"{row['worst_step_s'] * 1e3:.0f}",
+            str(len(row.get("compiled", ()))),
+        ]
+        for row in latest(rows, "ready").values()
+    ]
+    columns = ["after the start", "ready after, s", "all answered, s", "worst step, ms", "kernels compiled"]
+    return ResultTable("An engine's first requests, prompts of 20 to 3,000 tokens", columns, cells)
 
 
 def _failures(rows: Sequence[Row]) -> ResultTable:
