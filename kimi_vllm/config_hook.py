@@ -321,6 +321,12 @@ def _refuse_unserved(vllm_config: VllmConfig) -> None:
             "--data-parallel-size: vLLM for CPUs cannot send tokens to the experts of another replica (all_gatherv is "
             "not implemented there) and would fail at the first request. Start several servers behind a balancer."
         )
+    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    if current_platform.is_cpu() and parallel.enable_expert_parallel and ranks > 1:
+        raise ValueError(
+            "--enable-expert-parallel: vLLM's experts for CPUs do not know which of them a worker holds, and the worker "
+            "dies at the first request. Drop the option: --tensor-parallel-size splits every expert instead."
+        )
     refusals = {
         "--speculative-config": vllm_config.speculative_config is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,

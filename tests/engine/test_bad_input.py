@@ -108,7 +108,9 @@ def test_a_tensor_of_the_wrong_shape_is_named(config, tensors, tmp_path):
         "worker",
     ],
 )
-def test_what_is_not_served_is_refused_by_name(options, message):
+def test_what_is_not_served_is_refused_by_name(options, message, record_property):
+    if "kv_cache_dtype" in options:
+        record_property("refuses", "FP8 latents")
     fails(message, RECALL, **options)
 
 
@@ -117,11 +119,25 @@ def test_batch_invariance_is_not_promised(monkeypatch):
     fails("VLLM_BATCH_INVARIANT=1: kimi-vllm does not support it with KDA state yet", RECALL)
 
 
-def test_replicas_of_experts_on_a_cpu_are_refused_before_the_first_request_would_fail():
+@pytest.mark.parametrize(
+    ("feature", "options", "message"),
+    [
+        ("DP 2", {"data_parallel_size": 2}, r"--data-parallel-size: .* Start several servers"),
+        (
+            "EP 2",
+            {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+            r"--enable-expert-parallel: .* --tensor-parallel-size splits every expert instead",
+        ),
+    ],
+)
+def test_experts_apart_on_cpus_are_refused_before_the_first_request_would_fail(
+    feature, options, message, record_property
+):
     from vllm.engine.arg_utils import EngineArgs
 
-    with pytest.raises(Exception, match=r"--data-parallel-size: .* Start several servers"):
-        EngineArgs(str(RECALL), data_parallel_size=2).create_engine_config()
+    record_property("refuses", feature)
+    with pytest.raises(Exception, match=message):
+        EngineArgs(str(RECALL), **options).create_engine_config()
 
 
 def test_a_prompt_longer_than_the_model():
