@@ -324,8 +324,8 @@ def _refuse_unserved(vllm_config: VllmConfig) -> None:
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
     if current_platform.is_cpu() and parallel.enable_expert_parallel and ranks > 1:
         raise ValueError(
-            "--enable-expert-parallel: vLLM's experts for CPUs do not know which of them a worker holds, and it dies at "
-            "the first request. Drop the option: --tensor-parallel-size splits every expert instead."
+            "--enable-expert-parallel: vLLM's experts for CPUs do not know which of them a worker holds, and it dies "
+            "at the first request. Drop the option: --tensor-parallel-size splits every expert instead."
         )
     refusals = {
         "--speculative-config": vllm_config.speculative_config is not None,
