@@ -77,6 +77,7 @@ _PARAMETERS = {
     f"{_WORKER}.sample_tokens": "self grammar_output",
     f"{_WORKER}.get_model": "self",
     f"{_WORKER}.compile_or_warm_up_model": "self",
+    f"{_WORKER}.determine_available_memory": "self",
     f"{_STAT_LOGGER}.record": "self scheduler_stats iteration_stats mm_cache_stats engine_idx",
     f"{_SPEC}.max_memory_usage_bytes": "self vllm_config",
     f"{_SPEC}.uses_slot_mapping": "self",
@@ -105,6 +106,10 @@ USED: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": ("_null_block", "req_to_blocks"),
     "vllm.v1.metrics.stats:SchedulerStats": ("running_lora_adapters",),
     "vllm.config.compilation:CompilationConfig": ("_attention_ops",),
+    "vllm.config.kernel:KernelConfig": ("enable_jit_warmup",),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("_dummy_run",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("_dummy_run",),
+    "vllm.platforms.interface:Platform": ("device_id_to_physical_device_id", "get_device_total_memory"),
     "vllm.v1.attention.backend:AttentionBackend": (
         "get_name",
         "get_impl_cls",
