@@ -33,6 +33,9 @@ class InputLinear(MergedColumnParallelLinear):
 
     Attributes:
         splits: columns of q, k and v, of f_a and g_a, of b, and of the filling.
+
+    Raises:
+        ValueError: a quantised checkpoint treats its parts differently.
     """
 
     def __init__(
@@ -45,7 +48,15 @@ class InputLinear(MergedColumnParallelLinear):
         self.splits = [3 * local * head_dim, 2 * head_dim, local, filling]
         qkv, whole = [heads * head_dim] * 3, [head_dim * ranks] * 2
         sizes = [*qkv, *whole, (local + filling) * ranks]
-        super().__init__(hidden, sizes, bias=False, quant_config=quant_config, prefix=prefix)
+        try:
+            super().__init__(hidden, sizes, bias=False, quant_config=quant_config, prefix=prefix)
+        except ValueError as error:
+            if quant_config is None:
+                raise
+            raise ValueError(
+                f"{prefix}: q_proj, k_proj, v_proj, f_a_proj, g_a_proj and b_proj are one product here, so a quantised "
+                f"checkpoint has all of them quantised alike, or none. vLLM says: {error}"
+            ) from error
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: int) -> None:
         """Load one tensor of the checkpoint; quantisation methods use this one or the next."""

@@ -13,7 +13,7 @@ from vllm.model_executor.layers import linear as vllm_linear
 
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.layers import kda
-from kimi_vllm.weights import WeightsError, load_weights
+from kimi_vllm.weights import WeightsError, load_weights, packed_modules_mapping
 
 RECALL = Path(__file__).parents[2] / "configs" / "models" / "recall"
 GEOMETRY = replace(KimiGeometry.from_config(json.loads((RECALL / "config.json").read_text())), moe=None)
@@ -142,3 +142,17 @@ def test_quantised_low_rank_projections_are_refused_with_the_remedy(name, tensor
     built = Rank(monkeypatch, heads=2)
     with pytest.raises(WeightsError, match=rf"{name} \(\w+\): quantised f_b_proj and g_b_proj are not .*`ignore`"):
         built.load({name: tensor})
+
+
+@pytest.mark.parametrize("kept", ["b_proj", "f_a_proj"])
+def test_parts_that_are_quantised_differently_are_refused_by_name(kept, monkeypatch):
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    for module in (kda, vllm_linear, parameter):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1)
+    config = Fp8Config(ignored_layers=[f"{PREFIX}{kept}"])
+    config.packed_modules_mapping = packed_modules_mapping
+    refused = r"in_proj: q_proj, .* are one product here, .*Detected some but not all shards"
+    with pytest.raises(ValueError, match=refused):
+        kda.InputLinear(HIDDEN, 2, D, config, PREFIX + "in_proj")
