@@ -217,14 +217,13 @@ def planned_costs(vllm_config: VllmConfig) -> Costs:
 
     Raises:
         PlanError: see `Costs.of`.
-        QuantizationError: nobody knows how the weights are stored, and the user has not fixed slots and pages.
     """
     options = KimiOptions.from_additional_config(vllm_config.additional_config)
     state_dtype = getattr(torch, options.state_dtype)
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     geometry, ranks = geometry_of(model), parallel.tensor_parallel_size
     cached = STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype)
-    quantization = _weight_format(vllm_config)
+    quantization = _known_format(vllm_config)
     stages = []
     for stage in range(parallel.pipeline_parallel_size):
         first, end = get_pp_indices(geometry.num_layers, stage, parallel.pipeline_parallel_size)
@@ -244,30 +243,47 @@ def planned_costs(vllm_config: VllmConfig) -> Costs:
             first_layer=first,
         )
         stages.append(costs)
-    return Costs.heaviest(stages)
+    heaviest = Costs.heaviest(stages)
+    if model.quantization is None or quantization is not None:
+        return heaviest
+    index = get_hf_file_to_dict("model.safetensors.index.json", model.model, model.revision) or {}
+    total = index.get("metadata", {}).get("total_size")
+    workers = ranks * parallel.pipeline_parallel_size
+    return heaviest if total is None else replace(heaviest, weights=min(heaviest.weights, int(total) // workers))
 
 
-def _weight_format(vllm_config: VllmConfig) -> WeightFormat | None:
-    """How the model's linear layers are stored.
+def weight_format(vllm_config: VllmConfig) -> WeightFormat | None:
+    """How the model's linear layers are stored; None if in the model's dtype.
 
     Raises:
-        QuantizationError: nobody knows, and the user has not said how many slots and pages there shall be.
+        QuantizationError: it is quantised in a way whose size is unknown.
     """
-    model, cache = vllm_config.model_config, vllm_config.cache_config
+    model = vllm_config.model_config
     if model.quantization is None:
         return None
+    written = _config_as_written(model)
+    checkpoint = written.get("quantization_config") or written.get("compression_config")
+    if checkpoint is not None:
+        return WeightFormat.of_checkpoint(checkpoint)
+    asked = model.quantization_config
+    if asked is None:
+        return WeightFormat.online(model.quantization)
+    if asked.targets is not None:
+        raise QuantizationError(f"quantisation {model.quantization} by --quantization-config.targets")
+    linear, experts = (None if spec is None else str(spec) for spec in (asked.linear, asked.moe))
+    return WeightFormat.of_specs(model.quantization, linear, experts, asked.ignore)
+
+
+def _known_format(vllm_config: VllmConfig) -> WeightFormat | None:
     try:
-        written = _config_as_written(model)
-        checkpoint = written.get("quantization_config") or written.get("compression_config")
-        if checkpoint is not None:
-            return WeightFormat.of_checkpoint(checkpoint)
-        online = model.quantization_config
-        return WeightFormat.online(model.quantization, () if online is None else online.ignore)
-    except QuantizationError:
-        options = KimiOptions.from_additional_config(vllm_config.additional_config)
-        if options.state_slots is not None and (cache.kv_cache_memory_bytes or cache.num_gpu_blocks_override):
-            return None  # nothing is divided by weights that would be those of the model's dtype
-        raise
+        return weight_format(vllm_config)
+    except QuantizationError as error:
+        logger.warning(
+            "kimi-vllm: %s Memory is divided as if the weights were not quantised, or by the size of the checkpoint's "
+            "files. kimi.state_slots with --kv-cache-memory-bytes divides it as you say.",
+            error,
+        )
+        return None
 
 
 def _memory(vllm_config: VllmConfig) -> int:
@@ -291,7 +307,10 @@ def _reserved_by_driver() -> int:
         handle = pynvml.nvmlDeviceGetHandleByIndex(current_platform.device_id_to_physical_device_id(0))
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).reserved)
 
-    count: int = reserved()
+    try:
+        count: int = reserved()
+    except pynvml.NVMLError:
+        return 0  # devices whose memory is the host's; vLLM takes CUDA's total there
     return count
 
 

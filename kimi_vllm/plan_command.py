@@ -87,10 +87,18 @@ def plan(
     try:
         options = KimiOptions(state_slots, parse_tokens(typical_tokens), checkpoint_share=checkpoint_share)
         geometry, written, longest, stored = read_model(model)
-        if quantization is not None:
+        if quantization is not None and stored is None:
             stored = WeightFormat.online(quantization)
+        if quantization is not None and stored is not None and quantization != stored.method:
+            raise PlanError(
+                f"--quantization {quantization}: the checkpoint says it is {stored.method}. Drop the option."
+            )
         shown = tuple(parse_tokens(context) for context in contexts.split(","))
         weights: torch.dtype = written if dtype == "auto" else getattr(torch, dtype)
+        if kv_cache_dtype == "fp8" and (device == "cpu" or weights == torch.float32):
+            raise PlanError(
+                "--kv-cache-dtype fp8: kimi-vllm on CPUs and in float32 keeps latents in the model's dtype."
+            )
         demand = Demand(
             max_num_seqs=max_num_seqs,
             max_model_len=parse_tokens(max_model_len) if max_model_len else longest or max(shown),

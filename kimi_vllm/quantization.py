@@ -5,8 +5,8 @@ that the engine and `kimi-vllm plan` size the same model by the same rule.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
@@ -18,7 +18,7 @@ BLOCK = 128
 
 
 class QuantizationError(ValueError):
-    """A quantisation whose weights cannot be sized. Names the method and what to set instead."""
+    """A quantisation whose weights cannot be sized. Names the method, and those that can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +54,27 @@ FP8_PER_TENSOR = Stored(8)
 FP8_PER_CHANNEL = Stored(8, "channel")
 FP8_PER_BLOCK = Stored(8, "block", (BLOCK, BLOCK))
 
-_ONLINE: dict[str, dict[Scope, Stored]] = {
-    "fp8": {"linear": FP8_PER_TENSOR, "experts": FP8_PER_TENSOR},
-    "fp8_per_tensor": {"linear": FP8_PER_TENSOR, "experts": FP8_PER_TENSOR},
-    "fp8_per_channel": {"linear": FP8_PER_CHANNEL, "experts": FP8_PER_CHANNEL},
-    "fp8_per_block": {"linear": FP8_PER_BLOCK, "experts": FP8_PER_BLOCK},
-    "int8_per_channel_weight_only": {"experts": Stored(8, "channel")},
+_SPECS: dict[str, Stored] = {
+    "fp8_per_tensor_static": FP8_PER_TENSOR,
+    "fp8_per_channel_static": FP8_PER_CHANNEL,
+    "fp8_per_block_static": FP8_PER_BLOCK,
+    "int8_per_channel_static": Stored(8, "channel"),
+}
+"""vLLM's names of what `quantization_config` can ask for linear layers and for experts."""
+
+_ONLINE: dict[str, tuple[str | None, str]] = {
+    "fp8": ("fp8_per_tensor_static", "fp8_per_tensor_static"),
+    "fp8_per_tensor": ("fp8_per_tensor_static", "fp8_per_tensor_static"),
+    "fp8_per_channel": ("fp8_per_channel_static", "fp8_per_channel_static"),
+    "fp8_per_block": ("fp8_per_block_static", "fp8_per_block_static"),
+    "int8_per_channel_weight_only": (None, "int8_per_channel_static"),
 }
 ONLINE = tuple(_ONLINE)
 """Values of ``--quantization`` that quantise 16-bit weights while they are loaded."""
+
+Match = Literal["exact", "substring", "pattern", "glob"]
+"""How vLLM compares a config's list with the name of a layer: AWQ by substring, FP8 exactly, compressed-tensors exactly
+or by regular expression, online quantisation also by wildcards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,7 @@ class _Rule:
 
     stored: Mapping[Scope, Stored]
     targets: tuple[str, ...] = ()
+    match: Match = "pattern"
 
 
 @dataclass(frozen=True)
@@ -81,22 +94,40 @@ class WeightFormat:
         method: Name of the quantisation, for messages.
         rules: The first rule whose targets match a layer decides.
         ignored: Names or patterns of layers that stay as they are.
+        match: How names are compared with `ignored`.
     """
 
     method: str
     rules: tuple[_Rule, ...]
-    ignored: tuple[str, ...] = field(default=())
+    ignored: tuple[str, ...] = ()
+    match: Match = "pattern"
 
     @classmethod
     def online(cls, method: str, ignored: Sequence[str] = ()) -> Self:
-        """Weights that vLLM quantises while it loads them.
+        """Weights that vLLM quantises while it loads them, as a value of ``--quantization``.
 
         Raises:
             QuantizationError: The method is none of `ONLINE`.
         """
         if method not in _ONLINE:
             raise _unknown(method)
-        return cls(method, (_Rule(_ONLINE[method]),), tuple(ignored))
+        return cls.of_specs(method, *_ONLINE[method], ignored)
+
+    @classmethod
+    def of_specs(cls, method: str, linear: str | None, experts: str | None, ignored: Sequence[str] = ()) -> Self:
+        """The same, by vLLM's names of how linear layers and experts are stored; None leaves them as they are.
+
+        Raises:
+            QuantizationError: One of the names is unknown.
+        """
+        stored: dict[Scope, Stored] = {}
+        scopes: tuple[tuple[Scope, str | None], ...] = (("linear", linear), ("experts", experts))
+        for scope, name in scopes:
+            if name is not None and name not in _SPECS:
+                raise _unknown(name)
+            if name is not None:
+                stored[scope] = _SPECS[name]
+        return cls(method, (_Rule(stored),), tuple(ignored), "glob")
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> Self:
@@ -105,74 +136,113 @@ class WeightFormat:
         Raises:
             QuantizationError: The method is unknown, or its config lacks what sizes are computed from.
         """
-        method = str(config.get("quant_method"))
-        read = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq}.get(method)
-        if read is None:
+        method = str(config.get("quant_method")).lower().replace("compressed_tensors", "compressed-tensors")
+        reader = _READERS.get(method)
+        if reader is None:
             raise _unknown(method)
+        read, match = reader
         try:
             rules, ignored = read(config)
-        except (KeyError, TypeError, ValueError) as error:
+            for pattern in [*ignored, *(target for rule in rules for target in rule.targets)]:
+                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
             raise QuantizationError(f"quantization_config of method {method}: {error!r} in {dict(config)}.") from error
-        return cls(method, tuple(rules), tuple(ignored))
+        # A layer's own name decides before its class does.
+        return cls(method, tuple(sorted(rules, key=lambda rule: not rule.targets)), tuple(ignored), match)
 
     def stored(self, name: str, scope: Scope) -> Stored | None:
         """How the layer of this name in the checkpoint is stored; None if in the model's dtype."""
-        if any(_matches(pattern, name) for pattern in self.ignored):
+        if any(_matches(pattern, name, self.match) for pattern in self.ignored):
             return None
         for rule in self.rules:
-            if not rule.targets or any(_matches(target, name) for target in rule.targets):
+            if not rule.targets or any(_matches(target, name, rule.match) for target in rule.targets):
                 return rule.stored.get(scope)
         return None
 
 
-def _matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names a layer: by regular expression, wildcard, or whole components of its name."""
+def _matches(pattern: str, name: str, match: Match) -> bool:
+    # vLLM asks for a layer's experts together, and compressed-tensors for each of them.
+    together = re.sub(r"\.experts\..*", ".experts", name)
+    if match == "substring":
+        return pattern in together
+    if match == "exact":
+        return pattern == name or (together != name and together in pattern)
     if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+        return any(re.match(pattern.removeprefix("re:"), each) is not None for each in (name, together))
+    return pattern in (name, together) or (match == "glob" and fnmatchcase(together, pattern))
 
 
-def _everywhere(stored: Stored, targets: Sequence[str] = ()) -> _Rule:
-    return _Rule({"linear": stored, "experts": stored}, tuple(targets))
+def _everywhere(stored: Stored, targets: Sequence[str] = (), match: Match = "pattern") -> _Rule:
+    return _Rule({"linear": stored, "experts": stored}, tuple(targets), match)
 
 
-def _fp8(config: Mapping[str, Any]) -> tuple[list[_Rule], Sequence[str]]:
+_STRATEGIES: dict[str, Strategy] = {
+    "tensor": "tensor",
+    "channel": "channel",
+    "group": "group",
+    "tensor_group": "group",
+    "block": "block",
+}
+
+Read = tuple[list[_Rule], Sequence[str]]
+
+
+def _fp8(config: Mapping[str, Any]) -> Read:
     block = config.get("weight_block_size")
     stored = FP8_PER_TENSOR if block is None else Stored(8, "block", (int(block[0]), int(block[1])))
     return [_everywhere(stored)], config.get("ignored_layers") or config.get("modules_to_not_convert") or ()
 
 
-def _compressed_tensors(config: Mapping[str, Any]) -> tuple[list[_Rule], Sequence[str]]:
+def _compressed_tensors(config: Mapping[str, Any]) -> Read:
     rules = []
     for group in config["config_groups"].values():
         weights = group["weights"]
-        bits, strategy = int(weights["num_bits"]), weights.get("strategy", "tensor")
-        packed = (weights.get("type") == "int" and bits < 8) or "pack" in str(group.get("format", config.get("format")))
+        bits, strategy = int(weights["num_bits"]), weights.get("strategy") or "tensor"
         shape = weights.get("block_structure") or (1, weights.get("group_size") or 1)
+        if isinstance(shape, str):
+            shape = shape.split("x")
+        packed = (weights.get("type") == "int" and bits < 8) or "pack" in str(group.get("format", config.get("format")))
+        # Packed integers have scales of the activations' dtype, four-bit floats eight bits, eight-bit numbers float32.
+        scale_bytes = 1 if strategy == "tensor_group" else 2 if packed else 4
         stored = Stored(
             bits,
-            strategy,
-            (int(shape[0]), int(shape[1])),
-            # Packed integers have scales of the activations' dtype, eight-bit numbers float32.
-            scale_bytes=2 if packed else 4,
+            _STRATEGIES[strategy],
+            (int(shape[0]), max(1, int(shape[1]))),
+            scale_bytes,
             zero_bits=0 if weights.get("symmetric", True) else bits,
         )
         # "Linear" is a class, and all that can be quantised here are of it.
-        targets = [target for target in group["targets"] if target != "Linear"]
-        rules.append(_everywhere(stored, () if "Linear" in group["targets"] else targets))
+        rules.append(_everywhere(stored, () if "Linear" in group["targets"] else group["targets"]))
     return rules, config.get("ignore") or ()
 
 
-def _awq(config: Mapping[str, Any]) -> tuple[list[_Rule], Sequence[str]]:
+def _awq(config: Mapping[str, Any]) -> Read:
     bits = int(config.get("bits") or config["w_bit"])
     stored = _grouped(bits, int(config.get("group_size") or config["q_group_size"]))
     return [_everywhere(stored)], config.get("modules_to_not_convert") or ()
 
 
-def _gptq(config: Mapping[str, Any]) -> tuple[list[_Rule], Sequence[str]]:
-    stored = _grouped(int(config["bits"]), int(config["group_size"]))
-    excluded = [key for key in config.get("dynamic") or {} if key.startswith("-:")]
-    return [_everywhere(stored)], [f"re:{key.removeprefix('-:')}" for key in excluded]
+def _gptq(config: Mapping[str, Any]) -> Read:
+    bits, group_size = int(config["bits"]), int(config["group_size"])
+    rules, excluded = [], []
+    for key, other in (config.get("dynamic") or {}).items():
+        if key.startswith("-:"):
+            excluded.append(f"re:{key.removeprefix('-:')}")
+            continue
+        stored = _grouped(int(other.get("bits", bits)), int(other.get("group_size", group_size)))
+        rules.append(_everywhere(stored, [f"re:{key.removeprefix('+:')}"]))
+    blocks = config.get("modules_in_block_to_quantize") or []
+    named = [name for block in blocks for name in ([block] if isinstance(block, str) else block)]
+    rules.append(_everywhere(_grouped(bits, group_size), [rf"re:.*\.{re.escape(name)}$" for name in named]))
+    return rules, excluded
+
+
+_READERS: dict[str, tuple[Callable[[Mapping[str, Any]], Read], Match]] = {
+    "fp8": (_fp8, "exact"),
+    "compressed-tensors": (_compressed_tensors, "pattern"),
+    "awq": (_awq, "substring"),
+    "gptq": (_gptq, "pattern"),
+}
 
 
 def _grouped(bits: int, group_size: int) -> Stored:
@@ -184,6 +254,5 @@ def _grouped(bits: int, group_size: int) -> Stored:
 def _unknown(method: str) -> QuantizationError:
     return QuantizationError(
         f"quantisation {method}: the size of its weights is unknown. Known are --quantization {', '.join(ONLINE)} and "
-        "checkpoints of fp8, compressed-tensors, awq and gptq. For others set both kimi.state_slots and "
-        "--kv-cache-memory-bytes."
+        f"checkpoints of {', '.join(_READERS)}."
     )

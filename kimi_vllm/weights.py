@@ -191,7 +191,7 @@ def _load(parameter: nn.Parameter, tensor: Tensor, name: str, target: str, argum
 
 def _refuse_unquantized(name: str, tensor: Tensor, parameter: nn.Parameter, target: str) -> None:
     # A copy would round the weights to eight bits, and the scales beside them would stay what memory held.
-    if parameter.dtype.itemsize == 1 and parameter.is_floating_point() and tensor.dtype.itemsize > 1:
+    if parameter.dtype.itemsize == 1 and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise WeightsError(
             f"{name} ({dtype}) is not quantised, and by the checkpoint's quantization_config parameter {target} is. "

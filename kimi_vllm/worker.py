@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -100,10 +101,13 @@ class KimiWorker(PlatformWorker):
 
     def _warm_up_steps(self) -> None:
         started = time.perf_counter()
-        sizes = step_sizes(self.scheduler_config.max_num_batched_tokens)
-        # The largest first: what it needs of memory the others find there.
+        scheduler = self.scheduler_config
+        # No step has more tokens than its sequences can have, whatever the option allows.
+        most = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * self.model_config.max_model_len)
+        sizes = step_sizes(most)
+        # The largest first: what it needs of memory the others find there. Graphs are captured later, by vLLM.
         for size in reversed(sizes):
-            self.model_runner._dummy_run(size, skip_eplb=True)
+            self.model_runner._dummy_run(size, skip_eplb=True, cudagraph_runtime_mode=CUDAGraphMode.NONE)
         torch.cuda.synchronize()
         logger.info("kimi-vllm ran steps of %d sizes in %.1f s to warm up.", len(sizes), time.perf_counter() - started)
 

@@ -215,8 +215,11 @@ def test_plan_of_quantised_weights(tmp_path: Path) -> None:
     config = json.loads((CONFIG_48B / "config.json").read_text())
     written = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": written}))
-    status, output = run_plan("--json", model=tmp_path, memory="80GB")
-    assert json.loads(output)["sizing"] == fp8["sizing"]
+    for option in ((), ("--quantization", "fp8")):
+        status, output = run_plan("--json", *option, model=tmp_path, memory="80GB")
+        assert json.loads(output)["sizing"] == fp8["sizing"]
+    status, output = run_plan("--quantization", "fp8_per_block", model=tmp_path, memory="80GB")
+    assert "--quantization fp8_per_block: the checkpoint says it is fp8. Drop the option." in output
 
 
 def test_plan_draws_a_picture(tmp_path: Path) -> None:
@@ -233,6 +236,11 @@ def test_plan_draws_a_picture(tmp_path: Path) -> None:
         (("--contexts", "4k,long"), "141GB", "'long': expected 4k, 1M or a number of tokens"),
         (("--tp", "3"), "141GB", "--tensor-parallel-size 3: the model's 32 KDA heads do not divide by it"),
         (("--checkpoint-share", "1.5"), "141GB", "kimi.checkpoint_share=1.5: expected a number from 0 to below 1"),
+        (
+            ("--kv-cache-dtype", "fp8", "--device", "cpu"),
+            "80GB",
+            "--kv-cache-dtype fp8: kimi-vllm on CPUs and in float32",
+        ),
         (("--quantization", "nvfp4"), "80GB", "quantisation nvfp4: the size of its weights is unknown."),
         (("--dtype", "int3"), "141GB", "'int3' is not one of 'auto', 'bfloat16'"),
     ],

@@ -30,6 +30,11 @@ def test_one_failure_among_many_passes_is_a_failure() -> None:
     }
 
 
+def test_a_test_that_breaks_before_it_speaks_fails_what_its_file_covers() -> None:
+    reports = [report("passed", ("covers", "FP8")), report("failed", when="setup")]
+    assert outcomes(reports) == {"FP8": "failed"}
+
+
 def test_a_feature_nobody_knows_is_an_error() -> None:
     with pytest.raises(ValueError, match=f"covers 'TP 3', which is not one of {FEATURES[0]}"):
         outcomes([report("passed", ("covers", "TP 3"))])

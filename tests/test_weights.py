@@ -62,10 +62,11 @@ def test_a_dense_mlp_written_by_transformers_is_renamed(released):
     assert _canonical(sparse, released) == sparse
 
 
-def test_a_full_precision_tensor_for_a_quantised_parameter_is_refused_by_name(monkeypatch, released):
-    """VLLM would round it to eight bits and multiply by a scale that was never loaded."""
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_full_precision_tensor_for_a_quantised_parameter_is_refused_by_name(dtype, monkeypatch, released):
+    """It would be rounded to eight bits and multiplied by a scale that was never loaded."""
     model = nn.Module()
-    model.register_parameter("lm_head", nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), requires_grad=False))
+    model.register_parameter("lm_head", nn.Parameter(torch.zeros(4, 4).to(dtype), requires_grad=False))
     monkeypatch.setattr("kimi_vllm.weights._target", lambda *_: ("lm_head", {}))
     with pytest.raises(WeightsError, match=r"lm_head.weight \(bfloat16\) is not quantised, and .*lm_head is.*`ignore`"):
         load_weights(model, replace(released, moe=None), [("lm_head.weight", torch.zeros(4, 4, dtype=torch.bfloat16))])

@@ -1,4 +1,4 @@
-"""What the worker adds to a step's result: sick slots, on results that are there and on those still on their way."""
+"""What the worker adds to vLLM's: sick slots with a step's result, the planned KV cache, and steps to warm up."""
 
 import pytest
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
@@ -40,3 +40,44 @@ def test_a_result_that_is_there_gets_them_at_once_and_the_shared_empty_one_never
     assert not hasattr(_with_sick_slots(result(), list), NONFINITE)
     assert _with_sick_slots(EMPTY_MODEL_RUNNER_OUTPUT, lambda: [3]) is EMPTY_MODEL_RUNNER_OUTPUT
     assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, NONFINITE)
+
+
+class FakeRunner:
+    """Records the steps it is asked to run."""
+
+    def __init__(self):
+        self.steps = []
+
+    def _dummy_run(self, num_tokens, **named):
+        self.steps.append((num_tokens, named))
+
+
+def worker_with(**attributes):
+    made = object.__new__(worker.KimiWorker)
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("measured", "planned", "got"), [(1000, None, 1000), (1000, 800, 800), (700, 800, 700), (800, 800, 800)]
+)
+def test_the_kv_cache_is_what_was_planned_unless_less_is_free(measured, planned, got, monkeypatch):
+    monkeypatch.setattr(worker.PlatformWorker, "determine_available_memory", lambda self: measured)
+    said = []
+    monkeypatch.setattr(worker.logger, "warning", lambda text, *values: said.append(text % values))
+    config = SimpleNamespace(hf_config=SimpleNamespace(**({} if planned is None else {"kimi_kv_bytes": planned})))
+    assert worker_with(model_config=config).determine_available_memory() == got
+    assert bool(said) == (planned is not None and measured < planned)
+
+
+@pytest.mark.parametrize(("tokens", "sequences", "length", "most"), [(8192, 64, 4096, 8192), (8192, 1, 2048, 2048)])
+def test_steps_of_every_size_are_run_and_none_that_cannot_be(tokens, sequences, length, most, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    runner = FakeRunner()
+    scheduler = SimpleNamespace(max_num_batched_tokens=tokens, max_num_seqs=sequences)
+    model = SimpleNamespace(max_model_len=length)
+    worker_with(model_runner=runner, scheduler_config=scheduler, model_config=model)._warm_up_steps()
+    assert [size for size, _ in runner.steps] == step_sizes(most)[::-1]
+    # vLLM's first runner would otherwise replay, or capture, a graph that is not there yet.
+    assert all(named["cudagraph_runtime_mode"] == CUDAGraphMode.NONE for _, named in runner.steps)

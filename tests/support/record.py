@@ -1,7 +1,8 @@
 """Which combinations of vLLM, device and feature a test run has covered: written by tests, read by README's table.
 
 A test says what it covers with pytest's `record_property`: ``record_property("covers", "bfloat16")``, or ``"refuses"``
-where it shows that a combination is refused by name. With ``--record FILE`` the outcome is merged into that file.
+where it shows that a combination is refused by name. With ``--record FILE`` the outcome is merged into that file. Run
+whole files so: what is deselected counts for nothing.
 """
 
 import json
@@ -29,7 +30,12 @@ FEATURES = (
 
 
 def outcomes(reports: Iterable[pytest.TestReport]) -> dict[str, str]:
-    """By feature, "tested" if all tests that cover it passed, "refused" if all say so, else "failed"."""
+    """By feature, "tested" if all tests that cover it passed, "refused" if all say so, else "failed".
+
+    A test that breaks before it can say what it covers makes all features of its file "failed".
+    """
+    reports = list(reports)
+    broken = {_file(report) for report in reports if report.outcome == "failed" and not report.user_properties}
     found: dict[str, set[str]] = {}
     for report in reports:
         if report.when != "call" and report.outcome != "failed":
@@ -41,8 +47,13 @@ def outcomes(reports: Iterable[pytest.TestReport]) -> dict[str, str]:
                 raise ValueError(f"{report.nodeid} covers {feature!r}, which is not one of {', '.join(FEATURES)}")
             if report.outcome != "skipped":
                 passed = "tested" if kind == "covers" else "refused"
-                found.setdefault(str(feature), set()).add(passed if report.outcome == "passed" else "failed")
+                good = report.outcome == "passed" and _file(report) not in broken
+                found.setdefault(str(feature), set()).add(passed if good else "failed")
     return {feature: kinds.pop() if len(kinds) == 1 else "failed" for feature, kinds in found.items()}
+
+
+def _file(report: pytest.TestReport) -> str:
+    return report.nodeid.partition("::")[0]
 
 
 def merge(path: Path, vllm: str, device: str, found: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from serving import workers
@@ -24,6 +24,7 @@ class BenchEngine:
         num_preemptions: how often a request lost its memory so far.
         facts: what the engine chose by itself, for the rows.
         state_itemsize: bytes of an element of KDA's recurrent state.
+        seen_steps: kind and seconds of the steps that answered the engine's first requests.
         in_process: whether the worker is in this process; with several GPUs each has a process of its own.
     """
 
@@ -79,6 +80,7 @@ class BenchEngine:
             "additional_config": str(self.config.additional_config),
         }
         self.num_preemptions = 0
+        self.seen_steps: list[tuple[str, float]] = []
         self._count_preemptions()
         self._names = itertools.count()
         self._held: set[str] = set()
@@ -145,28 +147,26 @@ class BenchEngine:
         while self._held:
             self.step()
 
-    def kinds_of_steps(self) -> Iterator[tuple[str, float]]:
-        """Step until no request is left; of each step its kind, in powers of two, and the seconds it took."""
-        scheduled: list[Any] = []
-        schedule = self.scheduler.schedule
+    def kinds_of_steps(self) -> list[tuple[str, float]]:
+        """Step until no request is left; of each step its kind, in powers of two, and the seconds until it was done."""
+        done: list[tuple[str, float]] = []
+        update = self.scheduler.update_from_output
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            scheduled.append(output)
-            return output
+        def noted(scheduled: Any, output: Any) -> Any:
+            # Called with what was scheduled for just this output, also where two steps are in flight.
+            updated = update(scheduled, output)
+            if scheduled.total_num_scheduled_tokens:
+                done.append((_kind(scheduled), time.perf_counter()))
+            return updated
 
-        self.scheduler.schedule = noted
+        self.scheduler.update_from_output = noted
+        started = time.perf_counter()
         try:
-            before = time.perf_counter()
-            while self._held:
-                now, got = self.step()
-                if got and scheduled:
-                    # With asynchronous scheduling tokens are those of the step before the one just scheduled.
-                    yield _kind(scheduled[0]), now - before
-                    del scheduled[:1]
-                    before = now
+            self.finish()
         finally:
-            self.scheduler.schedule = schedule
+            self.scheduler.update_from_output = update
+        times = [started, *(when for _, when in done)]
+        return [(kind, after - before) for (kind, after), before in zip(done, times, strict=False)]
 
     def clear(self) -> None:
         """Abort all requests, and step until the worker has heard of it.
