@@ -69,7 +69,8 @@ def load_weights(
         target, arguments = _target(canonical, geometry, experts)
         _refuse_quantized_low_rank(name, tensor, target)
         if target not in parameters:
-            unexpected.append(name)
+            if not _needless(name, tensor):
+                unexpected.append(name)
             continue
         _refuse_unquantized(name, tensor, parameters[target], target)
         _load(parameters[target], tensor, name, target, arguments)
@@ -79,6 +80,11 @@ def load_weights(
     if check_missing and (missing := _missing(model, geometry, seen)):
         raise WeightsError(f"the checkpoint lacks tensors: {_listed(missing)}")
     return loaded
+
+
+def _needless(name: str, tensor: Tensor) -> bool:
+    """Whether it is GPTQ's group of each input, and the groups follow one another, as vLLM's kernels assume."""
+    return name.endswith(".g_idx") and bool((tensor.diff() >= 0).all())
 
 
 def _readable(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -191,7 +197,7 @@ def _load(parameter: nn.Parameter, tensor: Tensor, name: str, target: str, argum
 
 def _refuse_unquantized(name: str, tensor: Tensor, parameter: nn.Parameter, target: str) -> None:
     # A copy would round the weights to eight bits, and the scales beside them would stay what memory held.
-    if parameter.dtype.itemsize == 1 and parameter.is_floating_point() and tensor.dtype.itemsize > 1:
+    if parameter.dtype.itemsize == 1 and tensor.dtype.itemsize > 1:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise WeightsError(
             f"{name} ({dtype}) is not quantised, and by the checkpoint's quantization_config parameter {target} is. "
