@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from kimi_vllm import patches
+from kimi_vllm import cpu_quantization, patches
 from kimi_vllm.geometry import GeometryError, KimiGeometry
 from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions, OptionsError
@@ -79,6 +79,9 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         _refuse_unserved(vllm_config)
         _settle_block_size(vllm_config.cache_config)
         _split_compiled_graphs(vllm_config.compilation_config)
+        if current_platform.is_cpu():
+            model = vllm_config.model_config
+            cpu_quantization.refuse_unserved(vllm_config, geometry_of(model), _quantization_as_written(model))
         if any(geometry_of(vllm_config.model_config).kda):
             _bring_our_own(vllm_config)
         _size(vllm_config, options)
@@ -113,6 +116,11 @@ def _config_as_written(model_config: ModelConfig) -> dict[str, Any]:
         raise GeometryError(f"config.json: not found for {source}.")
     overrides = model_config.hf_overrides
     return {**written, **overrides} if isinstance(overrides, dict) else written
+
+
+def _quantization_as_written(model_config: ModelConfig) -> dict[str, Any] | None:
+    written = _config_as_written(model_config)
+    return written.get("quantization_config") or written.get("compression_config")
 
 
 def _settle_block_size(cache_config: CacheConfig) -> None:
@@ -261,8 +269,7 @@ def weight_format(vllm_config: VllmConfig) -> WeightFormat | None:
     model = vllm_config.model_config
     if model.quantization is None:
         return None
-    written = _config_as_written(model)
-    checkpoint = written.get("quantization_config") or written.get("compression_config")
+    checkpoint = _quantization_as_written(model)
     if checkpoint is not None:
         return WeightFormat.of_checkpoint(checkpoint)
     asked = model.quantization_config

@@ -21,8 +21,10 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
+from kimi_vllm import patches
 from kimi_vllm.cache.group import StateHome
 from kimi_vllm.config_hook import geometry_of
 from kimi_vllm.geometry import KimiGeometry
@@ -130,6 +132,8 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if current_platform.is_cpu():
+            patches.apply_all()  # the config hook did, maybe in another process
         self.geometry = geometry_of(vllm_config.model_config)
         self.quantized = vllm_config.quant_config is not None
         self.skinny = skinny.serves(vllm_config)

@@ -4,6 +4,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+_AMX_BLOCK = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Patch:
@@ -28,6 +32,22 @@ def _give_llvmlite_a_dict() -> None:
         ffi.lib._fntab.setdefault("__dict__", {})
 
 
+def _leave_int8_to_onednn() -> None:
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    cpu.check_cpu_sgl_kernel = _amx_multiplies
+
+
+def _amx_multiplies(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+    from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
+
+    # Layers are finished with the model's dtype as torch's default.
+    if dtype == torch.int8 and (outputs % _AMX_BLOCK or torch.get_default_dtype() != torch.bfloat16):
+        return False
+    served: bool = check_cpu_sgl_kernel(outputs, inputs, dtype)
+    return served
+
+
 PATCHES = (
     Patch(
         target="llvmlite.binding.ffi.lib",
@@ -38,6 +58,16 @@ PATCHES = (
         ),
         remove_when="vLLM's _rebind_kernels no longer calls vars() on objects that only pretend to have a __dict__",
         apply=_give_llvmlite_a_dict,
+    ),
+    Patch(
+        target="vllm.model_executor.kernels.linear.scaled_mm.cpu.check_cpu_sgl_kernel",
+        why=(
+            "On CPUs with AMX vLLM sends int8 weights of 16, 48, ... outputs to a kernel that packs blocks of 32 and "
+            'fails with "Expected N == BLOCK_N to be true", and those of float32 and float16 models to one that '
+            "multiplies bfloat16 only. oneDNN, which serves all other CPUs, takes both."
+        ),
+        remove_when="check_cpu_sgl_kernel asks of int8 for a multiple of 32 outputs and for the activations' dtype",
+        apply=_leave_int8_to_onednn,
     ),
 )
 

@@ -69,7 +69,8 @@ def load_weights(
         target, arguments = _target(canonical, geometry, experts)
         _refuse_quantized_low_rank(name, tensor, target)
         if target not in parameters:
-            unexpected.append(name)
+            if not _needless(name, tensor):
+                unexpected.append(name)
             continue
         _refuse_unquantized(name, tensor, parameters[target], target)
         _load(parameters[target], tensor, name, target, arguments)
@@ -79,6 +80,11 @@ def load_weights(
     if check_missing and (missing := _missing(model, geometry, seen)):
         raise WeightsError(f"the checkpoint lacks tensors: {_listed(missing)}")
     return loaded
+
+
+def _needless(name: str, tensor: Tensor) -> bool:
+    """Whether it is GPTQ's group of each input, and the groups follow one another, as vLLM's kernels assume."""
+    return name.endswith(".g_idx") and bool((tensor.diff() >= 0).all())
 
 
 def _readable(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,10 @@
 
 import inspect
 
+import pytest
+import torch
+from support.cpus import emulate_amx
+
 from kimi_vllm import patches
 
 
@@ -19,3 +23,32 @@ def test_llvmlite_survives_vllms_scan():
     patches.apply_all()
     assert vars(llvmlite.binding.ffi.lib).get("kernel") is None
     assert llvmlite.binding.ffi.lib.LLVMPY_GetVersionInfo() > 0
+
+
+def test_vllm_still_sends_half_blocks_of_int8_to_amx():
+    """When this fails, the patch of check_cpu_sgl_kernel can go, if dtypes are checked too."""
+    from vllm.model_executor.layers import utils
+
+    assert "return k % 32 == 0 and n % 16 == 0" in inspect.getsource(utils.check_cpu_sgl_kernel)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "model", "weights", "served"),
+    [
+        (64, 96, torch.bfloat16, torch.int8, True),
+        (48, 96, torch.bfloat16, torch.int8, False),
+        (64, 48, torch.bfloat16, torch.int8, False),
+        (64, 96, torch.float16, torch.int8, False),
+        (64, 96, torch.float32, torch.int8, False),
+        (48, 96, torch.bfloat16, torch.bfloat16, True),
+    ],
+)
+def test_amx_gets_what_it_multiplies(outputs, inputs, model, weights, served, monkeypatch):
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    patches.apply_all()
+    amx = emulate_amx(monkeypatch)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: model)
+    assert cpu.check_cpu_sgl_kernel(outputs, inputs, weights) == served
+    if served:
+        amx.convert_weight_packed(torch.zeros(outputs, inputs, dtype=weights))

@@ -70,3 +70,14 @@ def test_a_full_precision_tensor_for_a_quantised_parameter_is_refused_by_name(dt
     monkeypatch.setattr("kimi_vllm.weights._target", lambda *_: ("lm_head", {}))
     with pytest.raises(WeightsError, match=r"lm_head.weight \(bfloat16\) is not quantised, and .*lm_head is.*`ignore`"):
         load_weights(model, replace(released, moe=None), [("lm_head.weight", torch.zeros(4, 4, dtype=torch.bfloat16))])
+
+
+@pytest.mark.parametrize("groups", [[0, 0, 1, 1], [1, 0, 1, 0]], ids=["in-order", "reordered"])
+def test_gptq_groups_that_follow_one_another_are_not_needed(groups, released):
+    named = [("model.layers.0.self_attn.o_proj.g_idx", torch.tensor(groups, dtype=torch.int32))]
+    arguments = nn.Module(), replace(released, moe=None), named
+    if groups == sorted(groups):
+        assert load_weights(*arguments, check_missing=False) == set()
+    else:
+        with pytest.raises(WeightsError, match=r"belong nowhere: .*o_proj.g_idx"):
+            load_weights(*arguments, check_missing=False)

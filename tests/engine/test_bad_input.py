@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from support.checkpoints import write_checkpoint
 from support.engine import RECALL, engine, random_prompts
 
+from kimi_vllm import cpu_quantization
+
 pytestmark = pytest.mark.engine
 
 
@@ -112,6 +114,83 @@ def test_what_is_not_served_is_refused_by_name(options, message, record_property
     if "kv_cache_dtype" in options:
         record_property("refuses", "FP8 latents")
     fails(message, RECALL, **options)
+
+
+NUMBER = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+W4A16 = {"weights": NUMBER | {"num_bits": 4, "strategy": "group", "group_size": 128}, "input_activations": None}
+EXPERTS = ["lm_head", r"re:.*\.experts\..*"]
+
+
+def compressed(group, ignore=EXPERTS, form="pack-quantized"):
+    group = {"targets": ["Linear"]} | group
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "ignore": ignore,
+        "config_groups": {"group_0": group},
+    }
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "options", "message"),
+    [
+        (
+            None,
+            {"quantization": "fp8"},
+            "--quantization fp8: vLLM has no kernel for it on CPUs. Drop the option. On any",
+        ),
+        (
+            {"quant_method": "fp8", "activation_scheme": "dynamic"},
+            {},
+            "quantization_config: fp8, a scale per tensor: vLLM has no kernel for it on CPUs. Take another checkpoint",
+        ),
+        (
+            {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+            {},
+            r"fp8, a scale per block of \[128, 128\]: vLLM multiplies it with AMX only, which this CPU lacks",
+        ),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True},
+            {"dtype": "float16"},
+            "awq, 4-bit weights: vLLM multiplies it with AVX-512 only, which this CPU lacks",
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False},
+            {"dtype": "float16"},
+            "gptq, 4-bit weights: vLLM multiplies it with AVX-512 only, which this CPU lacks",
+        ),
+        (compressed(W4A16), {}, "4-bit int weights with a scale per group, 16-bit inputs: .* AVX-512 only"),
+        (
+            compressed(
+                {"weights": NUMBER, "input_activations": NUMBER | {"strategy": "token", "dynamic": True}},
+                ["lm_head"],
+                "int-quantized",
+            ),
+            {},
+            "8-bit int weights .*, experts: vLLM's kernels for quantised experts on CPUs lack Kimi Linear's routing",
+        ),
+    ],
+    ids=["online", "fp8", "fp8-block", "awq", "gptq", "w4a16", "experts"],
+)
+def test_quantised_weights_that_a_cpu_with_avx2_cannot_multiply(
+    quantisation, options, message, config, tensors, tmp_path, monkeypatch
+):
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(cpu_quantization, "instruction_sets", frozenset)
+    written = {} if quantisation is None else {"quantization_config": quantisation}
+    folder = write_checkpoint(tmp_path / "quantised", config | written, tensors, tokenizer_from=RECALL)
+    with pytest.raises(Exception, match=message):
+        EngineArgs(str(folder), **({"dtype": "bfloat16"} | options)).create_engine_config()
+
+
+def test_four_bits_in_a_model_of_float32(config, tensors, tmp_path, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(cpu_quantization, "instruction_sets", lambda: frozenset({"AVX-512"}))
+    folder = write_checkpoint(tmp_path / "int4", config | {"quantization_config": compressed(W4A16)}, tensors)
+    with pytest.raises(Exception, match=r"--dtype float32: vLLM multiplies .* with bfloat16 or float16 only"):
+        EngineArgs(str(folder), dtype="float32", skip_tokenizer_init=True).create_engine_config()
 
 
 def test_batch_invariance_is_not_promised(monkeypatch):

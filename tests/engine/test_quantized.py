@@ -9,44 +9,66 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.amx import emulate_amx
 from support.checkpoints import write_checkpoint
+from support.cpus import emulate_amx, emulate_avx512
 from support.engine import RECALL, engine
+from support.quantised import SCHEMES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "demo"))
 from recall_task import held_out_prompt
 
 pytestmark = pytest.mark.engine
 
-LINEAR = re.compile(r"_proj(_with_mqa)?\.weight$")
-NOT_KDA = ["lm_head", r"re:.*\.(mlp|block_sparse_moe)\..*", r"re:.*\.layers\.[37]\.self_attn\..*"]
-NOT_EXPERTS = ["lm_head", r"re:.*\.experts\..*", r"re:.*\.block_sparse_moe\.gate"]
-LOW_RANK = r"re:.*\.self_attn\.[fg]_b_proj"
+LOW_RANK = r".*\.self_attn\.[fg]_b_proj"
+EXPERTS = r".*\.block_sparse_moe\.experts\..*"
+NOT_KDA = r".*\.(mlp|block_sparse_moe)\..*|.*\.layers\.[37]\.self_attn\..*"
+LINEAR = re.compile(r".*\.(\w+_proj|kv_a_proj_with_mqa|w[123])\.weight")
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 
 
-def int8_checkpoint(folder, ignore):
-    """The shipped checkpoint as compressed-tensors writes it: int8 linears, one scale per output, but for some."""
-    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
-    linears = {
-        "targets": ["Linear"],
-        "weights": int8 | {"strategy": "channel", "dynamic": False},
-        "input_activations": int8 | {"strategy": "token", "dynamic": True},
-    }
-    quantisation = {
+def int8(weight):
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}, None
+
+
+INT8_SCHEME = (
+    int8,
+    {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "ignore": ignore,
-        "config_groups": {"group_0": linears},
-    }
-    tensors = load_file(RECALL / "model.safetensors")
-    ignored = re.compile("|".join(pattern.removeprefix("re:") for pattern in ignore))
-    for linear in [name.removesuffix(".weight") for name in tensors if LINEAR.search(name)]:
-        if not ignored.fullmatch(linear):
-            weight = tensors[f"{linear}.weight"]
-            scale = tensors[f"{linear}.weight_scale"] = weight.abs().amax(1, keepdim=True) / 127
-            tensors[f"{linear}.weight"] = (weight / scale).round().to(torch.int8)
-    config = json.loads((RECALL / "config.json").read_text()) | {"quantization_config": quantisation}
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": INT8 | {"strategy": "channel", "dynamic": False},
+                "input_activations": INT8 | {"strategy": "token", "dynamic": True},
+            }
+        },
+    },
+)
+
+
+def quantised_checkpoint(folder, scheme, left_out):
+    """The shipped checkpoint as quantisers write it: linears in few bits, but for those of the names in `left_out`."""
+    quantise, quantisation = scheme
+    left_out = re.compile("|".join(left_out))
+    tensors, kept = load_file(RECALL / "model.safetensors"), []
+    for name in [name for name in tensors if LINEAR.fullmatch(name)]:
+        linear = name.removesuffix(".weight")
+        if left_out.fullmatch(linear):
+            kept.append(linear)
+            # vLLM asks for all experts of a layer at once by this name, but for those of compressed-tensors.
+            kept += [linear.rpartition(".experts.")[0] + ".experts"] * (".experts." in linear)
+        else:
+            parts, _ = quantise(tensors.pop(name))
+            tensors |= {f"{linear}.{end}": part for end, part in parts.items()}
+    ignored = {
+        "compressed-tensors": {"ignore": ["lm_head", *kept]},
+        "awq": {"modules_to_not_convert": ["lm_head", *kept]},
+        "gptq": {"dynamic": {f"-:{re.escape(name)}\\b": {} for name in kept}},
+    }[quantisation["quant_method"]]
+    config = json.loads((RECALL / "config.json").read_text()) | {"quantization_config": quantisation | ignored}
     return write_checkpoint(folder, config, tensors, tokenizer_from=RECALL)
 
 
@@ -61,31 +83,67 @@ def right_answers(running):
     return sum(output.outputs[0].text.strip() == answer for output, (_, answer) in zip(outputs, asked, strict=True))
 
 
+def served(checkpoint, dtype="bfloat16"):
+    return engine(checkpoint, dtype=dtype, skip_tokenizer_init=False, max_num_seqs=32)
+
+
 def test_int8_input_projections(tmp_path):
-    checkpoint = int8_checkpoint(tmp_path / "int8", [*NOT_KDA, LOW_RANK])
-    with engine(checkpoint, dtype="bfloat16", skip_tokenizer_init=False, max_num_seqs=32) as running:
+    checkpoint = quantised_checkpoint(tmp_path / "int8", INT8_SCHEME, [NOT_KDA, LOW_RANK])
+    with served(checkpoint) as running:
         layer = running.model.model.layers[0].self_attn
         assert "CompressedTensors" in type(layer.in_proj.quant_method).__name__
         assert layer.fg_b_proj.weight.dtype == torch.bfloat16
         assert right_answers(running) >= 98
 
 
-def test_int8_where_a_cpu_has_amx(tmp_path, monkeypatch):
-    """AMX packs int8 weights in whole blocks of 32 outputs."""
-    amx = emulate_amx(monkeypatch)
-    checkpoint = int8_checkpoint(tmp_path / "int8", [*NOT_EXPERTS, LOW_RANK])
-    with engine(checkpoint, dtype="bfloat16", skip_tokenizer_init=False, max_num_seqs=32) as running:
-        layer = running.model.model.layers[0].self_attn
-        packed = amx.shapes(torch.int8)
-        assert packed.count((sum(layer.in_proj.splits), 128)) == 6
+@pytest.mark.parametrize("scheme", ["int8", "compressed-tensors-fp8"])
+def test_eight_bits_in_all_linear_layers(scheme, tmp_path):
+    scheme = INT8_SCHEME if scheme == "int8" else SCHEMES[scheme]
+    with served(quantised_checkpoint(tmp_path / "quantised", scheme, [EXPERTS, LOW_RANK])) as running:
+        layers = running.model.model.layers
+        for linear in (layers[0].self_attn.in_proj, layers[3].self_attn.kv_b_proj, layers[0].mlp.down_proj):
+            assert "CompressedTensors" in type(linear.quant_method).__name__
         assert right_answers(running) >= 98
-    assert torch.int8 in amx.products
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_int8_where_a_cpu_has_amx(dtype, tmp_path, monkeypatch):
+    """AMX packs int8 weights in whole blocks of 32 outputs and multiplies bfloat16; oneDNN has the rest."""
+    amx = emulate_amx(monkeypatch)
+    with served(quantised_checkpoint(tmp_path / "int8", INT8_SCHEME, [EXPERTS, LOW_RANK]), dtype) as running:
+        width = sum(running.model.model.layers[0].self_attn.in_proj.splits)
+        assert amx.shapes(torch.int8).count((width, 128)) == (6 if dtype == "bfloat16" else 0)
+        assert right_answers(running) >= 98
+    assert (torch.int8 in amx.products) == (dtype == "bfloat16")
+
+
+# GPTQ and AWQ pack eight outputs to an integer, and the two heads' b_proj has two.
+@pytest.mark.parametrize(
+    ("scheme", "left_out"),
+    [
+        ("compressed-tensors-w4a16", []),
+        ("gptq", [r".*\.([qkvb]|[fg]_a)_proj"]),
+        ("awq", [r".*\.([qkvb]|[fg]_a)_proj"]),
+    ],
+)
+def test_four_bits_where_a_cpu_has_avx512(scheme, left_out, tmp_path, monkeypatch):
+    from vllm.model_executor.layers.quantization import auto_gptq
+
+    emulate_avx512(monkeypatch)
+    # With experts of other sizes than Marlin's, as these are, vLLM forgets that GPTQ has left them out.
+    monkeypatch.setattr(auto_gptq, "check_moe_marlin_supports_layer", lambda *arguments, **options: True)
+    checkpoint = quantised_checkpoint(tmp_path / "int4", SCHEMES[scheme], [NOT_KDA, LOW_RANK, *left_out])
+    with served(checkpoint) as running:
+        layer = running.model.model.layers[0].self_attn
+        assert {"qweight", "weight_packed"} & dict(layer.o_proj.named_parameters()).keys()
+        assert left_out or "weight_packed" in dict(layer.in_proj.named_parameters())
+        assert right_answers(running) >= 98
 
 
 def test_int8_low_rank_projections_are_refused(tmp_path):
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    checkpoint = int8_checkpoint(tmp_path / "int8", NOT_KDA)
+    checkpoint = quantised_checkpoint(tmp_path / "int8", INT8_SCHEME, [NOT_KDA])
     refused = r"\.[fg]_b_proj\.weight\w* \(\w+\): quantised f_b_proj and g_b_proj are not supported.*`ignore`"
     try:
         with pytest.raises(Exception, match=refused), engine(checkpoint):

@@ -1,4 +1,4 @@
-"""An Intel CPU with AMX as vLLM's linear layers meet it, on any machine: what its products demand, computed in torch.
+"""CPUs with AMX or AVX-512 as vLLM's linear layers meet them, on any machine: what products demand, computed in torch.
 
 Demands are those of vLLM's csrc/cpu/sgl-kernels: `gemm.cpp` packs weights in blocks of 32 outputs, `gemm_int8.cpp`
 quantises activations by row. Experts are left to the machine there is: theirs have a layout that only AMX reads.
@@ -67,6 +67,7 @@ def emulate_amx(monkeypatch: pytest.MonkeyPatch) -> EmulatedAMX:
     """Let vLLM believe that this machine has AMX, and answer its linear layers' calls."""
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
+    _keep_kernels(monkeypatch)
     emulated = EmulatedAMX()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: False)
@@ -74,6 +75,46 @@ def emulate_amx(monkeypatch: pytest.MonkeyPatch) -> EmulatedAMX:
     for op in ("convert_weight_packed", "weight_packed_linear", "int8_scaled_mm_with_quant"):
         monkeypatch.setattr(torch.ops._C, op, getattr(emulated, op), raising=False)
     return emulated
+
+
+def emulate_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let vLLM believe that this machine has AVX-512, if it has not, and multiply 4-bit weights."""
+    if torch.cpu._is_avx512_supported():
+        return
+    _keep_kernels(monkeypatch)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(torch.ops._C, "cpu_gemm_wna16", cpu_gemm_wna16, raising=False)
+
+
+def cpu_gemm_wna16(
+    x: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    pack_factor: int,
+    isa_hint: str,
+) -> None:
+    """The product of 4-bit weights in blocks of 16 outputs, ``[N / 16, K · 2]`` integers, as `cpu_wna16.cpp` has it."""
+    nibbles = torch.arange(pack_factor) * 4
+    blocks, inputs, outputs = len(packed), x.shape[1], 16 * len(packed)
+    _demand(x.dtype in (torch.bfloat16, torch.float16) and x.dtype == scales.dtype, '"cpu_gemm_wna16" not implemented')
+    _demand((pack_factor, isa_hint) == (8, "vec") and inputs % 32 == 0 and outputs % 32 == 0, "Expected a_k_size % 32")
+    values = (packed.view(blocks, inputs, 2, 1) >> nibbles & 15).view(blocks, inputs, 16)
+    weight = values.transpose(0, 1).reshape(inputs, outputs)
+    groups = len(scales)
+    zero = 8 if zeros is None else (zeros[..., None] >> nibbles & 15).view(groups, 1, outputs)
+    grouped = (weight.view(groups, -1, outputs) - zero).float() * scales.float()[:, None]
+    out.copy_(linear(x.float(), grouped.view(inputs, outputs).T, bias))
+
+
+def _keep_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the library for the instruction sets that there really are, and no other from now on."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    monkeypatch.setattr(type(current_platform), "import_kernels", classmethod(lambda cls: None))
 
 
 def _demand(holds: bool, message: str) -> None:
