@@ -1,6 +1,10 @@
 """What the worker adds to vLLM's: sick slots with a step's result, the planned KV cache, and steps to warm up."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
+from vllm.config import CUDAGraphMode
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from kimi_vllm import worker

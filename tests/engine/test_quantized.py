@@ -87,7 +87,8 @@ def served(checkpoint, dtype="bfloat16"):
     return engine(checkpoint, dtype=dtype, skip_tokenizer_init=False, max_num_seqs=32)
 
 
-def test_int8_input_projections(tmp_path):
+def test_int8_input_projections(tmp_path, record_property):
+    record_property("covers", "W8A8 int8")
     checkpoint = quantised_checkpoint(tmp_path / "int8", INT8_SCHEME, [NOT_KDA, LOW_RANK])
     with served(checkpoint) as running:
         layer = running.model.model.layers[0].self_attn
@@ -97,7 +98,8 @@ def test_int8_input_projections(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "compressed-tensors-fp8"])
-def test_eight_bits_in_all_linear_layers(scheme, tmp_path):
+def test_eight_bits_in_all_linear_layers(scheme, tmp_path, record_property):
+    record_property("covers", "W8A8 int8" if scheme == "int8" else "FP8")
     scheme = INT8_SCHEME if scheme == "int8" else SCHEMES[scheme]
     with served(quantised_checkpoint(tmp_path / "quantised", scheme, [EXPERTS, LOW_RANK])) as running:
         layers = running.model.model.layers
