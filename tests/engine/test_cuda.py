@@ -136,6 +136,7 @@ if __name__ == "__main__":
         compiled.append(f"{fn.module}.{fn.name}")
 
     options = {"dtype": "bfloat16", "enforce_eager": False, "max_num_seqs": 20, "max_num_batched_tokens": 300}
+    options |= {"kernel_config": {"enable_jit_warmup": True}}
     sampled = [
         {"temperature": 0},
         {"temperature": 1.0, "seed": 3},

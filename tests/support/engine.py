@@ -42,6 +42,8 @@ class Engine:
         if torch.cuda.is_available():
             # Room for several, and nothing that others in the same memory could disturb by measuring.
             defaults |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}
+            # Half a minute of compiling for each geometry, most of it for steps that a test does not make.
+            defaults |= {"kernel_config": {"enable_jit_warmup": False}}
         self.llm = LLM(str(checkpoint), **(defaults | options))
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler
