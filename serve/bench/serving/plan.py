@@ -91,7 +91,7 @@ class Plan:
             every_s=0.25,
             prefills=(512, 2048),
             loads=((4, 256, 16),),
-            ready_prompts=20,
+            ready_prompts=6,
         )
 
     @property
