@@ -120,6 +120,7 @@ def test_int8_where_a_cpu_has_amx(dtype, tmp_path, monkeypatch):
 
 
 # GPTQ and AWQ pack eight outputs to an integer, and the two heads' b_proj has two.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "left_out"),
     [
