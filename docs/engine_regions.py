@@ -185,7 +185,17 @@ def _compare(
 @_region
 def h100_fp8() -> str:
     """One card of 80 GB in FP8: a token, many requests, first tokens, the next token while prompts arrive."""
-    rows, cells = _h100_fp8(), []
+    return _figures(_h100_fp8())
+
+
+@_region
+def h100_tp2() -> str:
+    """The same of two cards in bfloat16."""
+    return _figures(read(ENGINE / "h100-tp2.jsonl"))
+
+
+def _figures(rows: Sequence[Row]) -> str:
+    cells = []
     for case, ours, theirs in _pairs("tpot", rows):
         if case["batch"] == "1":
             what = f"one request, {tokens(case['context'])} of context, ms per token"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention.mla_attention import unified_mla_attention_with_output
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -28,9 +29,10 @@ from kimi_vllm import patches
 from kimi_vllm.cache.group import StateHome
 from kimi_vllm.config_hook import geometry_of
 from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.graph_breaks import check_graph_breaks
 from kimi_vllm.layers import skinny
 from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
-from kimi_vllm.layers.kda import KimiDeltaAttention
+from kimi_vllm.layers.kda import KimiDeltaAttention, kimi_delta_attention
 from kimi_vllm.layers.mla import KimiMLA
 from kimi_vllm.layers.mla_latent import LatentAttention
 from kimi_vllm.weights import load_weights, packed_modules_mapping
@@ -134,6 +136,8 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         super().__init__()
         if current_platform.is_cpu():
             patches.apply_all()  # the config hook did, maybe in another process
+        else:
+            check_graph_breaks(vllm_config, kimi_delta_attention, unified_mla_attention_with_output)
         self.geometry = geometry_of(vllm_config.model_config)
         self.quantized = vllm_config.quant_config is not None
         self.skinny = skinny.serves(vllm_config)

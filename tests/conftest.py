@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # scheduler and worker in this process, within reach of assertions
@@ -19,6 +20,10 @@ os.environ.update(
     KIMI_VLLM_STRICT="1",
     VLLM_USE_FLASHINFER_SAMPLER="0",  # GPUs: it would be compiled first
 )
+
+if torch.cuda.is_available():
+    # Tests import layers before they make an engine, see `kimi_vllm.graph_breaks`.
+    os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
 
 VLLM = Path(find_spec("vllm").origin).parent
 COMPILED = any(VLLM.glob("_C*.so"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kimi_vllm.warm_up import step_sizes
+from kimi_vllm.warm_up import logprob_columns, step_sizes
 
 OURS = Path(__file__).parents[1] / "kimi_vllm" / "moe_configs"
 EXPERTS, HIDDEN, TOP_K = 256, 2304, 8
@@ -66,3 +66,17 @@ def test_sizes_are_steps_the_scheduler_can_make(most: int) -> None:
     assert sizes[0] == 1
     assert sizes[-1] == most
     assert len(sizes) < 70
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 20, 30, 1000, 5000, -1])
+def test_every_width_of_logprobs_is_met(most: int) -> None:
+    from vllm.v1.worker.gpu.sample.logprob import _MAX_TOPK_BLOCK
+
+    def variant(columns: int) -> tuple[int, bool, bool]:
+        return min(1 << (columns - 1).bit_length(), _MAX_TOPK_BLOCK), columns == 1, columns % 16 == 0
+
+    vocab_size = 8000
+    warm = logprob_columns(most, vocab_size)
+    largest = 1 + (vocab_size if most < 0 else most)
+    assert max(warm) <= largest
+    assert {variant(columns) for columns in range(1, largest + 1)} == {variant(columns) for columns in warm}

@@ -230,10 +230,13 @@ class KimiDeltaAttention(nn.Module):
 
 
 @eager_break_during_capture
-def _kimi_delta_attention(
+def kimi_delta_attention(
     qkv: Tensor, gate: Tensor, beta: Tensor, out_gate: Tensor, out: Tensor, layer_name: str
 ) -> None:
-    # An opaque op, so that a compiled graph holds neither the step's metadata nor the pool.
+    """KDA of one layer, as an opaque operator: a compiled graph holds neither the step's metadata nor the pool.
+
+    Shapes are those of `KimiDeltaAttention.advance`; `out` is written.
+    """
     context = get_forward_context()
     layer: KimiDeltaAttention = context.no_compile_layers[layer_name]
     if context.attn_metadata is None:
@@ -280,7 +283,7 @@ def _load_low_rank(parameter: nn.Parameter, loaded: Tensor, shard_id: int) -> No
 
 direct_register_custom_op(
     op_name="kimi_delta_attention",
-    op_func=_kimi_delta_attention,
+    op_func=kimi_delta_attention,
     mutates_args=["out"],
     fake_impl=_kimi_delta_attention_fake,
 )

@@ -167,7 +167,7 @@ def test_nothing_is_compiled_for_a_request(quantization, tmp_path, record_proper
     command = [sys.executable, str(script), json.dumps(quantization)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     said = [line for line in done.stdout.splitlines() if line.startswith("COMPILED")]
-    assert said == ["COMPILED []"], done.stderr[-4000:]
+    assert said == ["COMPILED []"], f"{said}\n{done.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

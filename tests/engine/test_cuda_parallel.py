@@ -47,8 +47,8 @@ def alone():
 def break_the_second_worker(worker):
     """The states of one head become NaN on one worker only; the other has to hear of it."""
     if worker.rank == 1:
-        layers = worker.get_model().model.layers
-        next(layer.self_attn for layer in layers if hasattr(layer.self_attn, "A_log")).A_log.data[0] = float("nan")
+        layer = next(module for module in worker.get_model().modules() if hasattr(module, "A_log"))
+        layer.A_log.data[0] = float("nan")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -88,7 +88,7 @@ def test_data_parallel_through_vllm_serve(options, tmp_path, record_property):
     rng = random.Random(10)
     asked = [held_out_prompt(rng, rng.randint(1, 20)) for _ in range(100)]
     memory = ("--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(2**30))
-    parallel = ("--data-parallel-size", "2", *options)
+    parallel = ("--data-parallel-size", "2", "--kernel-config", '{"enable_jit_warmup": false}', *options)
     with serving(RECALL, tmp_path / "log", "--dtype", "bfloat16", "--no-enforce-eager", *memory, *parallel) as port:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         prompts = [prompt for prompt, _ in asked]

@@ -100,7 +100,8 @@ def test_logits_equal_transformers_with_dequantised_weights(scheme, cache_dtype,
     checkpoint, oracle, weights = made(scheme)
     vocab_size = oracle.model.config.vocab_size
     prompts = random_prompts(LENGTHS, vocab_size)
-    half = "float16" if scheme in ("gptq", "awq") else "bfloat16"
+    # FP8 latents are for bfloat16, and the kernels for GPTQ and AWQ take both.
+    half = "float16" if scheme in ("gptq", "awq") and cache_dtype == "auto" else "bfloat16"
     options = {"dtype": half, "enforce_eager": False, "max_logprobs": vocab_size, "max_num_batched_tokens": 128}
     if scheme in ONLINE:
         options["quantization"] = scheme
@@ -125,7 +126,8 @@ def test_logits_equal_transformers_with_dequantised_weights(scheme, cache_dtype,
     assert planned == pytest.approx(loaded, rel=0.02)
 
 
-@pytest.mark.parametrize("scheme", [name for name in ONLINE if name.startswith("fp8")])
+# Blocks of 128 do not fit the recall model, whose experts have 32 inputs.
+@pytest.mark.parametrize("scheme", [name for name in ONLINE if name.startswith("fp8") and name != "fp8_per_block"])
 def test_recall_in_fp8(scheme, record_property):
     from vllm import SamplingParams
 
