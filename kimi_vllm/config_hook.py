@@ -281,6 +281,16 @@ def weight_format(vllm_config: VllmConfig) -> WeightFormat | None:
     return WeightFormat.of_specs(model.quantization, linear, experts, asked.ignore)
 
 
+def checkpoint_format(model_config: ModelConfig) -> WeightFormat | None:
+    """How the checkpoint stores the model's linear layers; None if unquantised, or in a way that is not known."""
+    config = model_config.hf_config
+    written = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    try:
+        return None if written is None else WeightFormat.of_checkpoint(written)
+    except QuantizationError:
+        return None
+
+
 def _known_format(vllm_config: VllmConfig) -> WeightFormat | None:
     try:
         return weight_format(vllm_config)

@@ -26,7 +26,7 @@ from vllm.sequence import IntermediateTensors
 
 from kimi_vllm import patches
 from kimi_vllm.cache.group import StateHome
-from kimi_vllm.config_hook import geometry_of
+from kimi_vllm.config_hook import checkpoint_format, geometry_of
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.layers import skinny
 from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
@@ -136,6 +136,7 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
             patches.apply_all()  # the config hook did, maybe in another process
         self.geometry = geometry_of(vllm_config.model_config)
         self.quantized = vllm_config.quant_config is not None
+        self.quantization = checkpoint_format(vllm_config.model_config)
         self.skinny = skinny.serves(vllm_config)
         self.model = KimiLinearModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
@@ -177,7 +178,9 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint; see `kimi_vllm.weights.load_weights`."""
-        loaded = load_weights(self, self.geometry, weights, check_missing=not self.quantized)
+        loaded = load_weights(
+            self, self.geometry, weights, quantization=self.quantization, check_missing=not self.quantized
+        )
         for module in self.modules():
             if isinstance(module, LatentAttention):
                 module.forget_projections()

@@ -75,6 +75,18 @@ def test_a_tensor_of_the_wrong_shape_is_named(config, tensors, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"intermediate_size": 128}, r"mlp.\w+_proj.weight \(\d+, \d+\) does not fit: by config.json it is .*128"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 2}, r"3.self_attn.\w+_proj.weight \(.*\) does not fit"),
+    ],
+    ids=["intermediate", "heads"],
+)
+def test_a_checkpoint_larger_than_its_config_is_refused(overrides, message):
+    fails(message, RECALL, hf_overrides=overrides)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"additional_config": {"kimi": {"slots": 3}}}, "kimi.slots: no such option"),
