@@ -33,7 +33,7 @@ from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
 from kimi_vllm.layers.kda import KimiDeltaAttention
 from kimi_vllm.layers.mla import KimiMLA
 from kimi_vllm.layers.mla_latent import LatentAttention
-from kimi_vllm.weights import load_weights, packed_modules_mapping
+from kimi_vllm.weights import check_whole, load_weights, packed_modules_mapping
 
 
 class KimiDecoderLayer(nn.Module):
@@ -135,7 +135,9 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         if current_platform.is_cpu():
             patches.apply_all()  # the config hook did, maybe in another process
         self.geometry = geometry_of(vllm_config.model_config)
-        self.quantized = vllm_config.quant_config is not None
+        self.loaded = False
+        self.updated: set[str] = set()
+        self.renamed = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
         self.quantization = checkpoint_format(vllm_config.model_config)
         self.skinny = skinny.serves(vllm_config)
         self.model = KimiLinearModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -172,19 +174,39 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         return logits
 
     def process_weights_after_loading(self) -> None:
-        """Called by vLLM when all parameters are in place, dummy ones too."""
+        """Called by vLLM when all parameters are in place for the first time, dummy ones too."""
+        self.loaded = True
         if self.skinny:
             skinny.install(self)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint; see `kimi_vllm.weights.load_weights`."""
-        loaded = load_weights(
-            self, self.geometry, weights, quantization=self.quantization, check_missing=not self.quantized
-        )
+        """Load a checkpoint, at first all of it and later any part; see `kimi_vllm.weights.load_weights`.
+
+        Quantised checkpoints rename tensors, so for them vLLM's own check of uninitialised parameters has to do.
+        """
+        loaded, seen = load_weights(self, self.geometry, weights, quantization=self.quantization)
+        if self.loaded:
+            self.updated |= seen
+        elif not self.renamed:
+            check_whole(self, self.geometry, seen, all_modules=True)
+        self._forget_projections()
+        return loaded
+
+    def finish_update(self) -> None:
+        """Call when weights have changed, in whatever way.
+
+        Raises:
+            WeightsError: the tensors that came since the last call leave a module half loaded, see `check_whole`.
+        """
+        if not self.renamed:
+            check_whole(self, self.geometry, self.updated, all_modules=False)
+        self.updated.clear()
+        self._forget_projections()
+
+    def _forget_projections(self) -> None:
         for module in self.modules():
             if isinstance(module, LatentAttention):
                 module.forget_projections()
-        return loaded
 
 
 def _state_home(geometry: KimiGeometry, vllm_config: VllmConfig, prefix: str) -> StateHome | None:

@@ -5,12 +5,15 @@ of a layer is written under ``block_sparse_moe`` too, which is mended here.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
@@ -42,9 +45,8 @@ def load_weights(
     weights: Iterable[tuple[str, Tensor]],
     *,
     quantization: WeightFormat | None = None,
-    check_missing: bool = True,
-) -> set[str]:
-    """Copy a checkpoint into the model's parameters.
+) -> tuple[set[str], set[str]]:
+    """Copy a checkpoint, or some tensors of one, into the model's parameters.
 
     vLLM's loaders take this rank's part out of whatever they get, so every tensor is held against its full shape first.
 
@@ -54,14 +56,12 @@ def load_weights(
         weights: names and tensors, in any order.
         quantization: how the checkpoint stores its linear layers. Of a quantisation that is not known, only vLLM's
             loaders check the shapes.
-        check_missing: whether every tensor of an unquantised checkpoint must be there. Quantised checkpoints rename
-            tensors, so for them vLLM's own check of uninitialised parameters has to do.
 
     Returns:
-        Names of the parameters loaded.
+        Names of the parameters loaded, and of the tensors that came.
 
     Raises:
-        WeightsError: missing or unexpected tensors, one whose shape does not fit, or a quantised f_b_proj or g_b_proj.
+        WeightsError: unexpected tensors, one whose shape does not fit, or a quantised f_b_proj or g_b_proj.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     experts = list(_expert_mapping(model, geometry))
@@ -85,9 +85,48 @@ def load_weights(
         loaded.add(target)
     if unexpected:
         raise WeightsError(f"the checkpoint has tensors that belong nowhere: {_listed(unexpected)}")
-    if check_missing and (missing := _missing(model, geometry, seen)):
+    return loaded, seen
+
+
+def check_whole(model: nn.Module, geometry: KimiGeometry, seen: set[str], *, all_modules: bool) -> None:
+    """Check that the tensors of an unquantised checkpoint that came leave no module of the model half loaded.
+
+    Args:
+        model: with parameters named as in `model.py`.
+        geometry: the model's geometry.
+        seen: names of the tensors that came.
+        all_modules: whether every module must have its tensors, as after a first load, or only those of which a tensor
+            came. vLLM's reloading gives a module new memory as soon as one of its tensors comes.
+
+    Raises:
+        WeightsError: lists the missing tensors.
+    """
+    missing: list[str] = []
+    for names in _by_module(model, geometry).values():
+        if all_modules or not names.isdisjoint(seen):
+            missing += names - seen
+    if missing and all_modules:
         raise WeightsError(f"the checkpoint lacks tensors: {_listed(missing)}")
-    return loaded
+    if missing:
+        raise WeightsError(
+            f"the update of the weights lacks tensors: {_listed(missing)}. vLLM renews a layer as a whole. Send them, "
+            "then call finish_weight_update again, or reload a whole checkpoint. Until then the weights cannot be used."
+        )
+
+
+def _by_module(model: nn.Module, geometry: KimiGeometry) -> dict[str, set[str]]:
+    """Names of the checkpoint's tensors that this rank needs, by the module whose parameters they are."""
+    experts = next((module for module in model.modules() if isinstance(module, RoutedExperts)), None)
+    local = None if experts is None or experts.expert_map is None else experts.expert_map.tolist()
+    modules: dict[str, set[str]] = defaultdict(set)
+    for name in checkpoint_shapes(geometry):
+        layer, is_expert, expert = name.partition(".experts.")
+        if is_pp_missing_parameter(name, model) or (is_expert and local and local[int(expert.split(".")[0])] < 0):
+            continue
+        module, _, parameter = _target(name, geometry, [])[0].rpartition(".")
+        # What vLLM's reloading never replaces need not come again.
+        modules[layer if is_expert else f"{module}.{parameter}" if parameter in SKIP_LOAD_TENSORS else module].add(name)
+    return modules
 
 
 def _needless(name: str, tensor: Tensor) -> bool:
@@ -202,11 +241,6 @@ def _refuse_quantized_low_rank(name: str, tensor: Tensor, target: str) -> None:
         "compressed-tensors add 're:.*self_attn.[fg]_b_proj' to `ignore`, for AWQ and FP8 name them in "
         "`modules_to_not_convert`. KIMI_VLLM_DISABLE=1 leaves the model to vLLM's own implementation."
     )
-
-
-def _missing(model: nn.Module, geometry: KimiGeometry, seen: set[str]) -> list[str]:
-    names = (name for name in checkpoint_shapes(geometry) if name not in seen)
-    return [name for name in names if not is_pp_missing_parameter(name, model)]
 
 
 def _listed(names: list[str]) -> str:

@@ -42,7 +42,7 @@ class Rank:
 
     def load(self, tensors):
         named = [(f"{PREFIX}{name}", tensor) for name, tensor in tensors.items()]
-        return load_weights(self.model, self.geometry, named, check_missing=False)
+        return load_weights(self.model, self.geometry, named)[0]
 
 
 def checkpoint(heads):
