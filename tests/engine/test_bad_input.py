@@ -231,6 +231,17 @@ def test_experts_apart_on_cpus_are_refused_before_the_first_request_would_fail(
         EngineArgs(str(RECALL), **options).create_engine_config()
 
 
+@pytest.mark.parametrize(("stages", "partition"), [(4, None), (2, "3,5"), (2, "7,1")])
+def test_stages_without_a_kind_of_layer_are_refused_by_name(stages, partition, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    if partition:
+        monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
+    message = rf"--pipeline-parallel-size {stages}: stage \d has layers .* at least one KDA layer and one MLA layer"
+    with pytest.raises(Exception, match=message):
+        EngineArgs(str(RECALL), pipeline_parallel_size=stages).create_engine_config()
+
+
 def test_a_prompt_longer_than_the_model():
     with engine(RECALL, max_model_len=128) as running:
         [prompt] = random_prompts([200], 100)
