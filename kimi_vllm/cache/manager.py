@@ -91,6 +91,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self.block_pool = SlotPool(
             kv_cache_spec.num_slots,
             block_pool.hash_block_size,
+            self.block_size,
             kv_cache_spec.num_host_slots,
             kv_cache_spec.eviction,
         )
