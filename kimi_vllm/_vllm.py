@@ -78,6 +78,9 @@ _PARAMETERS = {
     f"{_WORKER}.get_model": "self",
     f"{_WORKER}.compile_or_warm_up_model": "self",
     f"{_WORKER}.determine_available_memory": "self",
+    f"{_WORKER}.reload_weights": "self args",
+    f"{_WORKER}.update_weights": "self update_info",
+    f"{_WORKER}.finish_weight_update": "self",
     f"{_STAT_LOGGER}.record": "self scheduler_stats iteration_stats mm_cache_stats engine_idx",
     f"{_SPEC}.max_memory_usage_bytes": "self vllm_config",
     f"{_SPEC}.uses_slot_mapping": "self",
@@ -104,6 +107,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {name: tuple(words.split()) for name, w
 USED: dict[str, tuple[str, ...]] = {
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry": ("_ensure_registered", "register"),
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": ("_null_block", "req_to_blocks"),
+    "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts": ("expert_map",),
     "vllm.v1.metrics.stats:SchedulerStats": ("running_lora_adapters",),
     "vllm.config.compilation:CompilationConfig": ("_attention_ops",),
     "vllm.config.kernel:KernelConfig": ("enable_jit_warmup",),

@@ -83,6 +83,7 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
             model = vllm_config.model_config
             cpu_quantization.refuse_unserved(vllm_config, geometry_of(model), _quantization_as_written(model))
         if any(geometry_of(vllm_config.model_config).kda):
+            _refuse_stages(vllm_config)
             _bring_our_own(vllm_config)
         _size(vllm_config, options)
         logger.info("kimi-vllm serves KimiLinearForCausalLM (KIMI_VLLM_DISABLE=1 leaves it to vLLM).")
@@ -281,6 +282,16 @@ def weight_format(vllm_config: VllmConfig) -> WeightFormat | None:
     return WeightFormat.of_specs(model.quantization, linear, experts, asked.ignore)
 
 
+def checkpoint_format(model_config: ModelConfig) -> WeightFormat | None:
+    """How the checkpoint stores the model's linear layers; None if unquantised, or in a way that is not known."""
+    config = model_config.hf_config
+    written = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    try:
+        return None if written is None else WeightFormat.of_checkpoint(written)
+    except QuantizationError:
+        return None
+
+
 def _known_format(vllm_config: VllmConfig) -> WeightFormat | None:
     try:
         return weight_format(vllm_config)
@@ -338,6 +349,18 @@ def _check_slots(asked: int, slot_bytes: int, memory: int) -> None:
             f"kimi.state_slots: {asked} KDA state slots of {slot_bytes / 2**20:.1f} MiB need {needed / 2**30:.1f} GiB, "
             f"and there are {memory / 2**30:.1f} GiB. Lower it, or leave it out: then as many are chosen as fit."
         )
+
+
+def _refuse_stages(vllm_config: VllmConfig) -> None:
+    # Block tables of states come with those of MLA, and the last stage's KDA layers report states that are not finite.
+    geometry, stages = geometry_of(vllm_config.model_config), vllm_config.parallel_config.pipeline_parallel_size
+    for stage in range(stages):
+        first, end = get_pp_indices(geometry.num_layers, stage, stages)
+        if len(set(geometry.kda[first:end])) < 2:
+            raise ValueError(
+                f"--pipeline-parallel-size {stages}: stage {stage} has layers {first} to {end - 1}, and a pipeline "
+                "stage needs at least one KDA layer and one MLA layer. Use fewer, or set VLLM_PP_LAYER_PARTITION."
+            )
 
 
 def _refuse_unserved(vllm_config: VllmConfig) -> None:

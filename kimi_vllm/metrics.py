@@ -26,7 +26,7 @@ _COUNTERS = {
     "evictions": "Checkpoints given up because a slot was needed.",
     "swaps_out": "States copied to host memory.",
     "swaps_in": "States copied back from host memory.",
-    "swap_bytes": "Bytes copied to and from host memory, on each worker.",
+    "swap_bytes": "Bytes copied to and from host memory, on a worker of the stage with the most KDA layers.",
     "quarantined": "Requests whose state became NaN or infinite.",
 }
 

@@ -27,7 +27,7 @@ from vllm.sequence import IntermediateTensors
 
 from kimi_vllm import patches
 from kimi_vllm.cache.group import StateHome
-from kimi_vllm.config_hook import geometry_of
+from kimi_vllm.config_hook import checkpoint_format, geometry_of
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.graph_breaks import check_graph_breaks
 from kimi_vllm.layers import skinny
@@ -35,7 +35,7 @@ from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
 from kimi_vllm.layers.kda import KimiDeltaAttention, kimi_delta_attention
 from kimi_vllm.layers.mla import KimiMLA
 from kimi_vllm.layers.mla_latent import LatentAttention
-from kimi_vllm.weights import load_weights, packed_modules_mapping
+from kimi_vllm.weights import check_whole, load_weights, packed_modules_mapping
 
 
 class KimiDecoderLayer(nn.Module):
@@ -47,11 +47,7 @@ class KimiDecoderLayer(nn.Module):
         attention = f"{prefix}.self_attn"
         self.self_attn: nn.Module
         if geometry.kda[index]:
-            if home is None:
-                raise ValueError(
-                    f"layer {index}: a pipeline stage with KDA layers needs at least one MLA layer. Use fewer "
-                    "--pipeline-parallel-size stages, or set VLLM_PP_LAYER_PARTITION."
-                )
+            assert home is not None  # the config hook refuses stages without MLA
             self.self_attn = KimiDeltaAttention(geometry, vllm_config, home, attention)
         else:
             self.self_attn = KimiMLA(geometry, vllm_config, attention)
@@ -139,7 +135,10 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         else:
             check_graph_breaks(vllm_config, kimi_delta_attention, unified_mla_attention_with_output)
         self.geometry = geometry_of(vllm_config.model_config)
-        self.quantized = vllm_config.quant_config is not None
+        self.loaded = False
+        self.updated: set[str] = set()
+        self.renamed = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
+        self.quantization = checkpoint_format(vllm_config.model_config)
         self.skinny = skinny.serves(vllm_config)
         self.model = KimiLinearModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
@@ -175,17 +174,39 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         return logits
 
     def process_weights_after_loading(self) -> None:
-        """Called by vLLM when all parameters are in place, dummy ones too."""
+        """Called by vLLM when all parameters are in place for the first time, dummy ones too."""
+        self.loaded = True
         if self.skinny:
             skinny.install(self)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint; see `kimi_vllm.weights.load_weights`."""
-        loaded = load_weights(self, self.geometry, weights, check_missing=not self.quantized)
+        """Load a checkpoint, at first all of it and later any part; see `kimi_vllm.weights.load_weights`.
+
+        Quantised checkpoints rename tensors, so for them vLLM's own check of uninitialised parameters has to do.
+        """
+        loaded, seen = load_weights(self, self.geometry, weights, quantization=self.quantization)
+        if self.loaded:
+            self.updated |= seen
+        elif not self.renamed:
+            check_whole(self, self.geometry, seen, all_modules=True)
+        self._forget_projections()
+        return loaded
+
+    def finish_update(self) -> None:
+        """Call when weights have changed, in whatever way.
+
+        Raises:
+            WeightsError: the tensors that came since the last call leave a module half loaded, see `check_whole`.
+        """
+        if not self.renamed:
+            check_whole(self, self.geometry, self.updated, all_modules=False)
+        self.updated.clear()
+        self._forget_projections()
+
+    def _forget_projections(self) -> None:
         for module in self.modules():
             if isinstance(module, LatentAttention):
                 module.forget_projections()
-        return loaded
 
 
 def _state_home(geometry: KimiGeometry, vllm_config: VllmConfig, prefix: str) -> StateHome | None:

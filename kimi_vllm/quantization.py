@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any, Literal, Self
 
 Scope = Literal["linear", "experts"]
@@ -39,15 +40,50 @@ class Stored:
     scale_bytes: int = 4
     zero_bits: int = 0
 
+    def scales(self, outputs: int, inputs: int) -> tuple[int, int]:
+        """Rows and columns of the scales of an ``[outputs, inputs]`` weight."""
+        rows, columns = {
+            "tensor": (outputs, inputs),
+            "channel": (1, inputs),
+            "group": (1, self.group[1]),
+            "block": self.group,
+        }[self.strategy]
+        return -(-outputs // rows), -(-inputs // columns)
+
     def nbytes(self, outputs: int, inputs: int) -> int:
         """Bytes of an ``[outputs, inputs]`` weight with its scales and zero points."""
-        scales = {
-            "tensor": 1,
-            "channel": outputs,
-            "group": outputs * -(-inputs // self.group[1]),
-            "block": -(-outputs // self.group[0]) * -(-inputs // self.group[1]),
-        }[self.strategy]
+        scales = prod(self.scales(outputs, inputs))
         return outputs * inputs * self.bits // 8 + scales * self.scale_bytes + scales * self.zero_bits // 8
+
+    def part(self, suffix: str, outputs: int, inputs: int, itemsize: int, method: str) -> tuple[int, ...] | None:
+        """Shape of one of the tensors that stand for an ``[outputs, inputs]`` weight in a checkpoint.
+
+        Args:
+            suffix: The tensor's name behind the layer's.
+            outputs, inputs: Shape of the weight on all workers together.
+            itemsize: Bytes per element of the tensor, into which several elements of the weight may be packed.
+            method: Name of the quantisation.
+
+        Returns:
+            None if checkpoints of this kind have no tensor of that name.
+        """
+        rows, columns = self.scales(outputs, inputs)
+
+        def packed(count: int) -> int:
+            return count * self.bits // (8 * itemsize)
+
+        if method in ("awq", "gptq"):
+            weight = (inputs, packed(outputs)) if method == "awq" else (packed(inputs), outputs)
+            return {
+                "qweight": weight, "qzeros": (columns, packed(rows)), "scales": (columns, rows), "g_idx": (inputs,)
+            }.get(suffix)  # fmt: skip
+        if suffix.endswith(("input_scale", "global_scale", "input_zero_point")):
+            return ()
+        return {
+            "weight_packed": (outputs, packed(inputs)), "weight_shape": (2,), "weight_g_idx": (inputs,),
+            "weight_scale": (rows, columns), "weight_scale_inv": (rows, columns),
+            "weight_zero_point": (packed(rows), columns),
+        }.get(suffix)  # fmt: skip
 
 
 FP8_PER_TENSOR = Stored(8)

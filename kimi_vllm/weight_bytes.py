@@ -1,7 +1,8 @@
-"""What a model's parameters weigh on one worker, matrix by matrix, quantised or not. Pure arithmetic."""
+"""A model's parameters, matrix by matrix: their shapes, and what they weigh on one worker, quantised or not."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -11,20 +12,21 @@ from kimi_vllm.quantization import WeightFormat
 
 _VOCAB_MULTIPLE = 64
 _COLUMNS, _QUANTISED_COLUMNS = 16, 128
+_UNSUFFIXED = ("A_log", "dt_bias", "e_score_correction_bias")
 
 Kind = Literal["linear", "experts", "plain", "router", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Matrices of one shape, or vectors.
+    """A matrix or a vector, or one of each expert.
 
     Attributes:
-        name: As in the checkpoint, without ``.weight``.
-        outputs, inputs: Shape of each on one worker.
+        name: As in the checkpoint, without ``.weight``; of experts the first's.
+        outputs, inputs: Its shape on one worker; a vector has one input.
         kind: "linear" and "experts" may be quantised, "plain" follows the model's dtype, "router" is kept as
             `precision.router_dtype` says, "float32" always is.
-        count: How many.
+        count: How many experts have one.
     """
 
     name: str
@@ -32,6 +34,12 @@ class Weight:
     inputs: int
     kind: Kind
     count: int = 1
+
+    @property
+    def tensors(self) -> Iterator[str]:
+        """Names in an unquantised checkpoint."""
+        suffix = "" if self.name.endswith(_UNSUFFIXED) else ".weight"
+        yield from (self.name.replace(".experts.0.", f".experts.{expert}.") + suffix for expert in range(self.count))
 
 
 def input_filling(heads: int, *, quantised: bool) -> int:
@@ -42,6 +50,12 @@ def input_filling(heads: int, *, quantised: bool) -> int:
     a scale are 128 wide and none may hold two tensors of the checkpoint, and Marlin wants columns in 64s.
     """
     return -heads % (_QUANTISED_COLUMNS if quantised else _COLUMNS)
+
+
+@lru_cache(maxsize=1)
+def checkpoint_shapes(geometry: KimiGeometry) -> dict[str, tuple[int, int]]:
+    """Name to ``(outputs, inputs)`` of every tensor of an unquantised checkpoint; a vector has one input."""
+    return {name: (each.outputs, each.inputs) for each in weights(geometry, 1, 1) for name in each.tensors}
 
 
 def num_parameters(geometry: KimiGeometry) -> int:
@@ -100,9 +114,11 @@ def weights(geometry: KimiGeometry, ranks: int, expert_ranks: int, first_layer: 
     hidden = geometry.hidden_size
     yield Weight("model.embed_tokens", geometry.vocab_size // ranks, hidden, "plain")
     yield Weight("lm_head", geometry.vocab_size // ranks, hidden, "plain")
-    yield Weight("norms", 2 * geometry.num_layers + 1, hidden, "plain")
+    yield Weight("model.norm", hidden, 1, "plain")
     for layer, (is_kda, is_sparse) in enumerate(zip(geometry.kda, geometry.sparse, strict=True), first_layer):
         prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield Weight(prefix + norm, hidden, 1, "plain")
         attention = (
             _kda(geometry, ranks, f"{prefix}self_attn.") if is_kda else _mla(geometry, ranks, f"{prefix}self_attn.")
         )
@@ -115,8 +131,9 @@ def weights(geometry: KimiGeometry, ranks: int, expert_ranks: int, first_layer: 
         yield Weight(f"{name}gate.e_score_correction_bias", moe.num_experts, 1, "float32")
         # Each expert is whole on one worker, or a slice of each is on every worker: the same bytes, but for scales.
         inner, count = moe.intermediate_size // expert_ranks, moe.num_experts
-        yield Weight(f"{name}experts.0.w1", inner, hidden, "experts", 2 * count)
+        yield Weight(f"{name}experts.0.w1", inner, hidden, "experts", count)
         yield Weight(f"{name}experts.0.w2", hidden, inner, "experts", count)
+        yield Weight(f"{name}experts.0.w3", inner, hidden, "experts", count)
         if moe.num_shared_experts:
             yield from _mlp(f"{name}shared_experts.", hidden, moe.num_shared_experts * moe.intermediate_size // ranks)
 
@@ -128,13 +145,12 @@ def _kda(geometry: KimiGeometry, ranks: int, prefix: str) -> Iterator[Weight]:
     for name, outputs in (columns | {"b_proj": heads}).items():
         yield Weight(prefix + name, outputs, hidden, "linear")
     yield Weight(f"{prefix}o_proj", hidden, width, "linear")
-    yield Weight(f"{prefix}fg_b_proj", 2 * width, head_dim, "plain")
-    yield Weight(
-        f"{prefix}conv1d, A_log, dt_bias, o_norm",
-        3 * width * geometry.conv_width + heads + width + head_dim,
-        1,
-        "float32",
-    )
+    for name in ("f_b_proj", "g_b_proj"):
+        yield Weight(prefix + name, width, head_dim, "plain")
+    for name in ("q_conv1d", "k_conv1d", "v_conv1d"):
+        yield Weight(prefix + name, width, geometry.conv_width, "float32")
+    for name, length in {"A_log": heads, "dt_bias": width, "o_norm": head_dim}.items():
+        yield Weight(prefix + name, length, 1, "float32")
 
 
 def _mla(geometry: KimiGeometry, ranks: int, prefix: str) -> Iterator[Weight]:

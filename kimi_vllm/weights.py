@@ -5,16 +5,21 @@ of a layer is written under ``block_sparse_moe`` too, which is mended here.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.quantization import WeightFormat
+from kimi_vllm.weight_bytes import checkpoint_shapes
 
 packed_modules_mapping = {
     "in_proj": ["q_proj", "k_proj", "v_proj", "f_a_proj", "g_a_proj", "b_proj"],
@@ -31,7 +36,7 @@ _LISTED = 8
 
 
 class WeightsError(ValueError):
-    """The checkpoint lacks tensors, or has some that belong nowhere. Lists their names."""
+    """The checkpoint lacks tensors, or has some that belong nowhere or are of another shape. Names them."""
 
 
 def load_weights(
@@ -39,22 +44,24 @@ def load_weights(
     geometry: KimiGeometry,
     weights: Iterable[tuple[str, Tensor]],
     *,
-    check_missing: bool = True,
-) -> set[str]:
-    """Copy a checkpoint into the model's parameters.
+    quantization: WeightFormat | None = None,
+) -> tuple[set[str], set[str]]:
+    """Copy a checkpoint, or some tensors of one, into the model's parameters.
+
+    vLLM's loaders take this rank's part out of whatever they get, so every tensor is held against its full shape first.
 
     Args:
         model: with parameters named as in `model.py`.
         geometry: the model's geometry.
         weights: names and tensors, in any order.
-        check_missing: whether every tensor of an unquantised checkpoint must be there. Quantised checkpoints rename
-            tensors, so for them vLLM's own check of uninitialised parameters has to do.
+        quantization: how the checkpoint stores its linear layers. Of a quantisation that is not known, only vLLM's
+            loaders check the shapes.
 
     Returns:
-        Names of the parameters loaded.
+        Names of the parameters loaded, and of the tensors that came.
 
     Raises:
-        WeightsError: missing or unexpected tensors, one whose shape does not fit, or a quantised f_b_proj or g_b_proj.
+        WeightsError: unexpected tensors, one whose shape does not fit, or a quantised f_b_proj or g_b_proj.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     experts = list(_expert_mapping(model, geometry))
@@ -73,13 +80,53 @@ def load_weights(
                 unexpected.append(name)
             continue
         _refuse_unquantized(name, tensor, parameters[target], target)
+        _check_shape(canonical, tensor, geometry, quantization)
         _load(parameters[target], tensor, name, target, arguments)
         loaded.add(target)
     if unexpected:
         raise WeightsError(f"the checkpoint has tensors that belong nowhere: {_listed(unexpected)}")
-    if check_missing and (missing := _missing(model, geometry, seen)):
+    return loaded, seen
+
+
+def check_whole(model: nn.Module, geometry: KimiGeometry, seen: set[str], *, all_modules: bool) -> None:
+    """Check that the tensors of an unquantised checkpoint that came leave no module of the model half loaded.
+
+    Args:
+        model: with parameters named as in `model.py`.
+        geometry: the model's geometry.
+        seen: names of the tensors that came.
+        all_modules: whether every module must have its tensors, as after a first load, or only those of which a tensor
+            came. vLLM's reloading gives a module new memory as soon as one of its tensors comes.
+
+    Raises:
+        WeightsError: lists the missing tensors.
+    """
+    missing: list[str] = []
+    for names in _by_module(model, geometry).values():
+        if all_modules or not names.isdisjoint(seen):
+            missing += names - seen
+    if missing and all_modules:
         raise WeightsError(f"the checkpoint lacks tensors: {_listed(missing)}")
-    return loaded
+    if missing:
+        raise WeightsError(
+            f"the update of the weights lacks tensors: {_listed(missing)}. vLLM renews a layer as a whole. Send them, "
+            "then call finish_weight_update again, or reload a whole checkpoint. Until then the weights cannot be used."
+        )
+
+
+def _by_module(model: nn.Module, geometry: KimiGeometry) -> dict[str, set[str]]:
+    """Names of the checkpoint's tensors that this rank needs, by the module whose parameters they are."""
+    experts = next((module for module in model.modules() if isinstance(module, RoutedExperts)), None)
+    local = None if experts is None or experts.expert_map is None else experts.expert_map.tolist()
+    modules: dict[str, set[str]] = defaultdict(set)
+    for name in checkpoint_shapes(geometry):
+        layer, is_expert, expert = name.partition(".experts.")
+        if is_pp_missing_parameter(name, model) or (is_expert and local and local[int(expert.split(".")[0])] < 0):
+            continue
+        module, _, parameter = _target(name, geometry, [])[0].rpartition(".")
+        # What vLLM's reloading never replaces need not come again.
+        modules[layer if is_expert else f"{module}.{parameter}" if parameter in SKIP_LOAD_TENSORS else module].add(name)
+    return modules
 
 
 def _needless(name: str, tensor: Tensor) -> bool:
@@ -95,46 +142,6 @@ def _readable(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
             f"a safetensors file of the checkpoint is truncated or damaged ({error}). Compare its size with the "
             "original and copy or download it again."
         ) from error
-
-
-def checkpoint_names(geometry: KimiGeometry) -> Iterator[str]:
-    """Every tensor of an unquantised checkpoint."""
-    yield "model.embed_tokens.weight"
-    for index, (is_kda, is_sparse) in enumerate(zip(geometry.kda, geometry.sparse, strict=True)):
-        layer = f"model.layers.{index}."
-        yield from (f"{layer}{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm"))
-        attention = _kda_names() if is_kda else _mla_names(geometry)
-        yield from (f"{layer}self_attn.{name}" for name in attention)
-        feed_forward = _moe_names(geometry) if is_sparse else (f"mlp.{name}" for name in _mlp_names())
-        yield from (layer + name for name in feed_forward)
-    yield "model.norm.weight"
-    yield "lm_head.weight"
-
-
-def _kda_names() -> Iterator[str]:
-    linears = "q_proj k_proj v_proj f_a_proj f_b_proj g_a_proj g_b_proj b_proj o_proj o_norm"
-    yield from (f"{name}.weight" for name in (*linears.split(), *_CONV_SHARDS))
-    yield from ("A_log", "dt_bias")
-
-
-def _mla_names(geometry: KimiGeometry) -> Iterator[str]:
-    query = "q_proj" if geometry.q_lora_rank is None else "q_a_proj q_a_layernorm q_b_proj"
-    names = f"{query} kv_a_proj_with_mqa kv_a_layernorm kv_b_proj o_proj"
-    yield from (f"{name}.weight" for name in names.split())
-
-
-def _mlp_names() -> Iterator[str]:
-    yield from (f"{name}.weight" for name in ("gate_proj", "up_proj", "down_proj"))
-
-
-def _moe_names(geometry: KimiGeometry) -> Iterator[str]:
-    assert geometry.moe is not None
-    prefix = "block_sparse_moe."
-    yield from (f"{prefix}gate.weight", f"{prefix}gate.e_score_correction_bias")
-    for expert in range(geometry.moe.num_experts):
-        yield from (f"{prefix}experts.{expert}.{name}.weight" for name in ("w1", "w2", "w3"))
-    if geometry.moe.num_shared_experts:
-        yield from (f"{prefix}shared_experts.{name}" for name in _mlp_names())
 
 
 def _canonical(name: str, geometry: KimiGeometry) -> str:
@@ -195,6 +202,23 @@ def _load(parameter: nn.Parameter, tensor: Tensor, name: str, target: str, argum
         ) from error
 
 
+def _check_shape(name: str, tensor: Tensor, geometry: KimiGeometry, quantization: WeightFormat | None) -> None:
+    shapes = checkpoint_shapes(geometry)
+    full: tuple[int, ...] | None = shapes.get(name)
+    layer, _, suffix = name.rpartition(".")
+    if full is None and quantization is not None and (weight := shapes.get(f"{layer}.weight")):
+        stored = quantization.stored(layer, "experts" if ".experts." in layer else "linear")
+        if stored is not None:
+            full = stored.part(suffix, *weight, tensor.element_size(), quantization.method)
+    # Dimensions of one element come and go: A_log is [H] or [1, 1, H, 1], a convolution [H·D, 1, W].
+    if full is None or [size for size in tensor.shape if size != 1] == [size for size in full if size != 1]:
+        return
+    raise WeightsError(
+        f"{name} {tuple(tensor.shape)} does not fit: by config.json it is {full}. Take the config.json that came with "
+        "the checkpoint, or correct its sizes or its quantization_config; drop --hf-overrides that change them."
+    )
+
+
 def _refuse_unquantized(name: str, tensor: Tensor, parameter: nn.Parameter, target: str) -> None:
     # A copy would round the weights to eight bits, and the scales beside them would stay what memory held.
     if parameter.dtype.itemsize == 1 and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
@@ -217,11 +241,6 @@ def _refuse_quantized_low_rank(name: str, tensor: Tensor, target: str) -> None:
         "compressed-tensors add 're:.*self_attn.[fg]_b_proj' to `ignore`, for AWQ and FP8 name them in "
         "`modules_to_not_convert`. KIMI_VLLM_DISABLE=1 leaves the model to vLLM's own implementation."
     )
-
-
-def _missing(model: nn.Module, geometry: KimiGeometry, seen: set[str]) -> list[str]:
-    names = (name for name in checkpoint_names(geometry) if name not in seen)
-    return [name for name in names if not is_pp_missing_parameter(name, model)]
 
 
 def _listed(names: list[str]) -> str:

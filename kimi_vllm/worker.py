@@ -7,12 +7,13 @@ the two exchange anyway.
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
@@ -85,6 +86,29 @@ class KimiWorker(PlatformWorker):
         output: Output = super().sample_tokens(grammar_output)
         sick, self._pending = self._pending, None
         return output if sick is None else _with_sick_slots(output, sick)
+
+    def reload_weights(self, *args: Any, **named: Any) -> None:
+        """Reload as vLLM does, and say if it left a layer half loaded."""
+        # vLLM finishes layers by torch's default dtype, which it sets for the first load only.
+        with set_default_torch_dtype(self.model_config.dtype):
+            super().reload_weights(*args, **named)
+        self._finish_update()
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Take one bucket of an update."""
+        with set_default_torch_dtype(self.model_config.dtype):
+            super().update_weights(update_info)
+
+    def finish_weight_update(self) -> None:
+        """End an update that came in buckets, unless it would leave a layer half loaded."""
+        self._finish_update()
+        with set_default_torch_dtype(self.model_config.dtype):
+            super().finish_weight_update()
+
+    def _finish_update(self) -> None:
+        model = self.get_model()
+        if hasattr(model, "finish_update"):
+            model.finish_update()
 
     def _warm_up_kernels(self) -> None:
         from kimi_vllm.layers import skinny

@@ -32,6 +32,26 @@ def test_vllm_still_sends_half_blocks_of_int8_to_amx():
     assert "return k % 32 == 0 and n % 16 == 0" in inspect.getsource(utils.check_cpu_sgl_kernel)
 
 
+def test_vllm_still_packs_experts_once():
+    """When this fails, the patch of UnquantizedFusedMoEMethod can go, if tests/engine/test_weight_updates.py passes."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    source = inspect.getsource(inspect.unwrap(UnquantizedFusedMoEMethod._setup_kernel))
+    _, _, first_time_only = source.partition("if not is_weight_update:\n")
+    assert "            self.moe_kernel.fused_experts.process_weights_after_loading(layer)" in first_time_only
+    patches.apply_all()
+    patches.apply_all()  # as every engine of a process does
+    assert not hasattr(UnquantizedFusedMoEMethod._setup_kernel.__wrapped__, "__wrapped__")
+
+
+def test_vllm_still_forgets_the_scales_of_int8():
+    """When this fails, the patch of CPUInt8ScaledMMLinearKernel can go, if tests/engine/test_quantized.py passes."""
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+
+    source = inspect.getsource(inspect.unwrap(CPUInt8ScaledMMLinearKernel.process_weights_for_onednn))
+    assert "self" not in source.partition("self.dnnl_handler = ")[2].replace("self.config", "")
+
+
 @pytest.mark.parametrize(
     ("outputs", "inputs", "model", "weights", "served"),
     [

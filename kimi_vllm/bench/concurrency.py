@@ -123,7 +123,7 @@ def run_ours(sizing: Sizing, prompt: int, num_bytes: int, division: str) -> Row:
     """Count with our scheduler and this division."""
     demand, slots = sizing.demand, sizing.state_slots
     config = _configure(demand.max_model_len - _ROOM_TO_DECODE, demand.prefix_caching, sizing.live)
-    scheduler = build(KimiScheduler, config, our_specs(config, slots), num_bytes - sizing.state_bytes)
+    scheduler = build(KimiScheduler, config, our_specs(config, slots), available=num_bytes - sizing.state_bytes)
     return _run(scheduler, OURS, division, demand.max_num_seqs, prompt, num_bytes, slots)
 
 
@@ -142,7 +142,7 @@ def in_tree_scheduler(num_bytes: int, max_num_seqs: int, longest: int, caching: 
     # As vLLM's MambaModelConfig has it: without prefix caching one "block" is as long as any sequence.
     caches.mamba_cache_mode = "align" if caching else "none"
     caches.mamba_block_size = ALIGN_BLOCK if caching else model.max_model_len
-    return build(Scheduler, config, in_tree_specs(config), num_bytes)
+    return build(Scheduler, config, in_tree_specs(config), available=num_bytes)
 
 
 def in_tree_specs(config: VllmConfig) -> dict[str, KVCacheSpec]:

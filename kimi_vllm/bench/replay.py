@@ -146,10 +146,11 @@ def attention_spec(config: VllmConfig, block_size: int) -> MLAAttentionSpec:
     )
 
 
-def build(scheduler_class: Any, config: VllmConfig, specs: dict[str, KVCacheSpec], available: int = _ROOM) -> Any:
-    """The scheduler that the engine would build for a worker with these caches and so many bytes for their pages."""
-    resolve_kv_cache_layout(config, [[layout.name for layout in get_supported_kv_cache_layouts([])]], specs.values())
-    caches = generate_scheduler_kv_cache_config(_cache_configs(config, specs, available))
+def build(scheduler_class: Any, config: VllmConfig, *specs: dict[str, KVCacheSpec], available: int = _ROOM) -> Any:
+    """The scheduler that the engine would build for workers with these caches, each so many bytes for its pages."""
+    layouts = [[layout.name for layout in get_supported_kv_cache_layouts([])]]
+    resolve_kv_cache_layout(config, layouts, [spec for worker in specs for spec in worker.values()])
+    caches = generate_scheduler_kv_cache_config(_cache_configs(config, list(specs), available))
     config.cache_config.num_gpu_blocks = caches.num_blocks
     block_size, hash_block_size = resolve_kv_cache_block_sizes(caches, config)
     return scheduler_class(
@@ -162,13 +163,14 @@ def build(scheduler_class: Any, config: VllmConfig, specs: dict[str, KVCacheSpec
     )
 
 
-def _cache_configs(config: VllmConfig, specs: dict[str, KVCacheSpec], available: int) -> list[KVCacheConfig]:
-    """What the engine makes of a worker's caches. vLLM 0.33 groups them in a call of its own, in another module."""
+def _cache_configs(config: VllmConfig, specs: list[dict[str, KVCacheSpec]], available: int) -> list[KVCacheConfig]:
+    """What the engine makes of the workers' caches. vLLM 0.33 groups them in a call of its own, in another module."""
+    memory = [available] * len(specs)
     if hasattr(kv_cache_utils, "get_kv_cache_configs"):
-        return list(kv_cache_utils.get_kv_cache_configs(config, [specs], [available]))
+        return list(kv_cache_utils.get_kv_cache_configs(config, specs, memory))
     from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups, get_kv_cache_configs
 
-    return list(get_kv_cache_configs(config, [specs], [available], get_global_kv_cache_groups(config, [specs])))
+    return list(get_kv_cache_configs(config, specs, memory, get_global_kv_cache_groups(config, specs)))
 
 
 @cache

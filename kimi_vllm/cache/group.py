@@ -4,11 +4,13 @@ vLLM forms cache groups by spec and sizes them alike, so the state group has exa
 layers: then there are two groups, one block table and one metadata build for all KDA layers, and no page is enlarged.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -20,6 +22,12 @@ from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.precision import conv_dtype
+
+
+def kda_layers_by_stage(geometry: KimiGeometry, vllm_config: VllmConfig) -> list[int]:
+    """How many KDA layers each pipeline stage has."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    return [sum(geometry.kda[slice(*get_pp_indices(geometry.num_layers, stage, stages))]) for stage in range(stages)]
 
 
 class StateGroupMember(nn.Module, AttentionLayerBase):
@@ -78,7 +86,9 @@ class StateHome:
         # The config hook chose it, so that scheduler and workers have the same number.
         assert self.options.state_slots is not None
         self.num_slots = 1 + self.options.state_slots
-        num_host_slots = int(self.options.host_memory_gib * 2**30 // layout.slot_bytes)
+        # Equal on all stages, whatever their own slots weigh: vLLM takes unequal specs for groups of their own.
+        self.largest_slot = replace(layout, num_layers=max(kda_layers_by_stage(geometry, vllm_config))).slot_bytes
+        num_host_slots = int(self.options.host_memory_gib * 2**30 // self.largest_slot)
         self.pool = StatePool(layout, self.num_slots, device, num_host_slots)
         self.metadata_name = self.member_name(mla_layer)
         self._num_claimed = 0
@@ -96,7 +106,7 @@ class StateHome:
         """The group member beside an MLA layer."""
         values = {
             "num_slots": self.num_slots,
-            "slot_bytes": self.pool.layout.slot_bytes,
+            "slot_bytes": self.largest_slot,
             "num_host_slots": self.pool.num_host_slots,
             "checkpoint_interval": self.options.checkpoint_interval,
             "eviction": self.options.eviction,

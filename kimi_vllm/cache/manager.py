@@ -43,8 +43,8 @@ class KDAStateSpec(AttentionSpec):
 
     Attributes:
         num_slots: slots of the pool, the null slot included.
-        slot_bytes: bytes of one slot on one rank.
-        num_host_slots: states that host memory has room for.
+        slot_bytes: bytes of one slot on a rank of the pipeline stage with the most KDA layers.
+        num_host_slots: states that host memory has room for on every rank.
         checkpoint_interval, eviction: see `KimiOptions`.
     """
 
@@ -91,6 +91,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self.block_pool = SlotPool(
             kv_cache_spec.num_slots,
             block_pool.hash_block_size,
+            self.block_size,
             kv_cache_spec.num_host_slots,
             kv_cache_spec.eviction,
         )

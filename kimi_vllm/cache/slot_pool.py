@@ -22,6 +22,7 @@ class SlotPool:
     Args:
         num_slots: slots on the device, the null slot included.
         hash_block_size: tokens per block hash.
+        block_size: tokens per block of a lineage.
         num_host_slots: states that host memory has room for.
         eviction: name of a policy in `eviction.POLICIES`.
 
@@ -31,10 +32,12 @@ class SlotPool:
         counts: evictions, swaps_out and swaps_in so far.
     """
 
-    def __init__(self, num_slots: int, hash_block_size: int, num_host_slots: int = 0, eviction: str = "value") -> None:
+    def __init__(
+        self, num_slots: int, hash_block_size: int, block_size: int, num_host_slots: int = 0, eviction: str = "value"
+    ) -> None:
         self.slots = SlotAllocator(num_slots, POLICIES[eviction]())
         self.host = HostTier(num_host_slots, POLICIES[eviction]())
-        self.hash_block_size = hash_block_size
+        self.hash_block_size, self.block_size = hash_block_size, block_size
         handles = [KVCacheBlock(slot, pool=self) for slot in range(num_slots + num_host_slots)]  # type: ignore[arg-type]
         self.blocks, self.host_blocks = handles[:num_slots], handles[num_slots:]
         self.null_block = self.blocks[NULL_SLOT]
@@ -89,7 +92,8 @@ class SlotPool:
         if not self.slots.publish(block.block_id, lineage, length):
             return False
         key: Any = lineage[length - 1]
-        block.set_block_hash(make_block_hash_with_group_id(key, group_id))
+        # By the length vLLM tells users what their prompt has added to the cache.
+        block.set_block_hash(make_block_hash_with_group_id(key, group_id), num_tokens=length * self.block_size)
         return True
 
     def withdraw(self, block: KVCacheBlock) -> None:

@@ -218,7 +218,7 @@ def test_random_traffic_loses_no_slot(num_slots):
 
 def host_manager(num_slots, num_host_slots):
     manager = make_manager(num_slots=num_slots)
-    manager.block_pool = SlotPool(num_slots, BLOCK, num_host_slots)
+    manager.block_pool = SlotPool(num_slots, BLOCK, BLOCK, num_host_slots)
     manager._null_block = manager.block_pool.null_block
     return manager
 

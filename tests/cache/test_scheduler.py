@@ -80,6 +80,23 @@ def test_a_report_about_a_slot_that_has_changed_hands_harms_nobody(scheduler):
     assert scheduler._counts["quarantined"] == 0
 
 
+@pytest.mark.parametrize("length", [50, 64, 300, 700])
+def test_an_answer_tells_how_many_tokens_were_written_to_the_cache(length, scheduler):
+    """In chunks of 256 tokens. The same prompt again writes nothing, a longer one what it adds."""
+    prompt, boundary = [3 + i % 90 for i in range(length)], length // 64 * 64
+    longer = [*prompt, *[5] * 64]
+    for asked, hit, created in (
+        (prompt, 0, boundary),
+        (prompt, (length - 1) // 64 * 64, 0),
+        (longer, boundary, len(longer) // 64 * 64 - boundary),
+    ):
+        scheduler.add_request(make_request(scheduler, "a", asked, 1))
+        while scheduler.requests:
+            outputs = report(scheduler, scheduler.schedule())
+        [stats] = [output.prefill_stats for output in outputs[0].outputs]
+        assert (stats.num_cached_tokens, stats.num_cache_creation_tokens) == (hit, created)
+
+
 def test_statistics_are_changes_and_gauges(scheduler):
     scheduler.add_request(make_request(scheduler, "a", [3] * 100, 2))
     report(scheduler, scheduler.schedule())

@@ -75,6 +75,18 @@ def test_a_tensor_of_the_wrong_shape_is_named(config, tensors, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"intermediate_size": 128}, r"mlp.\w+_proj.weight \(\d+, \d+\) does not fit: by config.json it is .*128"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 2}, r"3.self_attn.\w+_proj.weight \(.*\) does not fit"),
+    ],
+    ids=["intermediate", "heads"],
+)
+def test_a_checkpoint_larger_than_its_config_is_refused(overrides, message):
+    fails(message, RECALL, hf_overrides=overrides)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"additional_config": {"kimi": {"slots": 3}}}, "kimi.slots: no such option"),
@@ -217,6 +229,17 @@ def test_experts_apart_on_cpus_are_refused_before_the_first_request_would_fail(
     record_property("refuses", feature)
     with pytest.raises(Exception, match=message):
         EngineArgs(str(RECALL), **options).create_engine_config()
+
+
+@pytest.mark.parametrize(("stages", "partition"), [(4, None), (2, "3,5"), (2, "7,1")])
+def test_stages_without_a_kind_of_layer_are_refused_by_name(stages, partition, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    if partition:
+        monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
+    message = rf"--pipeline-parallel-size {stages}: stage \d has layers .* at least one KDA layer and one MLA layer"
+    with pytest.raises(Exception, match=message):
+        EngineArgs(str(RECALL), pipeline_parallel_size=stages).create_engine_config()
 
 
 def test_a_prompt_longer_than_the_model():

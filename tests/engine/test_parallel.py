@@ -60,7 +60,7 @@ if __name__ == "__main__":
 
     rng = random.Random(1)
     asked = [held_out_prompt(rng, rng.randint(1, 20)) for _ in range(40)]
-    options = {"dtype": "float32", "max_num_seqs": 8, "max_model_len": 1024}
+    options = {"dtype": "float32", "max_num_seqs": int(sys.argv[2]), "max_model_len": 1024}
     llm = LLM(str(RECALL), pipeline_parallel_size=int(sys.argv[1]), **options)
     parameters = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     outputs = llm.generate([prompt for prompt, _ in asked], parameters, use_tqdm=False)
@@ -69,7 +69,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_two_pipeline_stages_say_what_one_says(tmp_path, record_property):
+@pytest.mark.parametrize(("partition", "sequences"), [("4,4", 8), ("5,3", 1)])
+def test_two_pipeline_stages_say_what_one_says(partition, sequences, tmp_path, record_property):
     record_property("covers", "PP 2")
     script = tmp_path / "stages.py"
     script.write_text(PIPELINE)
@@ -82,8 +83,9 @@ def test_two_pipeline_stages_say_what_one_says(tmp_path, record_property):
     answers = []
     for stages in ("1", "2"):
         done = subprocess.run(
-            [sys.executable, str(script), stages],
-            env=environment, capture_output=True, text=True, timeout=400, check=False,
+            [sys.executable, str(script), stages, str(sequences)],
+            env=environment | ({"VLLM_PP_LAYER_PARTITION": partition} if stages == "2" else {}),
+            capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         answers.append([line for line in done.stdout.splitlines() if line.startswith("TOKENS")])
         assert len(answers[-1]) == 1, done.stderr[-4000:]

@@ -106,6 +106,8 @@ def test_eight_bits_in_all_linear_layers(scheme, tmp_path, record_property):
         for linear in (layers[0].self_attn.in_proj, layers[3].self_attn.kv_b_proj, layers[0].mlp.down_proj):
             assert "CompressedTensors" in type(linear.quant_method).__name__
         assert right_answers(running) >= 98
+        running.llm.collective_rpc("reload_weights")
+        assert right_answers(running) >= 98
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -115,6 +117,9 @@ def test_int8_where_a_cpu_has_amx(dtype, tmp_path, monkeypatch):
     with served(quantised_checkpoint(tmp_path / "int8", INT8_SCHEME, [EXPERTS, LOW_RANK]), dtype) as running:
         width = sum(running.model.model.layers[0].self_attn.in_proj.splits)
         assert amx.shapes(torch.int8).count((width, 128)) == (6 if dtype == "bfloat16" else 0)
+        assert right_answers(running) >= 98
+        running.llm.collective_rpc("reload_weights")
+        assert amx.shapes(torch.int8).count((width, 128)) == (12 if dtype == "bfloat16" else 0)
         assert right_answers(running) >= 98
     assert (torch.int8 in amx.products) == (dtype == "bfloat16")
 

@@ -257,6 +257,15 @@ def check_prefill(
     return ours
 
 
+def check_no_sequence(case: Case) -> None:
+    """Rows that belong to nobody become zeros, and nothing else changes, where there is no sequence at all."""
+    for spec in (True, False):
+        ours = case.copy()
+        assert not ours.prefill([], [], [], 64, spec=spec).any()
+        assert same_bits(ours.state_pool, case.state_pool)
+        assert same_bits(ours.conv_pool, case.conv_pool)
+
+
 SICK_INPUTS = ("q", "k", "v", "gate", "beta", "out_gate", "state")
 """Where `poison` may put a NaN."""
 

@@ -18,6 +18,7 @@ from kda_case import (
     Case,
     check_decode,
     check_decode_flags,
+    check_no_sequence,
     check_prefill,
     check_prefill_flags,
     relative_error,
@@ -377,3 +378,8 @@ def test_without_a_folder_for_its_cache_numba_still_compiles(monkeypatch: pytest
 
     monkeypatch.setattr(cpu_worker, "cfunc", refuse)
     assert cpu_worker.compile_worker(True, 64) > 0
+
+
+@pytest.mark.parametrize("T", [1, 5, 130])
+def test_no_sequence(T):
+    check_no_sequence(Case(T, 2, 64))

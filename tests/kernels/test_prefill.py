@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kda_case import SICK_INPUTS, TOLERANCE, Tolerance, check_prefill, check_prefill_flags, relative_error, same_bits
+from kda_case import (
+    SICK_INPUTS,
+    TOLERANCE,
+    Tolerance,
+    check_no_sequence,
+    check_prefill,
+    check_prefill_flags,
+    relative_error,
+    same_bits,
+)
 from triton_case import (
     DEVICE,
     DTYPES,
@@ -47,6 +56,19 @@ def test_other_convolution_widths(W: int) -> None:
     case = triton_case(11, 1, W=W)
     case.fill(1, 5)
     check_prefill(case, [2, 9], [5, 0], [[1], [2]])
+
+
+@pytest.mark.parametrize("T", [1, 4, 5, 130])
+@pytest.mark.parametrize("form", [*FORMS, None])
+def test_no_sequence(form: str | None, T: int) -> None:
+    check_no_sequence(triton_case(T, 1, exact=FORMS.get(form)))
+
+
+def test_exact_form_among_gates_that_forget_everything() -> None:
+    case = triton_case(64, 1, A=16.0, exact=True)
+    gate = case.tensors["gate"]
+    gate[:] = torch.where(torch.arange(gate.numel(), device=gate.device).view_as(gate) * 7 % 61 < 8, 100.0, -8.0)
+    check_prefill(case, [64], [0], [[3]])
 
 
 def test_mixed_sequences() -> None:

@@ -29,6 +29,7 @@ class Rank:
             monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
             monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: ranks)
         layer = nn.Module()
+        self.geometry = replace(GEOMETRY, hidden_size=HIDDEN, linear_num_heads=heads, linear_head_dim=D)
         self.in_proj = layer.in_proj = kda.InputLinear(HIDDEN, heads, D, None, PREFIX + "in_proj")
         self.fg_b_proj = layer.fg_b_proj = kda.BatchedLowRank(D, heads // ranks * D)
         # As anything might be in memory that was never written.
@@ -41,7 +42,7 @@ class Rank:
 
     def load(self, tensors):
         named = [(f"{PREFIX}{name}", tensor) for name, tensor in tensors.items()]
-        return load_weights(self.model, GEOMETRY, named, check_missing=False)
+        return load_weights(self.model, self.geometry, named)[0]
 
 
 def checkpoint(heads):
@@ -118,11 +119,19 @@ def test_the_second_product_reads_the_first_in_place(monkeypatch):
     assert weight.data_ptr() == layer.weight.data_ptr()
 
 
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2)])
+def test_tensors_with_more_rows_are_refused_before_a_rank_takes_its_part(rank, ranks, monkeypatch):
+    built = Rank(monkeypatch, 2, rank, ranks)
+    for name, tensor in checkpoint(2).items():
+        with pytest.raises(WeightsError, match=rf"{name} \(.*\) does not fit: by config.json it is"):
+            built.load({name: torch.cat([tensor, tensor])})
+    assert built.in_proj.weight.isnan().all()
+    assert built.fg_b_proj.weight.isnan().all()
+
+
 def test_a_low_rank_tensor_of_the_wrong_shape_is_named(monkeypatch):
     built = Rank(monkeypatch, heads=2)
-    with pytest.raises(
-        WeightsError, match=r"self_attn.g_b_proj.weight \(129, 64\) does not fit .*expected \(128, 64\)"
-    ):
+    with pytest.raises(WeightsError, match=r"self_attn.g_b_proj.weight \(129, 64\) does not fit: .*\(128, 64\)"):
         built.load({"g_b_proj.weight": torch.zeros(129, D)})
     with pytest.raises(WeightsError, match=r"belong nowhere: .*self_attn.f_b_proj.bias"):
         built.load({"f_b_proj.bias": torch.zeros(128)})
