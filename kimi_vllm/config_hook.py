@@ -207,6 +207,8 @@ def _size(vllm_config: VllmConfig, options: KimiOptions) -> None:
             sizing.live,
         )
         scheduler.max_num_seqs = sizing.live
+        if scheduler.max_num_active_seqs is not None:
+            scheduler.max_num_active_seqs = min(scheduler.max_num_active_seqs, sizing.live)
     given = vllm_config.additional_config
     given = given if isinstance(given, dict) else {}
     # A new dictionary: the caller may start another engine with the one it gave us.
