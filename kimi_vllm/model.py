@@ -134,6 +134,7 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         super().__init__()
         if current_platform.is_cpu():
             patches.apply_all()  # the config hook did, maybe in another process
+        self.config = vllm_config.model_config.hf_config  # vLLM's adapters for embeddings and classes read it
         self.geometry = geometry_of(vllm_config.model_config)
         self.quantized = vllm_config.quant_config is not None
         self.skinny = skinny.serves(vllm_config)

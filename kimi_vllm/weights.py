@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.utils import is_pp_missing_parameter
+from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
 from kimi_vllm.geometry import KimiGeometry
 
@@ -58,13 +58,14 @@ def load_weights(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     experts = list(_expert_mapping(model, geometry))
+    elsewhere = _elsewhere(model)
     loaded: set[str] = set()
     seen: set[str] = set()
     unexpected: list[str] = []
     for name, tensor in _readable(weights):
         canonical = _canonical(name, geometry)
         seen.add(canonical)
-        if is_pp_missing_parameter(canonical, model):
+        if canonical.startswith(elsewhere):
             continue
         target, arguments = _target(canonical, geometry, experts)
         _refuse_quantized_low_rank(name, tensor, target)
@@ -77,7 +78,7 @@ def load_weights(
         loaded.add(target)
     if unexpected:
         raise WeightsError(f"the checkpoint has tensors that belong nowhere: {_listed(unexpected)}")
-    if check_missing and (missing := _missing(model, geometry, seen)):
+    if check_missing and (missing := _missing(model, geometry, seen, elsewhere)):
         raise WeightsError(f"the checkpoint lacks tensors: {_listed(missing)}")
     return loaded
 
@@ -219,9 +220,21 @@ def _refuse_quantized_low_rank(name: str, tensor: Tensor, target: str) -> None:
     )
 
 
-def _missing(model: nn.Module, geometry: KimiGeometry, seen: set[str]) -> list[str]:
-    names = (name for name in checkpoint_names(geometry) if name not in seen)
-    return [name for name in names if not is_pp_missing_parameter(name, model)]
+def _elsewhere(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of names that another pipeline stage has, or nobody: an embedding model has no lm_head.
+
+    vLLM's `is_pp_missing_parameter` remembers them by the model's address, where the next model of a process may be.
+    """
+    absent = (PPMissingLayer, StageMissingLayer)
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, absent))
+
+
+def _missing(model: nn.Module, geometry: KimiGeometry, seen: set[str], elsewhere: tuple[str, ...]) -> list[str]:
+    names = list(checkpoint_names(geometry))
+    # vLLM's adapter gives a classifier its head, and reads it here unless it takes rows of lm_head instead.
+    if hasattr(model, "score") and getattr(model.config, "classifier_from_token", None) is None:
+        names.append("score.weight")
+    return [name for name in names if name not in seen and not name.startswith(elsewhere)]
 
 
 def _listed(names: list[str]) -> str:

@@ -37,6 +37,7 @@ SERVED = {
     "engine/test_cuda_quantised.py": "kv_cache_dtype",
     "engine/test_equivalence.py": "enable_chunked_prefill num_gpu_blocks_override max_num_batched_tokens max_num_seqs",
     "engine/test_parallel.py": "pipeline_parallel_size tensor_parallel_size",
+    "engine/test_pooling.py": "convert runner",
     "engine/test_prefix_cache.py": "enable_prefix_caching kv_events_config",
     "engine/test_quantized.py": "quantization_config skip_tokenizer_init",
     "engine/test_random_schedules.py": "scheduling_policy",
@@ -56,7 +57,6 @@ HARMLESS = {
         "safetensors_load_strategy safetensors_prefetch_block_size safetensors_prefetch_num_threads "
         "trust_remote_code use_tqdm_on_load"
     ),
-    "which half of vLLM serves": "convert pooler_config runner",
     "another implementation than ours, or the same by its name": "model_impl",
     "before requests reach the scheduler": (
         "_api_process_count _api_process_rank allowed_local_media_path allowed_media_domains enable_log_requests "
@@ -67,6 +67,7 @@ HARMLESS = {
         "enable_batch_sharded_sampling enable_trace_replay logits_processors logprobs_mode reasoning_config "
         "reasoning_parser_plugin return_sampling_mask structured_outputs_config watermark_config"
     ),
+    "what is made of hidden states": "pooler_config",
     "what is logged and measured": (
         "aggregate_engine_logging collect_detailed_traces cudagraph_metrics custom_histogram_buckets "
         "enable_layerwise_nvtx_tracing enable_logging_iteration_details enable_mfu_metrics jit_monitor_mode "
