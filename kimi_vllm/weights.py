@@ -54,7 +54,8 @@ def load_weights(
         Names of the parameters loaded.
 
     Raises:
-        WeightsError: missing or unexpected tensors, one whose shape does not fit, or a quantised f_b_proj or g_b_proj.
+        WeightsError: missing or unexpected tensors, one that was not loaded (its shape, or a kernel that quantises
+            it), or a quantised f_b_proj or g_b_proj.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     experts = list(_expert_mapping(model, geometry))
@@ -192,7 +193,7 @@ def _load(parameter: nn.Parameter, tensor: Tensor, name: str, target: str, argum
     except (AssertionError, RuntimeError, ValueError) as error:
         shape = tuple(tensor.shape)
         raise WeightsError(
-            f"{name} {shape} does not fit parameter {target} {tuple(parameter.shape)}: {error}"
+            f"{name} {shape} was not loaded into parameter {target} {tuple(parameter.shape)}: {error!r}"
         ) from error
 
 
