@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from numba import cfunc
+from numba.core import config
 
 from kimi_vllm.kernels.cpu_decode import decode_task
 from kimi_vllm.kernels.cpu_head import Field, parameter
@@ -55,7 +56,12 @@ def _compile(decode: bool, D: int, sources: str) -> Any:
             else:
                 prefill_task(params, task // H, task % H, D, scratch)
 
+    asked = config.CACHE_LOCATOR_CLASSES
+    # Beside this file, numba's first choice, they would stay in site-packages when the plugin is uninstalled.
+    config.CACHE_LOCATOR_CLASSES = asked or "UserProvidedCacheLocator,UserWideCacheLocator"
     try:
         return cfunc("void(int64)", cache=True)(kda_worker)
     except RuntimeError:  # numba found no folder it may write its cache to
         return cfunc("void(int64)")(kda_worker)
+    finally:
+        config.CACHE_LOCATOR_CLASSES = asked

@@ -18,6 +18,9 @@ SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
 TESTED: dict[str, tuple[str, ...]] = {"0.32.0": ("cpu", "cuda"), "0.33.0": ("cuda",)}
 """Releases to the kinds of devices on which our engine tests have served with them. Others in the range: names only."""
 
+TESTED_PYTHON = {"cpu": "3.11", "cuda": "3.12"}
+"""An extra of pyproject.toml to the Python with which our tests ran and which its lock is for."""
+
 NEWEST = max(TESTED, key=Version)
 """The release whose sources `make compat` downloads, beside the one of requirements/cpu.lock."""
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import torch
-from vllm import envs
 from vllm.config import CacheConfig, CompilationConfig, ModelConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
@@ -25,6 +24,7 @@ from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions, OptionsError
 from kimi_vllm.planning import Costs, Demand, cache_bytes, size
 from kimi_vllm.quantization import QuantizationError, WeightFormat
+from kimi_vllm.refusals import KDA_OPERATION, refuse_unserved
 
 logger = init_logger("vllm.kimi_vllm")
 
@@ -76,7 +76,7 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         """
         options = KimiOptions.from_additional_config(vllm_config.additional_config)
         _refuse_device()
-        _refuse_unserved(vllm_config)
+        refuse_unserved(vllm_config)
         _settle_block_size(vllm_config.cache_config)
         _split_compiled_graphs(vllm_config.compilation_config)
         if current_platform.is_cpu():
@@ -149,7 +149,7 @@ def _split_compiled_graphs(compilation: CompilationConfig) -> None:
     if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") != "0" or compilation.splitting_ops is not None:
         return
     if not current_platform.is_cpu():
-        compilation.splitting_ops = [*CompilationConfig._attention_ops, "vllm::kimi_delta_attention"]
+        compilation.splitting_ops = [*CompilationConfig._attention_ops, KDA_OPERATION]
 
 
 def _refuse_device() -> None:
@@ -208,6 +208,8 @@ def _size(vllm_config: VllmConfig, options: KimiOptions) -> None:
             sizing.live,
         )
         scheduler.max_num_seqs = sizing.live
+        if scheduler.max_num_active_seqs is not None:
+            scheduler.max_num_active_seqs = min(scheduler.max_num_active_seqs, sizing.live)
     given = vllm_config.additional_config
     given = given if isinstance(given, dict) else {}
     # A new dictionary: the caller may start another engine with the one it gave us.
@@ -360,40 +362,4 @@ def _refuse_stages(vllm_config: VllmConfig) -> None:
             raise ValueError(
                 f"--pipeline-parallel-size {stages}: stage {stage} has layers {first} to {end - 1}, and a pipeline "
                 "stage needs at least one KDA layer and one MLA layer. Use fewer, or set VLLM_PP_LAYER_PARTITION."
-            )
-
-
-def _refuse_unserved(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
-    if current_platform.is_cpu() and parallel.data_parallel_size > 1 and geometry_of(vllm_config.model_config).moe:
-        raise ValueError(
-            "--data-parallel-size: vLLM for CPUs cannot send tokens to the experts of another replica (all_gatherv is "
-            "not implemented there) and would fail at the first request. Start several servers behind a balancer."
-        )
-    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
-    if current_platform.is_cpu() and parallel.enable_expert_parallel and ranks > 1:
-        raise ValueError(
-            "--enable-expert-parallel: vLLM's experts for CPUs do not know which of them a worker holds, and it dies "
-            "at the first request. Drop the option: --tensor-parallel-size splits every expert instead."
-        )
-    refusals = {
-        "--speculative-config": vllm_config.speculative_config is not None,
-        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
-        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
-        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
-        "--enable-lora": vllm_config.lora_config is not None,
-        # A prompt is cut into chunks where other requests leave room, and another cut is another rounding.
-        "VLLM_BATCH_INVARIANT=1": envs.VLLM_BATCH_INVARIANT,
-    }
-    for option, asked in refusals.items():
-        if asked:
-            raise ValueError(
-                f"{option}: kimi-vllm does not support it with KDA state yet. Drop the option, or set "
-                "KIMI_VLLM_DISABLE=1 to use vLLM's own Kimi Linear."
-            )
-    for name in ("mamba_cache_mode", "mamba_block_size", "mamba_cache_dtype", "mamba_ssm_cache_dtype"):
-        if getattr(vllm_config.cache_config, name) not in (None, "none", "auto"):
-            raise ValueError(
-                f"--{name.replace('_', '-')}: it is for vLLM's own cache of states, which kimi-vllm replaces. Drop it; "
-                "kimi.state_dtype in --additional-config sets the dtype of states."
             )

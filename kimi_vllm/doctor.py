@@ -60,10 +60,15 @@ def diagnose() -> Iterator[Finding]:
 
 
 def check_python() -> Finding:
-    """Python and the operating system."""
+    """Python and the operating system; which Python the tests of the extra at hand ran with."""
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.prefix}"
     if platform.system() != "Linux":
         return Finding("Python", "FAIL", found, "vLLM runs on Linux only; use a Linux machine or container")
+    installed = _vllm.installed_vllm()
+    extras = ("cpu", "cuda") if installed is None else ("cpu" if "cpu" in " ".join(installed) else "cuda",)
+    if ".".join(platform.python_version_tuple()[:2]) not in (_vllm.TESTED_PYTHON[extra] for extra in extras):
+        tested = ", ".join(f"kimi-vllm[{extra}] with Python {_vllm.TESTED_PYTHON[extra]}" for extra in extras)
+        return Finding("Python", "WARN", f"{found}: not the one of our tests", f"tested: {tested}")
     return Finding("Python", "OK", found)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 SUPPORTED_HEAD_DIMS = (64, 128)
 MAX_CONV_WIDTH = 8
+LARGEST = 2**20
+"""No number of a config.json is above it: what is, is damage, and a list of so many layers would fill memory."""
 
 _UNSERVED = {
     "mla_use_output_gate": (None, False),
@@ -121,6 +123,9 @@ class KimiGeometry:
             GeometryError: a key is missing, has a value of the wrong kind or out of range, contradicts another, or
                 belongs to a model that is not served. The message starts with the key.
         """
+        if not isinstance(config, Mapping):
+            raise GeometryError(f"config.json: expected an object, not {type(config).__name__}.")
+        _mapping(config, "linear_attn_config")
         _refuse_unserved(config)
         num_layers = _integer(config, "num_hidden_layers")
         kda = _kda_layers(config, num_layers)
@@ -149,13 +154,13 @@ class KimiGeometry:
 def _refuse_unserved(config: Mapping[str, Any]) -> None:
     for key, unused in _UNSERVED.items():
         value = _lookup(config, key)
-        if value not in unused:
+        if not _is_one_of(value, unused):
             raise GeometryError(
                 f"{key}={value!r}: this field belongs to another model (Kimi-K3) and kimi-vllm does not serve it. "
                 "KIMI_VLLM_DISABLE=1 leaves the model to vLLM's own implementation."
             )
     for key, served in _FIXED.items():
-        if key in config and config[key] not in served:
+        if key in config and not _is_one_of(config[key], served):
             raise GeometryError(f"{key}={config[key]!r}: Kimi Linear is served with {key}={served[0]!r} only.")
 
 
@@ -167,8 +172,7 @@ def _lookup(config: Mapping[str, Any], dotted: str) -> Any:
 
 
 def _kda_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
-    linear = config.get("linear_attn_config")
-    if linear is not None:
+    if (linear := _mapping(config, "linear_attn_config")) is not None:
         return _from_one_based(linear, num_layers)
     types = _sequence(config, "layer_types", num_layers)
     for index, kind in enumerate(types):
@@ -180,10 +184,11 @@ def _kda_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
 def _from_one_based(linear: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     kinds: list[bool | None] = [None] * num_layers
     for key, is_kda in (("kda_layers", True), ("full_attn_layers", False)):
-        if not isinstance(linear.get(key), Sequence):
+        numbers = linear.get(key)
+        if not isinstance(numbers, Sequence) or isinstance(numbers, str):
             raise GeometryError(f"linear_attn_config.{key}: missing, or not a list of layer numbers from 1.")
-        for number in linear[key]:
-            if not isinstance(number, int) or not 1 <= number <= num_layers:
+        for number in numbers:
+            if not _is_integer(number, 1, num_layers):
                 raise GeometryError(
                     f"linear_attn_config.{key}: layer {number!r} is not in 1..num_hidden_layers={num_layers}."
                 )
@@ -198,7 +203,7 @@ def _from_one_based(linear: Mapping[str, Any], num_layers: int) -> tuple[bool, .
 
 
 def _linear_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    if (linear := config.get("linear_attn_config")) is not None:
+    if (linear := _mapping(config, "linear_attn_config")) is not None:
         source, keys = linear, ("num_heads", "head_dim", "short_conv_kernel_size")
         prefix = "linear_attn_config."
     else:
@@ -219,9 +224,9 @@ def _sparse_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ..
             if kind not in ("sparse", "dense"):
                 raise GeometryError(f"mlp_layer_types[{index}]={kind!r}: expected 'sparse' or 'dense'.")
         return tuple(kind == "sparse" for kind in types)
-    if not config.get("num_experts"):
+    if _is_one_of(config.get("num_experts"), (None, 0)):
         return (False,) * num_layers
-    num_dense = _integer(config, "first_k_dense_replace", minimum=0)
+    num_dense = _integer(config, "first_k_dense_replace", minimum=0, maximum=num_layers)
     return tuple(index >= num_dense for index in range(num_layers))
 
 
@@ -240,13 +245,34 @@ def _moe(config: Mapping[str, Any]) -> MoEGeometry:
     )
 
 
-def _integer(config: Mapping[str, Any], key: str, prefix: str = "", minimum: int = 1) -> int:
-    if config.get(key) is None:
-        raise GeometryError(f"{prefix}{key}: missing from config.json.")
-    value = config[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise GeometryError(f"{prefix}{key}={value!r}: expected an integer of at least {minimum}.")
+def _is_one_of(value: Any, known: tuple[Any, ...]) -> bool:
+    # By type as well: to Python True is 1, and 0 is False.
+    return any(type(value) is type(one) and value == one for one in known)
+
+
+def _is_integer(value: Any, minimum: int, maximum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise GeometryError(f"{key}={value!r}: expected an object.")
     return value
+
+
+def _present(config: Mapping[str, Any], key: str, prefix: str = "") -> Any:
+    value = config.get(key)
+    if value is None:
+        raise GeometryError(f"{prefix}{key}: missing from config.json.")
+    return value
+
+
+def _integer(config: Mapping[str, Any], key: str, prefix: str = "", minimum: int = 1, maximum: int = LARGEST) -> int:
+    value = _present(config, key, prefix)
+    if not _is_integer(value, minimum, maximum):
+        raise GeometryError(f"{prefix}{key}={value!r}: expected an integer from {minimum} to {maximum}.")
+    return int(value)
 
 
 def _optional_integer(config: Mapping[str, Any], key: str) -> int | None:
@@ -254,11 +280,9 @@ def _optional_integer(config: Mapping[str, Any], key: str) -> int | None:
 
 
 def _positive(config: Mapping[str, Any], key: str) -> float:
-    value = config.get(key)
-    if value is None:
-        raise GeometryError(f"{key}: missing from config.json.")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise GeometryError(f"{key}={value!r}: expected a positive number.")
+    value = _present(config, key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST:
+        raise GeometryError(f"{key}={value!r}: expected a positive number, at most {LARGEST}.")
     return float(value)
 
 

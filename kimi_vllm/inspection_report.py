@@ -110,7 +110,7 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InspectionError("--plot needs matplotlib: pip install 'kimi-vllm[bench]'") from error
+        raise InspectionError(f"--plot needs matplotlib ({error}): pip install 'kimi-vllm[bench]'") from error
     if not path.parent.is_dir():
         raise InspectionError(f"--plot {path}: there is no folder {path.parent}.")
     if path.suffix[1:] not in Figure().canvas.get_supported_filetypes():

@@ -134,6 +134,7 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
             patches.apply_all()  # the config hook did, maybe in another process
         else:
             check_graph_breaks(vllm_config, kimi_delta_attention, unified_mla_attention_with_output)
+        self.config = vllm_config.model_config.hf_config  # vLLM's adapters for embeddings and classes read it
         self.geometry = geometry_of(vllm_config.model_config)
         self.loaded = False
         self.updated: set[str] = set()

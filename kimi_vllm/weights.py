@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_ma
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.utils import is_pp_missing_parameter
+from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.quantization import WeightFormat
@@ -61,17 +61,19 @@ def load_weights(
         Names of the parameters loaded, and of the tensors that came.
 
     Raises:
-        WeightsError: unexpected tensors, one whose shape does not fit, or a quantised f_b_proj or g_b_proj.
+        WeightsError: unexpected tensors, one whose shape does not fit, one that was not loaded (its shape, or a kernel
+            that quantises it), or a quantised f_b_proj or g_b_proj.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     experts = list(_expert_mapping(model, geometry))
+    elsewhere = _elsewhere(model)
     loaded: set[str] = set()
     seen: set[str] = set()
     unexpected: list[str] = []
     for name, tensor in _readable(weights):
         canonical = _canonical(name, geometry)
         seen.add(canonical)
-        if is_pp_missing_parameter(canonical, model):
+        if canonical.startswith(elsewhere):
             continue
         target, arguments = _target(canonical, geometry, experts)
         _refuse_quantized_low_rank(name, tensor, target)
@@ -119,9 +121,13 @@ def _by_module(model: nn.Module, geometry: KimiGeometry) -> dict[str, set[str]]:
     experts = next((module for module in model.modules() if isinstance(module, RoutedExperts)), None)
     local = None if experts is None or experts.expert_map is None else experts.expert_map.tolist()
     modules: dict[str, set[str]] = defaultdict(set)
+    elsewhere = _elsewhere(model)
+    # vLLM's adapter gives a classifier its head, and reads it here unless it takes rows of lm_head instead.
+    if hasattr(model, "score") and getattr(model.config, "classifier_from_token", None) is None:
+        modules["score"].add("score.weight")
     for name in checkpoint_shapes(geometry):
         layer, is_expert, expert = name.partition(".experts.")
-        if is_pp_missing_parameter(name, model) or (is_expert and local and local[int(expert.split(".")[0])] < 0):
+        if name.startswith(elsewhere) or (is_expert and local and local[int(expert.split(".")[0])] < 0):
             continue
         module, _, parameter = _target(name, geometry, [])[0].rpartition(".")
         # What vLLM's reloading never replaces need not come again.
@@ -198,7 +204,7 @@ def _load(parameter: nn.Parameter, tensor: Tensor, name: str, target: str, argum
     except (AssertionError, RuntimeError, ValueError) as error:
         shape = tuple(tensor.shape)
         raise WeightsError(
-            f"{name} {shape} does not fit parameter {target} {tuple(parameter.shape)}: {error}"
+            f"{name} {shape} was not loaded into parameter {target} {tuple(parameter.shape)}: {error!r}"
         ) from error
 
 
@@ -241,6 +247,15 @@ def _refuse_quantized_low_rank(name: str, tensor: Tensor, target: str) -> None:
         "compressed-tensors add 're:.*self_attn.[fg]_b_proj' to `ignore`, for AWQ and FP8 name them in "
         "`modules_to_not_convert`. KIMI_VLLM_DISABLE=1 leaves the model to vLLM's own implementation."
     )
+
+
+def _elsewhere(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of names that another pipeline stage has, or nobody: an embedding model has no lm_head.
+
+    vLLM's `is_pp_missing_parameter` remembers them by the model's address, where the next model of a process may be.
+    """
+    absent = (PPMissingLayer, StageMissingLayer)
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, absent))
 
 
 def _listed(names: list[str]) -> str:

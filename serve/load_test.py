@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).parent / "demo"))
-from server import Server, ServerError, free_port
+from server import Server, ServerError, free_port, root_of
 
 ROOT = Path(__file__).parents[1]
 SCENARIOS = ROOT / "serve" / "load" / "scenarios"
@@ -98,7 +98,7 @@ def _target(
 ) -> Iterator[tuple[Target, list[str], int | None]]:
     """The server to ask; its command and its process if we started it."""
     if url:
-        yield _ask(url.rstrip("/"), tokenizer, goodput), [], None
+        yield _ask(root_of(url), tokenizer, goodput), [], None
         return
     if plan.server is None:
         raise ScenarioError(f"{plan.title!r} names no server to start; give --url")

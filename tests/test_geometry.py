@@ -59,6 +59,97 @@ def test_shipped_configs_parse(path):
     KimiGeometry.from_config(json.loads(path.read_text()))
 
 
+class Recorder(dict):
+    """A mapping that notes which of its keys somebody asks for."""
+
+    def __init__(self, values, asked, prefix=""):
+        super().__init__(values)
+        self.asked, self.prefix = asked, prefix
+
+    def get(self, key, default=None):
+        self.asked.add(self.prefix + key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.asked.add(self.prefix + key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key):
+        self.asked.add(self.prefix + key)
+        return super().__getitem__(key)
+
+
+TRANSFORMERS = {key: value for key, value in HUB.items() if key != "linear_attn_config"} | {
+    "layer_types": [
+        "linear_attention" if number in HUB["linear_attn_config"]["kda_layers"] else "full_attention"
+        for number in range(1, HUB["num_hidden_layers"] + 1)
+    ],
+    "mlp_layer_types": ["dense"] + ["sparse"] * (HUB["num_hidden_layers"] - 1),
+    "linear_num_heads": 32, "linear_head_dim": 128, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+ODD = [
+    *("", "x", "8", [], [1], [[1]], [None], ["sparse"], {}, {"a": 1}, None, True, False, 0, 0.0, -1, 1.0, 1.5),
+    *(2**21, 2**70, 2**1100, float("inf"), float("-inf"), float("nan")),
+]
+OFF_IF_NULL = (
+    "attn_res_block_size routed_expert_hidden_size activation_situ_beta activation_situ_linear_beta rope_scaling "
+    "linear_attn_config.gate_lower_bound num_expert_group topk_group topk_method q_lora_rank mlp_layer_types"
+)
+OFF_IF_FALSE = (
+    "mla_use_output_gate latent_moe_use_norm attention_bias tie_word_embeddings linear_attn_config.use_full_rank_gate"
+)
+MEANT = {
+    **dict.fromkeys(OFF_IF_NULL.split(), (None,)),
+    **dict.fromkeys(OFF_IF_FALSE.split(), (None, False)),
+    **dict.fromkeys(("rms_norm_eps", "routed_scaling_factor"), (1.0, 1.5)),
+    **dict.fromkeys(("num_shared_experts", "first_k_dense_replace"), (0,)),
+    "mla_use_nope": (True,),
+    "num_nextn_predict_layers": (None, 0),
+    "moe_renormalize": (True, False),
+}
+"""Values of `ODD` that a key may have. All others must be refused, by the key's name."""
+
+
+@pytest.mark.parametrize(
+    ("written", "also_meant"),
+    [(HUB, {"num_experts": [None, 0]}), (TRANSFORMERS, {"linear_attn_config": [None]})],
+    ids=["hub", "transformers"],
+)
+def test_every_key_with_a_value_of_every_wrong_kind(written, also_meant):
+    asked = set()
+    nested = {
+        key: Recorder(value, asked, f"{key}.") if isinstance(value, dict) else value for key, value in written.items()
+    }
+    KimiGeometry.from_config(Recorder(nested, asked))
+    assert len(asked) > 35
+    wrong = []
+    for key in sorted(asked):
+        for value in ODD:
+            config = json.loads(json.dumps(written))
+            *path, last = key.split(".")
+            target = config
+            for part in path:
+                target = target.setdefault(part, {})
+            target[last] = value
+            known = (MEANT | also_meant).get(key, [])
+            meant = any(type(value) is type(one) and value == one for one in known)
+            try:
+                KimiGeometry.from_config(config)
+                outcome = "accepted"
+            except GeometryError as error:
+                outcome = "refused" if last in str(error) else str(error)
+            except Exception as error:
+                outcome = repr(error)
+            if outcome != ("accepted" if meant else "refused"):
+                wrong.append(f"{key}={value!r}: {outcome}"[:150])
+    assert wrong == []
+
+
+def test_a_config_that_is_no_object():
+    with pytest.raises(GeometryError, match=r"config\.json: expected an object, not list"):
+        KimiGeometry.from_config([])
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -97,7 +188,7 @@ def test_a_missing_key_is_named(key):
         ("mla_use_nope", False, "mla_use_nope=False"),
         ("num_expert_group", 8, "num_expert_group=8"),
         ("hidden_size", "2304", "hidden_size='2304': expected an integer"),
-        ("hidden_size", 0, "hidden_size=0: expected an integer of at least 1"),
+        ("hidden_size", 0, "hidden_size=0: expected an integer from 1 to 1048576"),
         ("rms_norm_eps", -1.0, "rms_norm_eps=-1.0: expected a positive number"),
         ("num_experts_per_token", 300, "num_experts_per_token=300: more than num_experts=256"),
         ("linear_attn_config__head_dim", 96, r"linear_attn_config.head_dim=96: KDA heads of size 64 and 128"),

@@ -118,6 +118,23 @@ def test_a_full_precision_tensor_for_a_quantised_parameter_is_refused_by_name(dt
         load_weights(model, replace(released, moe=None), [("lm_head.weight", torch.zeros(4, 4, dtype=torch.bfloat16))])
 
 
+def test_a_kernel_that_fails_while_a_tensor_is_loaded_is_not_called_a_wrong_shape(monkeypatch, released):
+    """A layer is quantised when its last tensor has come, so the error is raised where tensors are loaded."""
+
+    def loader(parameter, tensor):
+        raise RuntimeError("no such operator")
+
+    model = nn.Module()
+    model.register_parameter("lm_head", nn.Parameter(torch.zeros(4, 4)))
+    model.lm_head.weight_loader = loader
+    monkeypatch.setattr("kimi_vllm.weights._target", lambda *_: ("lm_head", {}))
+    with pytest.raises(WeightsError) as raised:
+        tiny = replace(released, moe=None, vocab_size=4, hidden_size=4)
+        load_weights(model, tiny, [("lm_head.weight", torch.zeros(4, 4))])
+    assert str(raised.value).endswith("was not loaded into parameter lm_head (4, 4): RuntimeError('no such operator')")
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
 @pytest.mark.parametrize("groups", [[0, 0, 1, 1], [1, 0, 1, 0]], ids=["in-order", "reordered"])
 def test_gptq_groups_that_follow_one_another_are_not_needed(groups, released):
     named = [("model.layers.0.self_attn.o_proj.g_idx", torch.tensor(groups, dtype=torch.int32))]

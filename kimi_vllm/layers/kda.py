@@ -54,8 +54,8 @@ class InputLinear(MergedColumnParallelLinear):
             if quant_config is None:
                 raise
             raise ValueError(
-                f"{prefix}: q_proj, k_proj, v_proj, f_a_proj, g_a_proj and b_proj are one product here, so a quantised "
-                f"checkpoint has all of them quantised alike, or none. vLLM says: {error}"
+                f"{prefix}: {error} If it is about parts of a layer: q_proj, k_proj, v_proj, f_a_proj, g_a_proj and "
+                "b_proj are one product here, so a quantised checkpoint has all of them quantised alike, or none."
             ) from error
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: int) -> None:

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
 from batch.requests import BatchError, Request, key_of
@@ -59,19 +59,19 @@ class Results:
         """Open and lock the output, and find what is in it.
 
         Raises:
-            BatchError: another run is writing it, or it is not the output of a batch.
+            BatchError: a file cannot be opened, another run is writing it, or it is not the output of a batch.
         """
-        self._output = self._output_path.open("a+b")
+        self._output = _open(self._output_path, "a+b")
         try:
             fcntl.flock(self._output, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the kernel, even after kill -9
             self._recover()
+            self._errors = _open(self._errors_path, "wb")
         except BlockingIOError as error:
             self._output.close()
             raise BatchError(f"another run is writing {self._output_path}") from error
         except BaseException:
             self._output.close()
             raise
-        self._errors = self._errors_path.open("wb")
         folder = os.open(self._output_path.parent, os.O_RDONLY)
         os.fsync(folder)  # the file's name must survive, too
         os.close(folder)
@@ -127,3 +127,10 @@ class Results:
         self._output.seek(0)
         head = self._output.read(8)
         return b'{"id": "'.startswith(head) or not head.strip(b"\0")
+
+
+def _open(path: Path, mode: str) -> BinaryIO:
+    try:
+        return cast("BinaryIO", path.open(mode))
+    except OSError as error:
+        raise BatchError(f"{path}: {error.strerror}") from error

@@ -38,6 +38,11 @@ class ServerError(Exception):
     """The server could not start or stopped too early; the message is for the user."""
 
 
+def root_of(url: str) -> str:
+    """The address of a server, given that or, as clients want it, the API's with ``/v1``; no slash at the end."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 class Server:
     """`vllm serve` as a context manager; leaving it stops the whole process group.
 

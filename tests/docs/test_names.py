@@ -22,6 +22,7 @@ SITE = Path(pytest.__file__).parents[1]
 OF_CUDA = ("no kernel image is available for execution on the device",)
 OF_OTHERS = {
     # Options of programs that are not here, in words that `test_commands.py` does not see as commands.
+    "--extra-index-url": "pip install",
     "--ipc=host": "docker run",
     "--shm-size": "docker run",
     "--head": "ray start",

@@ -71,7 +71,10 @@ def test_missing_and_unexpected_tensors_are_listed(config, tensors, tmp_path):
 def test_a_tensor_of_the_wrong_shape_is_named(config, tensors, tmp_path):
     name = "model.layers.0.self_attn.q_conv1d.weight"
     wrong = tensors | {name: torch.zeros(128, 1, 3)}
-    fails(rf"{name} \(128, 1, 3\) does not fit", write_checkpoint(tmp_path / "wrong", config, wrong))
+    fails(
+        rf"{name} \(128, 1, 3\) does not fit: by config.json it is \(128, 4\)",
+        write_checkpoint(tmp_path / "wrong", config, wrong),
+    )
 
 
 @pytest.mark.parametrize(

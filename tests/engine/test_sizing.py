@@ -87,8 +87,9 @@ def test_too_many_sequences_are_clamped_and_served(host_memory_gib, said, monkey
     memory = round(enough_for_six / (0.92 - 1 / 20) + host_memory_gib * 2**30)
     monkeypatch.setattr(config_hook, "_memory", lambda vllm_config: memory)
     host_tier = {"kimi": {"host_memory_gib": host_memory_gib}}
-    with engine(RECALL, max_num_seqs=16, max_model_len=512, additional_config=host_tier) as running:
-        assert running.scheduler.max_num_running_reqs == 6
+    options = {"max_num_seqs": 16, "max_num_active_seqs": 12, "max_model_len": 512}
+    with engine(RECALL, **options, additional_config=host_tier) as running:
+        assert running.scheduler.max_num_running_reqs == running.scheduler.max_num_active_reqs == 6
         assert running.slots.num_slots == 7
         warnings = [line for level, line in said if level == "warning"]
         assert len(warnings) == 1

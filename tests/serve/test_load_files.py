@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from support.load import CHAT, TARGET, make_record, result, scenario
 
@@ -312,3 +313,19 @@ def test_guidellm_is_asked_for_only_where_it_is_installed(tmp_path, monkeypatch)
     words = command(point, TARGET, tmp_path)
     assert words[:2] == ["/bin/guidellm", "run"]
     assert option(words, "--profile") == "kind=concurrent,streams=2"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://there:8000", "http://there:8000/", "http://there:8000/v1", "http://there:8000/v1/"]
+)
+def test_the_address_of_a_server_may_be_its_apis(url, tmp_path, monkeypatch):
+    asked = []
+
+    def get(address, **options):
+        asked.append(address)
+        return httpx.Response(200, json={"data": [{"id": "m"}]}, request=httpx.Request("GET", address))
+
+    monkeypatch.setattr(load_test.httpx, "get", get)
+    with load_test._target(read(SHIPPED[0]), url, None, (), tmp_path) as (target, _, _):
+        assert target.url == "http://there:8000"
+    assert asked == ["http://there:8000/v1/models"]

@@ -264,3 +264,31 @@ def test_options_that_contradict_are_refused(tmp_path):
         assert done.exit_code == 2
         assert text in " ".join(done.output.replace("│", " ").split())
     assert json.loads(source.read_text())["custom_id"] == "a"
+
+
+@pytest.mark.parametrize("place", ["missing/out.jsonl", "out.jsonl"], ids=["output", "errors"])
+def test_a_file_that_cannot_be_opened_is_named(place, tmp_path):
+    source = write_input(tmp_path, line("a"))
+    errors = tmp_path / "missing" / "bad.jsonl"
+    done = run_cli(source, tmp_path / place, "--errors", errors, "--url", "http://127.0.0.1:9")
+    assert done.exit_code == offline.UNFINISHED
+    assert isinstance(done.exception, SystemExit)
+    assert "missing/" in done.output
+    assert "No such file or directory" in done.output
+
+
+@pytest.mark.parametrize(
+    "url", ["http://there:8000", "http://there:8000/", "http://there:8000/v1", "http://there:8000/v1/"]
+)
+def test_the_address_of_a_server_may_be_its_apis(url, tmp_path, monkeypatch):
+    asked = []
+
+    def get(address, **options):
+        asked.append(address)
+        return httpx.Response(200, json={"data": [{"id": "m"}]}, request=httpx.Request("GET", address))
+
+    monkeypatch.setattr(offline.httpx, "get", get)
+    found = survey(write_input(tmp_path, line("a", body={"model": "m"})), NONE)
+    with offline._server(None, url, [], found, tmp_path / "out.jsonl") as base:
+        assert base == "http://there:8000"
+    assert asked == ["http://there:8000/v1/models"]

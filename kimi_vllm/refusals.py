@@ -1,0 +1,222 @@
+"""vLLM's options that Kimi Linear is not served with, as data. Each is refused by name, before weights are read.
+
+`tests/test_engine_arguments.py` knows for every argument of an engine whether it is here, is served, or has no effect.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+from vllm import envs
+from vllm.config import MambaConfig, VllmConfig
+from vllm.platforms import current_platform
+
+from kimi_vllm import ARCHITECTURE
+from kimi_vllm.options import KimiOptions
+
+KDA_OPERATION = "vllm::kimi_delta_attention"
+"""What vLLM's compiler must leave out of the graphs it captures, as it leaves out attention."""
+
+_DROP = "Drop the option, or set KIMI_VLLM_DISABLE=1 to use vLLM's own Kimi Linear."
+_OTHER_CACHE = "it is for vLLM's own cache of states, which kimi-vllm replaces."
+_DTYPE = "Drop it; kimi.state_dtype in --additional-config sets the dtype of states."
+_HALVES = "it cuts a step inside a prompt, and the second part needs the state after the first."
+_KERNELS = "it chooses among vLLM's kernels for states, and kimi-vllm has its own."
+_UNTRIED = "it moves weights while requests run, which has not been tried with kimi-vllm."
+_OWN_SLOTS = "processes that are started apart would each choose a number of state slots, by the memory they find."
+_GIVE_SLOTS = "Set kimi.state_slots in --additional-config, to the same number everywhere."
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One option, or one use of it.
+
+    Attributes:
+        option: what the user wrote.
+        asked: whether this configuration asks for it.
+        why: what would go wrong; empty where nobody has tried to serve it.
+        instead: what to do.
+    """
+
+    option: str
+    asked: Callable[[VllmConfig], object]
+    why: str = ""
+    instead: str = _DROP
+
+
+def _set(path: str, *unset: object) -> Callable[[VllmConfig], object]:
+    """Whether the value at a dotted path says something: it is none of `unset` or, without these, true."""
+    read = attrgetter(path)
+    return (lambda config: read(config) not in unset) if unset else read
+
+
+def _above_one(path: str) -> Callable[[VllmConfig], bool]:
+    read = attrgetter(path)
+    return lambda config: bool(read(config) > 1)
+
+
+def _additional(name: str) -> Callable[[VllmConfig], bool]:
+    return lambda config: isinstance(config.additional_config, dict) and name in config.additional_config
+
+
+def _without_slots(asked: Callable[[VllmConfig], object]) -> Callable[[VllmConfig], object]:
+    return lambda config: (
+        asked(config) and KimiOptions.from_additional_config(config.additional_config).state_slots is None
+    )
+
+
+_MAMBA_UNSET = (None, "none", "auto")
+
+REFUSALS = (
+    Refusal("--speculative-config", _set("speculative_config")),
+    Refusal("--diffusion-config", _set("diffusion_config")),
+    Refusal("--enable-lora", _set("lora_config")),
+    # A prompt is cut into chunks where other requests leave room, and another cut is another rounding.
+    Refusal("VLLM_BATCH_INVARIANT=1", lambda config: envs.VLLM_BATCH_INVARIANT),
+    Refusal("--decode-context-parallel-size", _above_one("parallel_config.decode_context_parallel_size")),
+    Refusal("--prefill-context-parallel-size", _above_one("parallel_config.prefill_context_parallel_size")),
+    Refusal("--enable-dbo", _set("parallel_config.enable_dbo"), _HALVES),
+    Refusal("--ubatch-size", _above_one("parallel_config.ubatch_size"), _HALVES),
+    Refusal("--kv-transfer-config", _set("kv_transfer_config")),
+    Refusal(
+        "--kv-offloading-size",
+        _set("cache_config.kv_offloading_size", None),
+        "vLLM's connector knows pages only, and a KDA state is none.",
+        "Drop it; kimi.host_memory_gib in --additional-config keeps states in host memory.",
+    ),
+    Refusal(
+        "--kv-cache-dtype-skip-layers",
+        _set("cache_config.kv_cache_dtype_skip_layers"),
+        "MLA layers with pages of two sizes would make vLLM pad the attention block.",
+    ),
+    Refusal("--ec-transfer-config", _set("ec_transfer_config"), "the model has no encoder.", "Drop it."),
+    Refusal("--mamba-cache-mode", _set("cache_config.mamba_cache_mode", *_MAMBA_UNSET), _OTHER_CACHE, _DTYPE),
+    Refusal("--mamba-block-size", _set("cache_config.mamba_block_size", *_MAMBA_UNSET), _OTHER_CACHE, _DTYPE),
+    Refusal("--mamba-cache-dtype", _set("cache_config.mamba_cache_dtype", *_MAMBA_UNSET), _OTHER_CACHE, _DTYPE),
+    Refusal("--mamba-ssm-cache-dtype", _set("cache_config.mamba_ssm_cache_dtype", *_MAMBA_UNSET), _OTHER_CACHE, _DTYPE),
+    Refusal("--use-replayssm", _set("cache_config.use_replayssm"), _OTHER_CACHE),
+    Refusal(
+        "--enable-mamba-shared-prefix-checkpoint",
+        _set("cache_config.enable_mamba_shared_prefix_checkpoint"),
+        _OTHER_CACHE,
+        "Drop it: the state where two prompts part is kept anyway.",
+    ),
+    Refusal(
+        "--prefix-cache-retention-interval",
+        _set("cache_config.prefix_cache_retention_interval", 0),
+        _OTHER_CACHE,
+        "Drop it; kimi.checkpoint_interval in --additional-config keeps states at an interval.",
+    ),
+    Refusal(
+        "--mamba-backend (and --mamba-*, --enable-mamba-cache-stochastic-rounding)",
+        lambda config: config.mamba_config != MambaConfig(),
+        _KERNELS,
+    ),
+    Refusal("--kda-prefill-backend", _additional("kda_prefill_backend"), _KERNELS),
+    Refusal("--kda-decode-backend", _additional("kda_decode_backend"), _KERNELS),
+    Refusal(
+        "--attention-backend",
+        lambda config: (
+            current_platform.is_cpu() and (config.attention_config.backend or config.attention_config.backend_per_kind)
+        ),
+        "on CPUs kimi-vllm has an MLA of its own, and no other.",
+        "Drop it.",
+    ),
+    Refusal(
+        "--attention-config.use_non_causal",
+        _set("attention_config.use_non_causal"),
+        "KDA reads a prompt in one direction.",
+        "Drop it.",
+    ),
+    Refusal(
+        "--compilation-config.splitting_ops",
+        lambda config: (
+            not current_platform.is_cpu()
+            and config.compilation_config.splitting_ops
+            and KDA_OPERATION not in config.compilation_config.splitting_ops
+        ),
+        "KDA would be captured in graphs, and its metadata changes with every step.",
+        f"Add {KDA_OPERATION} to the list, or drop it.",
+    ),
+    Refusal(
+        "--kv-cache-dtype",
+        lambda config: (
+            not current_platform.is_cpu()
+            and config.cache_config.cache_dtype.startswith("fp8")
+            and config.model_config.dtype != torch.bfloat16
+        ),
+        "vLLM's attention returns bfloat16 from FP8 latents, whatever the model's dtype.",
+        "Use --dtype bfloat16, or drop it.",
+    ),
+    Refusal("--cpu-offload-gb", _set("offload_config.uva.cpu_offload_gb"), _UNTRIED),
+    Refusal("--offload-group-size", _set("offload_config.prefetch.offload_group_size"), _UNTRIED),
+    Refusal(
+        "--enable-sleep-mode",
+        _set("model_config.enable_sleep_mode"),
+        "after sleep of level 2 the state slots are what memory happens to hold.",
+    ),
+    Refusal("--enable-eplb", _set("parallel_config.enable_eplb"), _UNTRIED),
+    Refusal("--enable-elastic-ep", _set("parallel_config.enable_elastic_ep"), _UNTRIED),
+    Refusal(
+        "--enable-fault-tolerance",
+        _set("parallel_config.enable_fault_tolerance"),
+        "a step that runs twice updates a KDA state twice.",
+    ),
+    Refusal(
+        "--enable-return-routed-experts",
+        _set("aux_output_config.enable_return_routed_experts"),
+        "for a few tokens the experts are chosen by a kernel that does not report them.",
+    ),
+    Refusal(
+        "--model-class-overrides",
+        lambda config: ARCHITECTURE in config.model_config.model_class_overrides,
+        "the state cache belongs to kimi-vllm's own class.",
+    ),
+    Refusal(
+        "--hf-overrides",
+        lambda config: callable(config.model_config.hf_overrides),
+        "the geometry is read from config.json, which a function cannot change.",
+        "Give a dictionary.",
+    ),
+    Refusal("--nnodes", _without_slots(_above_one("parallel_config.nnodes")), _OWN_SLOTS, _GIVE_SLOTS),
+    Refusal(
+        "--distributed-executor-backend external_launcher",
+        _without_slots(lambda config: config.parallel_config.distributed_executor_backend == "external_launcher"),
+        _OWN_SLOTS,
+        _GIVE_SLOTS,
+    ),
+    Refusal(
+        "--data-parallel-size",
+        lambda config: (
+            current_platform.is_cpu() and config.model_config.is_moe and config.parallel_config.data_parallel_size > 1
+        ),
+        "vLLM for CPUs cannot send tokens to the experts of another replica (all_gatherv is not implemented there) and "
+        "would fail at the first request.",
+        "Start several servers behind a balancer.",
+    ),
+    Refusal(
+        "--enable-expert-parallel",
+        lambda config: (
+            current_platform.is_cpu()
+            and config.parallel_config.enable_expert_parallel
+            and config.parallel_config.tensor_parallel_size * config.parallel_config.data_parallel_size > 1
+        ),
+        "vLLM's experts for CPUs do not know which of them a worker holds, and it dies at the first request.",
+        "Drop the option: --tensor-parallel-size splits every expert instead.",
+    ),
+)
+
+
+def refuse_unserved(vllm_config: VllmConfig) -> None:
+    """Refuse a configuration by the first option of `REFUSALS` that it uses.
+
+    Raises:
+        ValueError: names the option, and says why it is refused and what to do.
+    """
+    for refusal in REFUSALS:
+        if not refusal.asked(vllm_config):
+            continue
+        if not refusal.why:
+            raise ValueError(f"{refusal.option}: kimi-vllm does not support it with KDA state yet. {refusal.instead}")
+        raise ValueError(f"{refusal.option}: {refusal.why} {refusal.instead}")
