@@ -64,6 +64,12 @@ class HostTier:
         """A claimed slot has been copied, or will be before anything that is copied to it from now on."""
         self._free.append(slot)
 
+    def withdraw(self, slot: int) -> None:
+        """Forget a state, if the slot holds one."""
+        if self._index.holds(slot):
+            self.claim(slot)
+            self.release(slot)
+
     def clear(self) -> None:
         """Forget every state."""
         for slot in self._index.slots():

@@ -30,6 +30,7 @@ from vllm.v1.request import Request
 
 from kimi_vllm.cache.checkpoints import boundaries_to_keep
 from kimi_vllm.cache.slot_pool import SlotPool
+from kimi_vllm.cache.slots import NULL_SLOT
 
 logger = init_logger("vllm.kimi_vllm")
 
@@ -268,25 +269,11 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._new_entries.clear()
         return []
 
-    def written_slots(self, request_id: str, first_token: int) -> list[int]:
-        """Slots that a step writes which computes the request's tokens from `first_token` on."""
+    def accessed_slots(self, request_id: str, first_token: int) -> tuple[int, tuple[int, ...]]:
+        """The slot read and the slots written by a step that computes a request's tokens from `first_token` on."""
         table = self.req_to_blocks[request_id]
-        return [block.block_id for block in table[first_token // self.block_size :] if not block.is_null]
-
-    def quarantine(self, request_id: str, first_token: int) -> set[str]:
-        """Withdraw every state of a request from the one after `first_token` on: they are not finite.
-
-        Returns:
-            Other requests that resumed from one of them.
-        """
-        sick = set(self.written_slots(request_id, first_token))
-        for slot in sick:
-            self.block_pool.withdraw(self.block_pool.blocks[slot])
-        return {
-            name
-            for name, table in self.req_to_blocks.items()
-            if name != request_id and any(block.block_id in sick for block in table)
-        }
+        read = table[(first_token - 1) // self.block_size].block_id if first_token else NULL_SLOT
+        return read, tuple([block.block_id for block in table[first_token // self.block_size :] if not block.is_null])
 
     def _next_slot(self, table: list[KVCacheBlock]) -> KVCacheBlock:
         # Without prefix caching nobody resumes from a boundary, so there is no reason to leave the slot.

@@ -5,10 +5,14 @@ slots that are not finite ends or restarts the requests that wrote them; counter
 """
 
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -16,8 +20,9 @@ from vllm.v1.core.sched.utils import remove_all
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
+from kimi_vllm.cache.contagion import Access, Step, spread
 from kimi_vllm.cache.exchange import MOVES, NONFINITE, STATS
 from kimi_vllm.cache.manager import KDAStateManager
 from kimi_vllm.options import KimiOptions
@@ -40,6 +45,8 @@ class _StateScheduling:
     requests: dict[str, Request]
     running: list[Request]
     finish_requests: Any
+    prev_step_scheduled_req_ids: set[str]
+    _free_request_blocks: Any
     _preempt_request: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +55,8 @@ class _StateScheduling:
         self._states: KDAStateManager = next(m for m in managers if isinstance(m, KDAStateManager))
         self._page_managers = [m for m in managers if m is not self._states]
         self._on_nonfinite = KimiOptions.from_additional_config(self.vllm_config.additional_config).on_nonfinite
-        self._first_tokens: dict[int, dict[str, int]] = {}
+        self._steps: deque[tuple[SchedulerOutput, Step]] = deque()
+        self._overrun: WeakSet[Request] = WeakSet()
         self._resumed: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._sent: Counter[str] = Counter()
@@ -56,11 +64,10 @@ class _StateScheduling:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """A step of vLLM's, with the copies to make before it."""
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        if moves := self._states.block_pool.take_moves():
+        moves = self._states.block_pool.take_moves()
+        if moves:
             setattr(output, MOVES, moves)
-        self._first_tokens[id(output)] = {
-            name: self.requests[name].num_computed_tokens - count for name, count in output.num_scheduled_tokens.items()
-        }
+        self._steps.append((output, Step(moves, self._accesses(output))))
         for new in output.scheduled_new_reqs:
             self._count_hit(self.requests[new.req_id], new.num_computed_tokens)
         return output
@@ -69,10 +76,11 @@ class _StateScheduling:
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Take sick requests out of the step, then let vLLM handle the others."""
-        first_tokens = self._first_tokens.pop(id(scheduler_output), {})
         ended: list[Request] = []
         if sick := getattr(model_runner_output, NONFINITE, None):
-            ended = self._quarantine(set(sick), first_tokens)
+            ended = self._quarantine(set(sick), scheduler_output)
+        while self._steps and self._steps.popleft()[0] is not scheduler_output:
+            pass  # a step whose result nobody has handed in
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
@@ -113,46 +121,93 @@ class _StateScheduling:
         self._counts["miss_tokens"] += request.num_tokens - hit
         self._counts[f"hit_length:{hit}"] += 1
 
-    def _quarantine(self, sick: set[int], first_tokens: dict[str, int]) -> list[Request]:
-        """End or restart the requests that wrote the sick slots in the step that began at `first_tokens`.
+    def _accesses(self, output: SchedulerOutput) -> dict[str, Access]:
+        accesses = {}
+        for name, count in output.num_scheduled_tokens.items():
+            request = self.requests[name]
+            end = request.num_computed_tokens
+            read, written = self._states.accessed_slots(name, end - count)
+            accesses[name] = Access(end - count, end, read, written, request.num_preemptions, request.block_hashes)
+        return accesses
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """A session that takes more input goes on before the tokens of steps in flight: its slot is past them."""
+        if request.resumable and request.num_in_flight_tokens:
+            self._overrun.add(request)
+        return bool(super()._handle_stopped_request(request))  # type: ignore[misc]
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """Take more input, and go on from the last state that was kept where the live one holds a token too many."""
+        super()._update_request_as_session(session, update)  # type: ignore[misc]
+        if session in self._overrun:
+            self._overrun.discard(session)
+            self._free_request_blocks(session)
+            session.num_computed_tokens = 0
+
+    def _quarantine(self, sick: set[int], scheduler_output: SchedulerOutput) -> list[Request]:
+        """Withdraw all that came from the slots a step left sick, and end or restart the requests concerned.
 
         Returns:
             Those that ended.
         """
+        reported = next((i for i, (output, _) in enumerate(self._steps) if output is scheduler_output), None)
+        if reported is None:
+            return []
+        steps = [step for _, step in list(self._steps)[reported:]]
+        found = spread(sick, steps)
+        self._counts["quarantined"] += len(found.origins)
+        self._states.block_pool.withdraw_slots(found.slots)
+        for name, (first, end) in found.tokens.items():
+            self._withdraw_pages(steps, name, first, end)
         ended = []
-        for name, first in first_tokens.items():
-            request = self.requests.get(name)
-            # One that was aborted or preempted while the step ran has given its slots up, and published nothing sick.
-            if request is None or request.status != RequestStatus.RUNNING:
-                continue
-            if sick.isdisjoint(self._states.written_slots(name, first)):
-                continue
-            self._counts["quarantined"] += 1
-            infected = self._states.quarantine(name, first)
-            pages = {
-                block.block_id
-                for manager in self._page_managers
-                for block in manager.req_to_blocks[name][first // manager.block_size :]
-                if not block.is_null
-            }
-            self.kv_cache_manager.evict_blocks(pages)
+        for request in self._still_there(found.origins, steps):
+            name = request.request_id
             if self._on_nonfinite == "resume" and name not in self._resumed:
                 self._resumed.add(name)
                 self._restart(request)
-                logger.warning("KDA state of request %s is not finite: computed again from its last good state.", name)
+                logger.warning("KDA state of request %s is not finite: computed again from a good state.", name)
             else:
                 ended += self.finish_requests(name, RequestStatus.FINISHED_ERROR)
                 logger.error("KDA state of request %s is not finite: the request ends with an error.", name)
-            for other in infected:
-                # It resumed from a state that nobody knew to be sick yet, so it is not to blame.
-                if (victim := self.requests.get(other)) is not None and victim.status == RequestStatus.RUNNING:
-                    self._restart(victim)
+        for request in self._still_there(found.victims, steps):
+            # It resumed from a state that nobody knew to be sick yet, so it is not to blame.
+            self._restart(request)
         self._resumed &= self.requests.keys()
         return ended
 
+    def _withdraw_pages(self, steps: Sequence[Step], name: str, first: int, end: int) -> None:
+        """Evict pages that hold any of a request's tokens from `first` to `end`, whoever has written them.
+
+        They are found by hash: the request may be gone, and its blocks with it.
+        """
+        hashes = next(step.accesses[name].hashes for step in steps if name in step.accesses)
+        pages = self.kv_cache_manager.block_pool
+        for manager in self._page_managers:
+            own = resolve_block_hashes(hashes, pages.hash_block_size, manager.block_size)
+            for key in own[first // manager.block_size : cdiv(end, manager.block_size)]:
+                while found := pages.get_cached_block(key, [manager.kv_cache_group_id]):
+                    self.kv_cache_manager.evict_blocks({block.block_id for block in found})
+
+    def _still_there(self, names: Iterable[str], steps: Sequence[Step]) -> list[Request]:
+        """Those that are neither gone nor started again since these steps, without what the steps sampled."""
+        found = []
+        for name in names:
+            request = self.requests.get(name)
+            preemptions = max(step.accesses[name].preemptions for step in steps if name in step.accesses)
+            # vLLM delivers what a preempted request has in flight, unless it is told not to.
+            if request is not None and (request.num_preemptions == preemptions or not request.drop_stale_output):
+                found.append(request)
+        return found
+
     def _restart(self, request: Request) -> None:
+        """Compute a request again from the last state that is left; what its steps in flight sample is dropped."""
+        if request.status != RequestStatus.RUNNING:
+            request.drop_stale_output = True
+            return
         self.running = remove_all(self.running, {request})
         self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        # It may be back in the very next step. Then the first model runner needs all its tokens, not the last.
+        self.prev_step_scheduled_req_ids.discard(request.request_id)
 
 
 class _KimiScheduler(_StateScheduling, Scheduler):

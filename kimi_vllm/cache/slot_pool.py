@@ -101,6 +101,14 @@ class SlotPool:
         if self.slots.withdraw(block.block_id):
             block.reset_hash()
 
+    def withdraw_slots(self, slots: Iterable[int]) -> None:
+        """Take back whatever is published in these slots, host slots too."""
+        for slot in slots:
+            if slot < self.slots.num_slots:
+                self.withdraw(self.blocks[slot])
+            else:
+                self.host.withdraw(slot - self.slots.num_slots)
+
     def get_cached_block(self, block_hash: BlockHash, kv_cache_group_ids: list[int]) -> list[KVCacheBlock] | None:
         """The slot that holds the state for this prefix, on the device or on the host, or None.
 
