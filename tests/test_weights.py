@@ -128,8 +128,8 @@ def test_a_kernel_that_fails_while_a_tensor_is_loaded_is_not_called_a_wrong_shap
     model.register_parameter("lm_head", nn.Parameter(torch.zeros(4, 4)))
     model.lm_head.weight_loader = loader
     monkeypatch.setattr("kimi_vllm.weights._target", lambda *_: ("lm_head", {}))
+    tiny = replace(released, moe=None, vocab_size=4, hidden_size=4)
     with pytest.raises(WeightsError) as raised:
-        tiny = replace(released, moe=None, vocab_size=4, hidden_size=4)
         load_weights(model, tiny, [("lm_head.weight", torch.zeros(4, 4))])
     assert str(raised.value).endswith("was not loaded into parameter lm_head (4, 4): RuntimeError('no such operator')")
     assert isinstance(raised.value.__cause__, RuntimeError)

@@ -155,13 +155,13 @@ class _StateScheduling:
             return []
         steps = [step for _, step in list(self._steps)[reported:]]
         found = spread(sick, steps)
-        self._counts["quarantined"] += len(found.origins)
         self._states.block_pool.withdraw_slots(found.slots)
         for name, (first, end) in found.tokens.items():
             self._withdraw_pages(steps, name, first, end)
         ended = []
         for request in self._still_there(found.origins, steps):
             name = request.request_id
+            self._counts["quarantined"] += 1
             if self._on_nonfinite == "resume" and name not in self._resumed:
                 self._resumed.add(name)
                 self._restart(request)

@@ -277,23 +277,3 @@ def test_a_hit_in_host_memory_needs_a_slot_to_be_loaded_into():
     assert not schedule(manager, again, 4, 5, hit=blocks), "one slot is not enough for reading and writing"
     manager.free("y")
     assert schedule(manager, again, 4, 5, hit=blocks)
-
-
-def test_quarantine_withdraws_what_the_step_wrote_and_names_who_resumed_from_it():
-    manager = make_manager()
-    sick = Request("sick", list(range(20)), junction=4)
-    assert schedule(manager, sick, 0, 4)
-    settle(manager)
-    assert schedule(manager, sick, 4, 12)
-    settle(manager)
-    other, older = Request("other", [*range(12), 99]), Request("older", [*range(4), 98])
-    for request, start in ((other, 12), (older, 4)):
-        blocks, tokens = hit_of(manager, request)
-        assert tokens == start
-        assert schedule(manager, request, start, start + 1, hit=blocks)
-    assert manager.quarantine("sick", 4) == {"other"}
-    assert hit_of(manager, sick)[1] == 4
-    for name in ("sick", "other", "older"):
-        manager.free(name)
-    manager.block_pool.slots.check()
-    assert manager.block_pool.slots.num_live == 0

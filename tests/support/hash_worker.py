@@ -2,16 +2,33 @@
 
 Under vLLM's real scheduler it notices when a request reads anything but its own prefix. On a GPU the requests of a step
 run at once, so here a step reads everything before it writes anything.
+
+A state can be made sick, as NaN makes one: whatever is computed from it is sick too, and the step reports the slots.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from kimi_vllm.cache.exchange import MOVES
+from kimi_vllm.cache.exchange import MOVES, NONFINITE
+
+SICK = -(2**70)
+"""What stands for NaN: no hash of a prefix."""
+NONSENSE = 1
+"""The token that is sampled from a sick state, and never from another."""
+
+
+@dataclass
+class Glitch:
+    """The state after a token of a request becomes sick, the first time it is computed or every time."""
+
+    token: int
+    always: bool
+    happened: bool = False
 
 
 def after(state: int, token: int) -> int:
@@ -51,6 +68,8 @@ class HashWorker:
         self._pages: dict[int, list[int]] = {}
         self._tables: dict[str, list[list[int]]] = {}
         self._known: dict[str, list[int]] = {}
+        self._prompts: dict[str, int] = {}
+        self.glitches: dict[str, Glitch] = {}
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """Run a step. AssertionError if a request would read or write what is not its own."""
@@ -59,16 +78,24 @@ class HashWorker:
         starts = self._follow(output)
         spans = {name: (starts[name], starts[name] + n) for name, n in output.num_scheduled_tokens.items()}
         readers = {self._read(name, start): name for name, (start, _) in spans.items() if start}
+        healthy = {name: self._healthy(name, *span) for name, span in spans.items()}
         writers: dict[int, str] = {}
         for name, (start, end) in spans.items():
-            for slot in self._write(name, start, end):
+            for slot in self._write(name, start, end, healthy[name]):
                 assert writers.setdefault(slot, name) == name, f"{name} and {writers[slot]} write slot {slot} at once"
         for slot in writers.keys() & readers.keys():
             assert writers[slot] == readers[slot], f"{readers[slot]} reads slot {slot} while {writers[slot]} writes it"
-        sampled = [self._sample(name, end) for name, (_, end) in spans.items()]
-        return ModelRunnerOutput(
+        sampled = [self._sample(name, end, sick=healthy[name] < end) for name, (_, end) in spans.items()]
+        result = ModelRunnerOutput(
             req_ids=list(spans), req_id_to_index={name: i for i, name in enumerate(spans)}, sampled_token_ids=sampled
         )
+        if sick := sorted(slot for slot in writers if self._slots[slot] == SICK):
+            setattr(result, NONFINITE, sick)
+        return result
+
+    def is_sick(self, *, slot: int | None = None, page: int | None = None) -> bool:
+        """Whether a slot or a page holds what came from a sick state."""
+        return self._slots.get(slot) == SICK if page is None else SICK in self._pages.get(page, ())
 
     def _follow(self, output: SchedulerOutput) -> dict[str, int]:
         """Take over the scheduler's news; returns how many tokens of each request are computed."""
@@ -79,11 +106,19 @@ class HashWorker:
         for new in output.scheduled_new_reqs:
             self._tables[new.req_id] = [list(ids) for ids in new.block_ids]
             self._known[new.req_id] = states(new.prefill_token_ids or new.prompt_token_ids)
+            self._prompts[new.req_id] = len(new.prompt_token_ids)
             starts[new.req_id] = new.num_computed_tokens
         cached: Any = output.scheduled_cached_reqs
-        for name, start, ids in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
+        rows = zip(
+            cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, cached.num_output_tokens, strict=True
+        )
+        for name, start, ids, outputs in rows:
             starts[name] = start
+            # The first model runner forgets tokens that the scheduler has dropped, and is told all when one resumes.
+            del self._known[name][1 + self._prompts[name] + outputs :]
             if name in cached.resumed_req_ids:
+                assert name in cached.all_token_ids, f"{name} resumes, and nobody says with which tokens"
+                self._known[name] = states(cached.all_token_ids[name])
                 self._tables[name] = [list(group) for group in ids]
             else:
                 for row, more in zip(self._tables[name], ids or (), strict=bool(ids)):
@@ -95,16 +130,33 @@ class HashWorker:
         known, block = self._known[name], self._block
         slot = self._tables[name][self._state_group][(start - 1) // block]
         assert slot, f"{name} has no state after {start} tokens"
-        assert self._slots.get(slot) == known[start], f"{name} after {start} tokens: slot {slot} is another prefix's"
+        held = self._slots.get(slot)
+        assert held in (known[start], SICK), f"{name} after {start} tokens: slot {slot} is another prefix's"
         for index, page in enumerate(self._tables[name][1 - self._state_group]):
             own = known[1 + index * block : 1 + min(start, (index + 1) * block)]
-            assert self._pages.get(page, [])[: len(own)] == own, f"{name}: page {page} is another prefix's"
+            kept = self._pages.get(page, [])[: len(own)]
+            right = len(kept) == len(own) and all(kept in (mine, SICK) for kept, mine in zip(kept, own, strict=True))
+            assert right, f"{name}: page {page} is another prefix's"
         return slot
 
-    def _write(self, name: str, start: int, end: int) -> set[int]:
+    def _healthy(self, name: str, start: int, end: int) -> int:
+        """How many of a request's tokens have a healthy state, up to `end`; fewer than `start` count as `start`."""
+        if start and self._slots[self._tables[name][self._state_group][(start - 1) // self._block]] == SICK:
+            return start
+        for index, page in enumerate(self._tables[name][1 - self._state_group]):
+            if SICK in self._pages.get(page, [])[: max(0, start - index * self._block)]:
+                return start
+        glitch = self.glitches.get(name)
+        if glitch and start <= glitch.token < end and (glitch.always or not glitch.happened):
+            glitch.happened = True
+            return glitch.token
+        return end
+
+    def _write(self, name: str, start: int, end: int, healthy: int) -> set[int]:
         """Fill the pages, and the slots at each boundary and at the end; returns the slots."""
         known, block, written = self._known[name], self._block, set()
         assert end < len(known), f"{name}: a step to token {end}, and {len(known) - 1} are known"
+        known = [*known[: healthy + 1], *[SICK] * (end - healthy)]
         for index in range(start // block, (end - 1) // block + 1):
             first, last = max(start, index * block), min(end, (index + 1) * block)
             page = self._tables[name][1 - self._state_group][index]
@@ -115,10 +167,10 @@ class HashWorker:
         assert slot, f"{name}: nothing holds the state after {end} tokens"
         return written
 
-    def _sample(self, name: str, end: int) -> list[int]:
+    def _sample(self, name: str, end: int, *, sick: bool) -> list[int]:
         known = self._known[name]
         if end + 1 < len(known):
             return []
-        token = next_token(known[-1])
+        token = NONSENSE if sick else next_token(known[-1])
         known.append(after(known[-1], token))
         return [token]

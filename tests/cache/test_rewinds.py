@@ -1,0 +1,76 @@
+"""Where vLLM takes computed tokens back: pages are overwritten, but a live state has gone on.
+
+Each place must have a state to return to, start again, or belong to a feature that is refused.
+"""
+
+import ast
+import inspect
+
+import pytest
+from support.hash_worker import answer
+from support.schedules import MODES, Server
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched import async_scheduler
+from vllm.v1.core.sched import scheduler as vllm_scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from kimi_vllm.bench import replay
+
+WAYS = {
+    "schedule": "sets it to the length of a prefix hit, at whose end a state was kept",
+    "_preempt_request": "sets it to 0",
+    "_update_after_schedule": "adds what the step computes",
+    "update_from_output": "takes rejected drafts back: speculation is refused",
+    "_update_request_with_output": "takes drafts behind a stop back: speculation is refused",
+    "_handle_stopped_request": "takes the tokens of steps in flight back: ours starts such a session again",
+    "_update_waiting_for_remote_kv": "after a load by a connector: refused",
+    "_handle_failed_recving": "after a failed load by a connector: refused",
+    "_update_requests_with_invalid_blocks": "after a failed load by a connector: refused",
+}
+"""vLLM's methods that set the number of a request's computed tokens, and why none leaves a state too far."""
+
+
+@pytest.mark.parametrize("module", [vllm_scheduler, async_scheduler])
+def test_every_place_that_changes_the_number_of_computed_tokens_is_known(module):
+    found = set()
+    for function in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+                if any(isinstance(t, ast.Attribute) and t.attr == "num_computed_tokens" for t in targets):
+                    found.add(function.name)
+    assert found <= WAYS.keys()
+
+
+def session(server: Server, prompt, max_tokens, stop=0):
+    parameters = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=[stop])
+    kept = replay.make_request(server.scheduler, "session", prompt, max_tokens)
+    request = Request("session", list(prompt), parameters, None, resumable=True, block_hasher=kept._block_hasher)
+    server.answers["session"] = []
+    server.scheduler.add_request(request)
+
+
+def until(server: Server, happened):
+    for _ in range(200):
+        if happened():
+            return
+        server.turn()
+    raise AssertionError("it never happens")
+
+
+@pytest.mark.parametrize("length", [5, 60, 64, 70, 200])
+@pytest.mark.parametrize("stops_after", [1, 3, 4, 5])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_session_goes_on_from_the_tokens_that_vllm_keeps(mode, stops_after, length):
+    """At a stop token the next step is in flight: it has put that token into the live slot, and vLLM takes it back."""
+    server = MODES[mode].server("slots")
+    prompt = [3 + (7 * i) % 80 for i in range(length)]
+    first = answer(prompt, stops_after)
+    if first[-1] in first[:-1]:
+        pytest.skip("the stop token comes earlier")
+    session(server, prompt, 50, stop=first[-1])
+    until(server, lambda: server.scheduler.requests["session"].status == RequestStatus.WAITING_FOR_STREAMING_REQ)
+    assert server.answers["session"] == first
+    session(server, [5, 6, 7], 4)
+    until(server, lambda: len(server.answers["session"]) == 4)
+    assert server.answers["session"] == answer([*prompt, *first[:-1], 5, 6, 7], 4)

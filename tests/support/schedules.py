@@ -1,0 +1,163 @@
+"""vLLM's scheduler and a worker of hashes under random schedules, as the engine's loop drives them."""
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.v1.request import RequestStatus
+
+from kimi_vllm.bench import replay
+from kimi_vllm.bench.replay import Memory
+from kimi_vllm.cache.scheduler import KimiScheduler
+from support.arrivals import BLOCK, Arrival
+from support.hash_worker import HashWorker
+
+
+def memory(concurrency: int, slots: int, chunk: int, pages: int = 100) -> Memory:
+    """Limits of an engine."""
+    return Memory(concurrency=concurrency, pages=pages, slots=slots, step_tokens=chunk, longest=512)
+
+
+SCARCE: dict[str, tuple[Memory, dict[str, int]]] = {
+    "slots": (memory(3, 4, 97), {}),
+    "host": (memory(3, 4, 97), {"num_host_slots": 6}),
+    "pages": (memory(4, 12, 150, pages=10), {}),
+    "lru-host-pages-priority": (memory(4, 5, 61, pages=10), {"num_host_slots": 4, "checkpoint_interval": 128}),
+}
+
+
+def eviction(name: str) -> str:
+    """The eviction policy of one of `SCARCE`."""
+    return "lru" if name.startswith("lru") else "value"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How an engine runs: steps in flight, and which of vLLM's model runners."""
+
+    asynchronous: bool
+    second_runner: bool
+
+    def server(self, name: str, on_nonfinite: str = "abort") -> "Server":
+        """A new server with the caches of one of `SCARCE`."""
+        config = _configuration(self, name, on_nonfinite)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(self.second_runner)))  # the scheduler's half of it
+            return Server(name, config)
+
+
+@cache
+def _configuration(mode: Mode, name: str, on_nonfinite: str) -> VllmConfig:
+    policy = "priority" if name.endswith("priority") else "fcfs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # the second runner wants a GPU
+        config = replay.configuration(SCARCE[name][0], eviction(name), scheduling_policy=policy)
+    config.scheduler_config.async_scheduling = mode.asynchronous  # on CPUs vLLM switches it off
+    config.additional_config["kimi"]["on_nonfinite"] = on_nonfinite
+    return config
+
+
+MODES = {
+    "step-by-step": Mode(asynchronous=False, second_runner=False),
+    "two-in-flight": Mode(asynchronous=True, second_runner=True),
+    "two-in-flight-first-runner": Mode(asynchronous=True, second_runner=False),
+}
+"""As on a CPU, as on a GPU, and as on a GPU with ``VLLM_USE_V2_MODEL_RUNNER=0``."""
+
+
+class Server:
+    """vLLM's scheduler, a worker, and the loop of the engine between them."""
+
+    def __init__(self, name: str, config: VllmConfig) -> None:
+        limits, states = SCARCE[name]
+        specs = replay.our_specs(config, limits.slots, eviction(name), **states)
+        self.scheduler = replay.build(KimiScheduler, config, specs)
+        self.manager = self.scheduler._states
+        self.worker = HashWorker(self.manager.kv_cache_group_id, BLOCK)
+        self.depth = 1 + config.scheduler_config.async_scheduling
+        self.in_flight: deque[Any] = deque()
+        self.seen: Counter[str] = Counter()
+        self.answers: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
+
+    def add(self, name: str, arrival: Arrival) -> None:
+        """Send a request."""
+        request = replay.make_request(self.scheduler, name, arrival.prompt, arrival.max_tokens)
+        request.priority = arrival.priority  # looked at by the policy of that name
+        self.answers[name] = []
+        self.scheduler.add_request(request)
+
+    def abort(self, name: str) -> None:
+        """Take a request back, if it is still there."""
+        self.seen["aborts"] += name in self.scheduler.requests
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def turn(self, aborted: Sequence[str] = (), *, reset: bool = False) -> None:
+        """As the loop of `EngineCore`: launch while there is room in flight, else wait for the oldest.
+
+        Args:
+            aborted: Requests taken back while the step runs.
+            reset: Whether the prefix cache is reset while the step runs, with all that run started again.
+        """
+        waits = True
+        if self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            self.in_flight.append((output, self.worker.execute(output)))
+            self.seen["hits"] += sum(new.num_computed_tokens > 0 for new in output.scheduled_new_reqs)
+            self.seen["preemptions"] += len(output.preempted_req_ids or ())
+            waits = len(self.in_flight) == self.depth or not output.total_num_scheduled_tokens
+        for name in aborted:
+            self.abort(name)
+        if reset:
+            self.seen["resets"] += 1
+            self.scheduler.reset_prefix_cache(reset_running_requests=True)
+        if self.in_flight and waits:
+            for outputs in self.scheduler.update_from_output(*self.in_flight.popleft()).values():
+                for output in outputs.outputs:
+                    self.answers[output.request_id] += output.new_token_ids
+                    if output.finish_reason is not None:
+                        self.reasons[output.request_id] = str(output.finish_reason)
+
+    def play(self, schedule: Sequence[Arrival], resets: frozenset[int] = frozenset()) -> None:
+        """Run a round to its end; `resets` are turns at which the prefix cache is reset."""
+        self.answers, self.reasons = {}, {}
+        waiting, turn = dict(enumerate(schedule)), 0
+        while waiting or self.scheduler.has_requests() or self.in_flight:
+            for index in [index for index, arrival in waiting.items() if arrival.step <= turn]:
+                self.add(str(index), waiting.pop(index))
+            due = [
+                str(index)
+                for index, arrival in enumerate(schedule)
+                if arrival.abort_after is not None and turn == arrival.step + arrival.abort_after
+            ]
+            if turn % 2:
+                for name in due:
+                    self.abort(name)
+                due = []
+            self.turn(due, reset=turn in resets)
+            self.manager.block_pool.slots.check()
+            self.manager.block_pool.host.check()
+            turn += 1
+            assert turn < 2000, "requests that never finish"
+
+    def check_idle(self) -> None:
+        """No request is left, so nothing is held."""
+        self.scheduler.schedule()  # frees what waited for the last step
+        assert self.manager.block_pool.slots.num_live == 0, "slots are lost"
+        assert not self.manager.req_to_blocks
+        pages = self.scheduler.kv_cache_manager.block_pool
+        assert pages.get_num_free_blocks() == pages.num_gpu_blocks - 1
+
+    def check_healthy(self) -> None:
+        """Nothing that a later request can find comes from a sick state."""
+        pool, pages = self.manager.block_pool, self.scheduler.kv_cache_manager.block_pool
+        for slot in [*pool.slots._checkpoints.slots(), *(pool.slots.num_slots + h for h in pool.host._index.slots())]:
+            assert not self.worker.is_sick(slot=slot), f"slot {slot} is published, and sick"
+        for page in pages.blocks:
+            assert page.block_hash is None or not self.worker.is_sick(page=page.block_id), (
+                f"page {page.block_id} is sick"
+            )
