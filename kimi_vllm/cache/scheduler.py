@@ -47,7 +47,6 @@ class _StateScheduling:
     finish_requests: Any
     prev_step_scheduled_req_ids: set[str]
     _free_request_blocks: Any
-    _preempt_request: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -143,6 +142,16 @@ class _StateScheduling:
             self._overrun.discard(session)
             self._free_request_blocks(session)
             session.num_computed_tokens = 0
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Withdraw pages that were published for the step being scheduled: with priorities it may lose its request.
+
+        vLLM leaves them to be found by others, although nobody will ever write them.
+        """
+        for manager in self._page_managers:
+            unwritten = manager.req_to_blocks[request.request_id][request.num_computed_tokens // manager.block_size :]
+            self.kv_cache_manager.evict_blocks({block.block_id for block in unwritten})
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _quarantine(self, sick: set[int], scheduler_output: SchedulerOutput) -> list[Request]:
         """Withdraw all that came from the slots a step left sick, and end or restart the requests concerned.

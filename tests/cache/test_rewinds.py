@@ -7,7 +7,8 @@ import ast
 import inspect
 
 import pytest
-from support.hash_worker import answer
+from support.arrivals import BLOCK
+from support.hash_worker import HashWorker, answer
 from support.schedules import MODES, Server
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched import async_scheduler
@@ -15,6 +16,8 @@ from vllm.v1.core.sched import scheduler as vllm_scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from kimi_vllm.bench import replay
+from kimi_vllm.bench.replay import Memory
+from kimi_vllm.cache.scheduler import KimiScheduler
 
 WAYS = {
     "schedule": "sets it to the length of a prefix hit, at whose end a state was kept",
@@ -74,3 +77,34 @@ def test_a_session_goes_on_from_the_tokens_that_vllm_keeps(mode, stops_after, le
     session(server, [5, 6, 7], 4)
     until(server, lambda: len(server.answers["session"]) == 4)
     assert server.answers["session"] == answer([*prompt, *first[:-1], 5, 6, 7], 4)
+
+
+def test_pages_of_a_request_preempted_in_the_step_that_was_to_write_them_cannot_be_found():
+    """Pages are published when they are scheduled, and with priorities vLLM may change its mind within the step."""
+    limits = Memory(concurrency=2, pages=10, slots=8, step_tokens=200, longest=512)
+    config = replay.configuration(limits, "value", scheduling_policy="priority", long_prefill_token_threshold=100)
+    scheduler = replay.build(KimiScheduler, config, replay.our_specs(config, limits.slots, "value"))
+    worker = HashWorker(scheduler._states.kv_cache_group_id, BLOCK)
+
+    def add(name, length, priority):
+        request = replay.make_request(scheduler, name, [3 + (priority + i) % 80 for i in range(length)], 50)
+        request.priority = priority
+        scheduler.add_request(request)
+
+    def step():
+        output = scheduler.schedule()
+        scheduler.update_from_output(output, worker.execute(output))
+        return output
+
+    add("low", 500, priority=2)
+    step()
+    add("high", 63, priority=0)
+    assert step().num_scheduled_tokens == {"low": 100, "high": 63}
+    assert step().num_scheduled_tokens == {"low": 100, "high": 1}
+    output = step()
+    assert output.num_scheduled_tokens == {"high": 1}, "it needs a page, and takes one of those just given to the other"
+    assert output.preempted_req_ids == {"low"}
+    pages = scheduler.kv_cache_manager.block_pool
+    found = [page.block_id for page in pages.blocks if page.block_hash is not None]
+    assert found
+    assert all(len(worker.page(page)) == BLOCK for page in found)

@@ -93,9 +93,13 @@ class HashWorker:
             setattr(result, NONFINITE, sick)
         return result
 
-    def is_sick(self, *, slot: int | None = None, page: int | None = None) -> bool:
-        """Whether a slot or a page holds what came from a sick state."""
-        return self._slots.get(slot) == SICK if page is None else SICK in self._pages.get(page, ())
+    def slot(self, slot: int) -> int | None:
+        """The state that a slot holds."""
+        return self._slots.get(slot)
+
+    def page(self, page: int) -> list[int]:
+        """What a page keeps of each of its tokens."""
+        return self._pages.get(page, [])
 
     def _follow(self, output: SchedulerOutput) -> dict[str, int]:
         """Take over the scheduler's news; returns how many tokens of each request are computed."""

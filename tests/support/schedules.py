@@ -14,7 +14,7 @@ from kimi_vllm.bench import replay
 from kimi_vllm.bench.replay import Memory
 from kimi_vllm.cache.scheduler import KimiScheduler
 from support.arrivals import BLOCK, Arrival
-from support.hash_worker import HashWorker
+from support.hash_worker import SICK, HashWorker
 
 
 def memory(concurrency: int, slots: int, chunk: int, pages: int = 100) -> Memory:
@@ -156,7 +156,7 @@ class Server:
         """Nothing that a later request can find comes from a sick state."""
         pool, pages = self.manager.block_pool, self.scheduler.kv_cache_manager.block_pool
         for slot in [*pool.slots._checkpoints.slots(), *(pool.slots.num_slots + h for h in pool.host._index.slots())]:
-            assert not self.worker.is_sick(slot=slot), f"slot {slot} is published, and sick"
+            assert self.worker.slot(slot) != SICK, f"slot {slot} is published, and sick"
         for page in pages.blocks:
             assert page.block_hash is None or not self.worker.is_sick(page=page.block_id), (
                 f"page {page.block_id} is sick"
