@@ -51,6 +51,7 @@ class _StateScheduling:
         self._first_tokens: dict[int, dict[str, int]] = {}
         self._resumed: set[str] = set()
         self._counts: Counter[str] = Counter()
+        self._hits: Counter[str] = Counter()
         self._sent: Counter[str] = Counter()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -62,7 +63,8 @@ class _StateScheduling:
             name: self.requests[name].num_computed_tokens - count for name, count in output.num_scheduled_tokens.items()
         }
         for new in output.scheduled_new_reqs:
-            self._count_hit(self.requests[new.req_id], new.num_computed_tokens)
+            if not (request := self.requests[new.req_id]).num_preemptions:
+                self._count_hit(request, new.num_computed_tokens)
         return output
 
     def update_from_output(
@@ -92,6 +94,8 @@ class _StateScheduling:
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Statistics of vLLM's and ours: slots now, and what happened since the last call."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        # Lengths are as many as there are prompts: only those since the last call, which nobody may have asked for.
+        hits, self._hits = self._hits, Counter()
         if stats is None:
             return None
         pool = self._states.block_pool
@@ -105,13 +109,13 @@ class _StateScheduling:
             "slots_free": pool.slots.num_free,
             "slots_host": pool.host.num_held,
         }
-        stats.running_lora_adapters = {STATS + name: value for name, value in (gauges | changes).items()}
+        stats.running_lora_adapters = {STATS + name: value for name, value in (gauges | changes | hits).items()}
         return stats
 
     def _count_hit(self, request: Request, hit: int) -> None:
         self._counts["hit_tokens"] += hit
         self._counts["miss_tokens"] += request.num_tokens - hit
-        self._counts[f"hit_length:{hit}"] += 1
+        self._hits[f"hit_length:{hit}"] += 1
 
     def _quarantine(self, sick: set[int], first_tokens: dict[str, int]) -> list[Request]:
         """End or restart the requests that wrote the sick slots in the step that began at `first_tokens`.
