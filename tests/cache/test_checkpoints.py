@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_vllm.cache.checkpoints import CheckpointIndex, boundaries_to_keep
@@ -24,6 +24,7 @@ def test_junction_and_interval_are_kept_on_the_block_grid():
     assert sorted(boundaries_to_keep(1000, 64, interval=300)) == [320, 640, 960]
 
 
+@settings(deadline=None)
 @given(
     prompt=st.integers(1, 5000),
     block=st.sampled_from([16, 64, 128]),
@@ -36,6 +37,7 @@ def test_boundaries_lie_on_the_grid_inside_the_prompt(prompt, block, junction, i
     assert (prompt - 1) // block * block in kept | {0}
 
 
+@settings(deadline=None)
 @given(prompt=st.integers(1, 3000), start=st.integers(0, 3000), step=st.integers(1, 999), interval=st.integers(0, 200))
 def test_a_step_asks_for_its_own_boundaries_only(prompt, start, step, interval):
     whole = boundaries_to_keep(prompt, 64, 200, interval)
