@@ -74,7 +74,7 @@ def test_import_brings_neither_torch_nor_vllm(module: str) -> None:
     assert not modules_after(f"import {module}") & {"torch", "vllm", "numba", "triton", "transformers"}
 
 
-@pytest.mark.parametrize("name", ["slots", "checkpoints"])
+@pytest.mark.parametrize("name", ["slots", "checkpoints", "prefixes"])
 def test_pure_cache_file_imports_neither_vllm_nor_torch(name: str) -> None:
     assert not modules_after(f"import kimi_vllm.cache.{name}") & {"torch", "vllm", "numba", "triton"}
 

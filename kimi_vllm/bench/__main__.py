@@ -101,11 +101,12 @@ def concurrency(
 
 @app.command()
 def scheduler(json: Json = None) -> None:
-    """Time our part of a scheduling step, and the metadata of a step, with 256 requests."""
+    """Time our part of a scheduling step with 256 requests, its metadata, and what could grow with age and length."""
     from kimi_vllm.bench import overhead as bench
+    from kimi_vllm.bench.age import age_rows
 
     env = _environment()
-    bench.report(_take([*bench.scheduler_rows(), *bench.metadata_rows()], env, json), env)
+    bench.report(_take([*bench.scheduler_rows(), *bench.metadata_rows(), *age_rows()], env, json), env)
 
 
 def _environment() -> dict[str, Any]:

@@ -105,8 +105,8 @@ def scheduler_rows(steps: int = 400) -> Iterator[Row]:
         samples = _run(steps, every)
         ours = [spent["ours"] / 1e3 / count for spent, count in samples]
         whole = [(spent["ours"] + spent["vllm"]) / 1e3 / count for spent, count in samples]
-        yield Row("ours, per request-step", case, *_quantiles(ours), limit_us=20)
-        yield Row("whole scheduler, per request-step", case, *_quantiles(whole))
+        yield Row("ours, per request-step", case, *quantiles(ours), limit_us=20)
+        yield Row("whole scheduler, per request-step", case, *quantiles(whole))
 
 
 def _run(steps: int, every: int) -> list[tuple[dict[str, int], int]]:
@@ -151,7 +151,7 @@ def metadata_rows(steps: int = 1000) -> Iterator[Row]:
             start = perf_counter_ns()
             builder.build(0, described)
             times.append((perf_counter_ns() - start) / 1e3)
-        yield Row("metadata build, per step", case, *_quantiles(times), limit_us=100)
+        yield Row("metadata build, per step", case, *quantiles(times), limit_us=100)
 
 
 def _step_of(lengths: Sequence[int]) -> CommonAttentionMetadata:
@@ -171,7 +171,8 @@ def _step_of(lengths: Sequence[int]) -> CommonAttentionMetadata:
     )
 
 
-def _quantiles(values: Sequence[float]) -> tuple[float, float]:
+def quantiles(values: Sequence[float]) -> tuple[float, float]:
+    """The median and the 90th percentile."""
     ordered = sorted(values)
     return ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.9)]
 

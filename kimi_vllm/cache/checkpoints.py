@@ -7,13 +7,21 @@ resume only where somebody kept a state, and keeping one costs a slot. `boundari
 Pure on purpose: slots are integers, keys are opaque. No vLLM, no torch.
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
 
 from kimi_vllm.cache.eviction import ByValue, EvictionPolicy
+from kimi_vllm.cache.prefixes import Lineage, Node, PrefixTree
 
 
-def boundaries_to_keep(num_prompt_tokens: int, block_size: int, junction: int = 0, interval: int = 0) -> frozenset[int]:
+def boundaries_to_keep(
+    num_prompt_tokens: int,
+    block_size: int,
+    junction: int = 0,
+    interval: int = 0,
+    start: int = 0,
+    end: int | None = None,
+) -> frozenset[int]:
     """Token positions in a prompt at which a later request is likely to resume.
 
     The last block boundary of the prompt serves a continuation of it; one token less serves the same prompt again,
@@ -25,36 +33,15 @@ def boundaries_to_keep(num_prompt_tokens: int, block_size: int, junction: int = 
         block_size: tokens per block; every boundary is a multiple of it.
         junction: end of a prefix known to be shared, or 0.
         interval: also keep one boundary per so many tokens, rounded up to blocks; 0 for none.
+        start, end: only positions after `start` and up to `end`, a step's; the whole prompt by default.
     """
+    end = num_prompt_tokens if end is None else min(end, num_prompt_tokens)
     kept = {num_prompt_tokens, num_prompt_tokens - 1, junction}
     kept = {position // block_size * block_size for position in kept}
     if interval:
         stride = -(-interval // block_size) * block_size
-        kept.update(range(stride, num_prompt_tokens + 1, stride))
-    return frozenset(position for position in kept if 0 < position <= num_prompt_tokens)
-
-
-Lineage = Sequence[Hashable]
-"""Keys of a sequence's blocks in order; each stands for everything up to the end of its block, as vLLM's hashes do."""
-
-
-@dataclass(slots=True)
-class _Checkpoint:
-    """A published state after `length` blocks of `lineage`, and its place in the tree of published states."""
-
-    lineage: Lineage
-    length: int
-    uses: int = 0
-    parent: int | None = None
-    children: set[int] = field(default_factory=set)
-
-    @property
-    def key(self) -> Hashable:
-        return self.lineage[self.length - 1]
-
-    def continues(self, other: "_Checkpoint") -> bool:
-        """Whether this state's sequence runs through the other one."""
-        return self.length > other.length and self.lineage[other.length - 1] == other.key
+        kept.update(range((start // stride + 1) * stride, end + 1, stride))
+    return frozenset(position for position in kept if start < position <= end)
 
 
 class CheckpointIndex:
@@ -66,9 +53,9 @@ class CheckpointIndex:
 
     def __init__(self, policy: EvictionPolicy | None = None) -> None:
         self._policy = policy or ByValue()
-        self._slot_by_key: dict[Hashable, int] = {}
-        self._checkpoints: dict[int, _Checkpoint] = {}
-        self._roots: set[int] = set()
+        self._tree = PrefixTree()
+        self._checkpoints: dict[int, Node] = {}
+        self._uses: defaultdict[int, int] = defaultdict(int)
         self._idle: set[int] = set()
 
     @property
@@ -82,7 +69,13 @@ class CheckpointIndex:
 
     def find(self, key: Hashable) -> int | None:
         """The slot published under `key`."""
-        return self._slot_by_key.get(key)
+        node = self._tree.find(key)
+        return None if node is None else node.slot
+
+    def longest(self, lineage: Lineage, limit: int) -> int:
+        """Blocks of the longest published prefix of `lineage` that has at most `limit`; 0 if there is none."""
+        node = self._tree.longest(lineage, limit)
+        return 0 if node is None else node.length
 
     def slots(self) -> list[int]:
         """All published slots."""
@@ -100,15 +93,15 @@ class CheckpointIndex:
     def value(self, slot: int) -> int:
         """Blocks to compute again if the slot were lost: those since its nearest published ancestor."""
         checkpoint = self._checkpoints[slot]
-        parent = checkpoint.parent
-        return checkpoint.length - (0 if parent is None else self._checkpoints[parent].length)
+        ancestor = checkpoint.ancestor()
+        return checkpoint.length - (0 if ancestor is None else ancestor.length)
 
     def worth(self, slot: int) -> int:
         """What keeping the slot is expected to save: its value, times its uses so far and one.
 
         States that were resumed from before are the ones that will be again: a document's end rather than a question's.
         """
-        return self.value(slot) * (1 + self._checkpoints[slot].uses)
+        return self.value(slot) * (1 + self._uses[slot])
 
     def add(self, slot: int, lineage: Lineage, length: int) -> bool:
         """Publish a referenced slot as the state after `length` blocks of `lineage`, which may only grow from now on.
@@ -118,28 +111,21 @@ class CheckpointIndex:
         """
         if slot in self._checkpoints:
             raise ValueError(f"slot {slot} is published already: its contents must not change")
-        new = _Checkpoint(lineage, length)
-        if new.key in self._slot_by_key:
+        if self._tree.find(lineage[length - 1]) is not None:
             return False
-        ancestors = (self._slot_by_key.get(lineage[i]) for i in range(length - 2, -1, -1))
-        new.parent = next((ancestor for ancestor in ancestors if ancestor is not None), None)
-        self._slot_by_key[new.key] = slot
-        self._checkpoints[slot] = new
-        siblings = self._children(new.parent)
-        heirs = {child for child in siblings if self._checkpoints[child].continues(new)}
-        siblings -= heirs
-        siblings.add(slot)
-        self._adopt(slot, heirs)
+        node = self._checkpoints[slot] = self._tree.add(slot, lineage, length)
+        self._revalue(node.heirs())
         return True
 
     def forget(self, slot: int) -> None:
         """Withdraw a slot, idle or not."""
-        gone = self._checkpoints.pop(slot)
-        del self._slot_by_key[gone.key]
-        self._children(gone.parent).discard(slot)
-        self._adopt(gone.parent, gone.children)
+        node = self._checkpoints.pop(slot)
         self._idle.discard(slot)
+        self._uses.pop(slot, None)
         self._policy.remove(slot)
+        heirs = list(node.heirs())
+        self._tree.remove(node)
+        self._revalue(heirs)
 
     def park(self, slot: int) -> None:
         """The last reference is gone: the slot may be evicted."""
@@ -149,30 +135,26 @@ class CheckpointIndex:
     def wake(self, slot: int) -> None:
         """Somebody resumes from the slot: it may not be evicted."""
         self._idle.remove(slot)
-        self._checkpoints[slot].uses += 1
+        self._uses[slot] += 1
         self._policy.remove(slot)
 
     def victim(self) -> int | None:
         """The idle checkpoint to evict first, by the policy."""
         return self._policy.victim()
 
-    def _children(self, parent: int | None) -> set[int]:
-        return self._roots if parent is None else self._checkpoints[parent].children
-
-    def _adopt(self, parent: int | None, orphans: set[int]) -> None:
-        self._children(parent).update(orphans)
-        for orphan in orphans:
-            self._checkpoints[orphan].parent = parent
-            if orphan in self._idle:
-                self._policy.revalue(orphan, self.worth(orphan))
+    def _revalue(self, heirs: Iterable[Node]) -> None:
+        for heir in heirs:
+            if heir.slot is not None and heir.slot in self._idle:
+                self._policy.revalue(heir.slot, self.worth(heir.slot))
 
     def check(self) -> None:
         """Verify that maps, tree and policy agree; raises AssertionError."""
-        by_key = {checkpoint.key: slot for slot, checkpoint in self._checkpoints.items()}
-        assert by_key == self._slot_by_key, "the maps disagree"
+        by_slot = {slot: node.slot for slot, node in self._checkpoints.items()}
+        assert all(slot == held for slot, held in by_slot.items()), "the maps disagree"
+        assert {self.find(node.key) for node in self._checkpoints.values()} == by_slot.keys(), (
+            "a key finds another slot"
+        )
         assert self._idle <= self._checkpoints.keys(), "an idle slot is not published"
+        assert self._uses.keys() <= self._checkpoints.keys(), "uses of a slot that is gone"
         assert (self.victim() is None) == (not self._idle), "the policy lost an idle slot"
-        for slot, checkpoint in self._checkpoints.items():
-            assert slot in self._children(checkpoint.parent), "a parent does not know its child"
-            ancestors = (by_key.get(key) for key in list(checkpoint.lineage[: checkpoint.length - 1])[::-1])
-            assert checkpoint.parent == next((a for a in ancestors if a is not None), None), "not the nearest ancestor"
+        self._tree.check()

@@ -3,6 +3,8 @@
 Pure on purpose: slots are integers, values are whole numbers. No vLLM, no torch.
 """
 
+from collections import OrderedDict
+from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 
@@ -29,7 +31,8 @@ class ByRecency:
     """Least recently used first."""
 
     def __init__(self) -> None:
-        self._idle: dict[int, None] = {}
+        # A plain dict finds its first key behind all those removed since it last grew.
+        self._idle: OrderedDict[int, None] = OrderedDict()
 
     def park(self, slot: int, value: int) -> None:
         """See `EvictionPolicy`."""
@@ -58,31 +61,42 @@ class ByValue:
     """
 
     def __init__(self) -> None:
-        self._rank: dict[int, int] = {}
-        self._parked_at: dict[int, int] = {}
+        self._parked: dict[int, tuple[int, int]] = {}
+        self._entry: dict[int, tuple[int, int, int]] = {}
+        # With entries that are out of date; `victim` drops those it meets.
+        self._heap: list[tuple[int, int, int]] = []
+        self._count = 0
         self._age = 0
 
     def park(self, slot: int, value: int) -> None:
         """See `EvictionPolicy`."""
-        self._parked_at[slot] = self._age
-        self._rank[slot] = self._age + value
+        self._count += 1
+        self._parked[slot] = self._age, self._count
+        self.revalue(slot, value)
 
     def revalue(self, slot: int, value: int) -> None:
         """See `EvictionPolicy`."""
-        self._rank[slot] = self._parked_at[slot] + value
+        age, count = self._parked[slot]
+        self._entry[slot] = age + value, count, slot
+        heappush(self._heap, self._entry[slot])
+        if len(self._heap) > 2 * len(self._entry) + 16:
+            self._heap = list(self._entry.values())
+            heapify(self._heap)
 
     def remove(self, slot: int) -> None:
         """See `EvictionPolicy`."""
-        if self._rank.pop(slot, None) is not None:
-            del self._parked_at[slot]
+        if self._entry.pop(slot, None) is not None:
+            del self._parked[slot]
 
     def victim(self) -> int | None:
         """See `EvictionPolicy`."""
-        if not self._rank:
-            return None
-        slot = min(self._rank, key=self._rank.__getitem__)  # the first one, so the oldest, among equals
-        self._age = max(self._age, self._rank[slot])
-        return slot
+        while self._heap:
+            rank, _, slot = self._heap[0]
+            if self._entry.get(slot) == self._heap[0]:
+                self._age = max(self._age, rank)
+                return slot
+            heappop(self._heap)
+        return None
 
 
 POLICIES: dict[str, type[ByValue] | type[ByRecency]] = {"value": ByValue, "lru": ByRecency}

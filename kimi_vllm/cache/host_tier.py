@@ -5,8 +5,9 @@ Pure on purpose: host slots are integers, keys are opaque. No vLLM, no torch. `S
 
 from collections.abc import Hashable
 
-from kimi_vllm.cache.checkpoints import CheckpointIndex, Lineage
+from kimi_vllm.cache.checkpoints import CheckpointIndex
 from kimi_vllm.cache.eviction import EvictionPolicy
+from kimi_vllm.cache.prefixes import Lineage
 
 
 class HostTier:
@@ -31,6 +32,10 @@ class HostTier:
         """The host slot that holds the state for `key`."""
         return self._index.find(key)
 
+    def longest(self, lineage: Lineage, limit: int) -> int:
+        """Blocks of the longest prefix of `lineage` that is here and has at most `limit`; 0 if there is none."""
+        return self._index.longest(lineage, limit)
+
     def store(self, lineage: Lineage, length: int) -> int | None:
         """Make room for the state after `length` blocks of `lineage`.
 
@@ -46,7 +51,8 @@ class HostTier:
             slot = victim
         else:
             return None  # the only ones are being loaded
-        self._index.add(slot, lineage, length)
+        # A copy, for the request's own list goes on to the end of its answer and would live as long as the state.
+        self._index.add(slot, lineage[:length], length)
         self._index.park(slot)
         return slot
 

@@ -117,7 +117,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         block_hashes: BlockHashList,
         max_length: int,
         kv_cache_group_ids: list[int],
-        block_pool: BlockPool,
+        block_pool: SlotPool,  # type: ignore[override]
         kv_cache_spec: KDAStateSpec,
         drop_eagle_block: bool,
         alignment_tokens: int,
@@ -131,12 +131,13 @@ class KDAStateManager(SingleTypeKVCacheManager):
         """
         block_size = kv_cache_spec.block_size
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, block_size)
-        for index in range(max_length // block_size - 1, -1, -1):
-            length = (index + 1) * block_size
-            if length % alignment_tokens:
-                continue
-            if found := block_pool.get_cached_block(hashes[index], kv_cache_group_ids):
-                return tuple([block_pool.null_block] * index + [block] for block in found), length
+        num_blocks = block_pool.longest(hashes, max_length // block_size)
+        while num_blocks:
+            length = num_blocks * block_size
+            found = block_pool.get_cached_block(hashes[num_blocks - 1], kv_cache_group_ids)
+            if found and not length % alignment_tokens:
+                return tuple([block_pool.null_block] * (num_blocks - 1) + [block] for block in found), length
+            num_blocks = block_pool.longest(hashes, num_blocks - 1)
         return tuple([] for _ in kv_cache_group_ids), 0
 
     def get_num_blocks_to_allocate(
@@ -183,6 +184,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         else:
             self.block_pool.touch(block for block in new_computed_blocks if not block.is_null)
         self.num_cached_block[request_id] = len(new_computed_blocks)
+        self._num_retired[request_id] = max(0, len(new_computed_blocks) - 1)  # all before the checkpoint are null
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extend the table to cover `num_tokens`: null entries, then the slot that this step writes last.
@@ -218,10 +220,15 @@ class KDAStateManager(SingleTypeKVCacheManager):
         num_cached, num_full = self.num_cached_block.get(request_id, 0), num_tokens // block_size
         if num_full <= num_cached and request_id not in self._new_entries:
             return
-        kept = boundaries_to_keep(
-            request.num_prompt_tokens, block_size, request.shared_prefix_boundary or 0, self._interval
-        )
         table = self.req_to_blocks[request_id]
+        kept = boundaries_to_keep(
+            request.num_prompt_tokens,
+            block_size,
+            request.shared_prefix_boundary or 0,
+            self._interval,
+            start=num_cached * block_size,
+            end=len(table) * block_size,
+        )
         self._add_checkpoints(request_id, table, kept)
         hashes = resolve_block_hashes(request.block_hashes, self.block_pool.hash_block_size, block_size)
         for index in range(num_cached, num_full):

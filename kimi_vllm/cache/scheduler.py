@@ -58,6 +58,7 @@ class _StateScheduling:
         self._overrun: WeakSet[Request] = WeakSet()
         self._resumed: set[str] = set()
         self._counts: Counter[str] = Counter()
+        self._hits: Counter[str] = Counter()
         self._sent: Counter[str] = Counter()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -68,7 +69,8 @@ class _StateScheduling:
             setattr(output, MOVES, moves)
         self._steps.append((output, Step(moves, self._accesses(output))))
         for new in output.scheduled_new_reqs:
-            self._count_hit(self.requests[new.req_id], new.num_computed_tokens)
+            if not (request := self.requests[new.req_id]).num_preemptions:
+                self._count_hit(request, new.num_computed_tokens)
         return output
 
     def update_from_output(
@@ -99,6 +101,8 @@ class _StateScheduling:
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Statistics of vLLM's and ours: slots now, and what happened since the last call."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        # Lengths are as many as there are prompts: only those since the last call, which nobody may have asked for.
+        hits, self._hits = self._hits, Counter()
         if stats is None:
             return None
         pool = self._states.block_pool
@@ -112,13 +116,13 @@ class _StateScheduling:
             "slots_free": pool.slots.num_free,
             "slots_host": pool.host.num_held,
         }
-        stats.running_lora_adapters = {STATS + name: value for name, value in (gauges | changes).items()}
+        stats.running_lora_adapters = {STATS + name: value for name, value in (gauges | changes | hits).items()}
         return stats
 
     def _count_hit(self, request: Request, hit: int) -> None:
         self._counts["hit_tokens"] += hit
         self._counts["miss_tokens"] += request.num_tokens - hit
-        self._counts[f"hit_length:{hit}"] += 1
+        self._hits[f"hit_length:{hit}"] += 1
 
     def _accesses(self, output: SchedulerOutput) -> dict[str, Access]:
         accesses = {}

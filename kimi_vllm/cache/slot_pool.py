@@ -7,9 +7,9 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.request import Request
 
-from kimi_vllm.cache.checkpoints import Lineage
 from kimi_vllm.cache.eviction import POLICIES
 from kimi_vllm.cache.host_tier import HostTier
+from kimi_vllm.cache.prefixes import Lineage
 from kimi_vllm.cache.slots import NULL_SLOT, SlotAllocator
 
 
@@ -120,6 +120,10 @@ class SlotPool:
         if (host_slot := self.host.find(block_hash)) is not None:
             return [self.host_blocks[host_slot]]
         return None
+
+    def longest(self, lineage: Lineage, limit: int) -> int:
+        """Blocks of the longest prefix with a state, on the device or on the host, of at most `limit`; 0 for none."""
+        return max(self.slots.longest(lineage, limit), self.host.longest(lineage, limit))
 
     def reset_prefix_cache(self) -> bool:
         """Forget every checkpoint. False, and nothing changed, while requests still hold slots."""

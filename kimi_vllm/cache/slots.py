@@ -10,8 +10,9 @@ Pure on purpose: slots are integers, keys are opaque. No vLLM, no torch.
 from collections import deque
 from collections.abc import Hashable
 
-from kimi_vllm.cache.checkpoints import CheckpointIndex, Lineage
+from kimi_vllm.cache.checkpoints import CheckpointIndex
 from kimi_vllm.cache.eviction import EvictionPolicy
+from kimi_vllm.cache.prefixes import Lineage
 
 NULL_SLOT = 0
 MIN_SLOTS = 3
@@ -131,6 +132,10 @@ class SlotAllocator:
     def find(self, key: Hashable) -> int | None:
         """The slot published under `key`. Never changes anything."""
         return self._checkpoints.find(key)
+
+    def longest(self, lineage: Lineage, limit: int) -> int:
+        """Blocks of the longest published prefix of `lineage` that has at most `limit`; 0 if there is none."""
+        return self._checkpoints.longest(lineage, limit)
 
     def withdraw_all(self) -> list[int]:
         """Withdraw every checkpoint. Returns their slots."""

@@ -117,6 +117,72 @@ def test_random_histories_keep_the_tree(policy):
         assert index.idle_slots() == idle
 
 
+class Counted(int):
+    """A number that counts how often any of its kind is compared."""
+
+    comparisons = 0
+
+    def __lt__(self, other):
+        type(self).comparisons += 1
+        return int(self) < int(other)
+
+    def __add__(self, other):
+        return Counted(int(self) + int(other))
+
+    __radd__ = __add__
+
+
+def test_an_eviction_looks_at_few_of_many():
+    policy, states = ByValue(), 12_000
+    for slot in range(states):
+        policy.park(slot, Counted(slot * 7919 % states))
+    Counted.comparisons = 0
+    for evictions in range(100):
+        slot = policy.victim()
+        assert slot * 7919 % states == evictions
+        policy.remove(slot)
+    assert Counted.comparisons < 100 * 40
+
+
+def test_what_is_out_of_date_does_not_pile_up():
+    policy = ByValue()
+    for value in range(10_000):
+        policy.park(1, value + 1)
+        policy.revalue(1, value)
+        policy.remove(1)
+    assert len(policy._heap) < 100
+    assert policy.victim() is None
+
+
+def test_a_random_history_evicts_in_the_order_of_values_then_of_age():
+    rng, policy, model, age = random.Random(3), ByValue(), {}, 0
+    for turn in range(5000):
+        slot = rng.randrange(60)
+        if slot not in model:
+            model[slot] = [age, rng.randrange(8), turn]
+            policy.park(slot, model[slot][1])
+        elif rng.random() < 0.4:
+            model[slot][1] = rng.randrange(8)
+            policy.revalue(slot, model[slot][1])
+        elif rng.random() < 0.5:
+            del model[slot]
+            policy.remove(slot)
+        if model and rng.random() < 0.3:
+            expected = min(model, key=lambda slot: (model[slot][0] + model[slot][1], model[slot][2]))
+            assert policy.victim() == expected
+            age = max(age, sum(model[expected][:2]))
+            if rng.random() < 0.5:
+                del model[expected]
+                policy.remove(expected)
+
+
+def test_a_state_on_the_host_keeps_the_keys_of_its_own_prefix_only():
+    tier, request = HostTier(2), [*CHAIN]
+    slot = tier.store(request, 3)
+    request += ["answer"] * 1000
+    assert tier.claim(slot) == (CHAIN[:3], 3)
+
+
 def test_host_tier_keeps_what_is_worth_most_and_finds_it():
     tier = HostTier(2)
     first = tier.store(CHAIN, 3)
@@ -132,7 +198,7 @@ def test_host_tier_keeps_what_is_worth_most_and_finds_it():
 def test_a_slot_that_is_being_loaded_is_not_given_away():
     tier = HostTier(1)
     slot = tier.store(CHAIN, 3)
-    assert tier.claim(slot) == (CHAIN, 3)
+    assert tier.claim(slot) == (CHAIN[:3], 3)
     assert tier.store(list("xyz"), 3) is None
     tier.release(slot)
     assert tier.store(list("xyz"), 3) == slot

@@ -1,5 +1,7 @@
 """Our additions to vLLM's scheduler, driven without a model: sick slots with two steps in flight, statistics."""
 
+from collections import Counter
+
 import pytest
 from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -98,16 +100,41 @@ def test_an_answer_tells_how_many_tokens_were_written_to_the_cache(length, sched
 
 
 def test_statistics_are_changes_and_gauges(scheduler):
-    scheduler.add_request(make_request(scheduler, "a", [3] * 100, 2))
-    report(scheduler, scheduler.schedule())
-    report(scheduler, scheduler.schedule())
     scheduler.log_stats = scheduler.kv_cache_manager.log_stats = True
     scheduler.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
-    stats = scheduler.make_stats().running_lora_adapters
+    scheduler.add_request(make_request(scheduler, "a", [3] * 100, 2))
+    stats = report(scheduler, scheduler.schedule())[0].scheduler_stats.running_lora_adapters
     assert stats[f"{STATS}miss_tokens"] == 100
     assert stats[f"{STATS}hit_length:0"] == 1
     assert sum(stats[f"{STATS}slots_{kind}"] for kind in ("live", "checkpoint", "free")) == 12
     assert f"{STATS}miss_tokens" not in scheduler.make_stats().running_lora_adapters
+
+
+@pytest.mark.parametrize("log_stats", [True, False])
+def test_statistics_do_not_grow_with_the_lengths_of_hits_so_far(log_stats, scheduler):
+    scheduler.log_stats = scheduler.kv_cache_manager.log_stats = log_stats
+    scheduler.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
+    request = make_request(scheduler, "a", [3] * 20000, 2)
+    for hit in range(0, 20000, 64):
+        scheduler._count_hit(request, hit)
+        stats = scheduler.make_stats()
+        if log_stats:
+            lengths = {name for name in stats.running_lora_adapters if "hit_length" in name}
+            assert lengths == {f"{STATS}hit_length:{hit}"}
+    assert sum(len(value) for value in vars(scheduler).values() if isinstance(value, Counter)) < 16
+
+
+def test_a_request_is_a_hit_or_a_miss_once_however_often_it_comes_back(scheduler):
+    """VLLM's second runner is told of a resumed request as of a new one."""
+    scheduler.use_v2_model_runner = True
+    request = make_request(scheduler, "a", [3] * 100, 2)
+    scheduler.add_request(request)
+    report(scheduler, scheduler.schedule())
+    scheduler._restart(request)
+    again = scheduler.schedule()
+    assert [new.req_id for new in again.scheduled_new_reqs] == ["a"]
+    assert scheduler._counts["miss_tokens"] == 100
+    assert scheduler._counts["hit_tokens"] == 0
 
 
 def test_a_step_without_copies_carries_none(scheduler):

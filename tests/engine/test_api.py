@@ -306,13 +306,44 @@ def test_what_the_documents_ask_is_answered(server):
 
 
 def test_sigterm_lets_a_stream_finish(server):
-    """The last test: it ends the server, within the 30 s after which Kubernetes would kill it."""
+    """The last test of this server: it ends it, within the 30 s after which Kubernetes would kill it."""
     stream = iter(server.long(150, stream=True, stream_options={"include_usage": True}))
     next(stream)
     server.process.send_signal(signal.SIGTERM)
     told = time.monotonic()
+    wait_for(server.log, "draining in-flight requests")
+    # Both are vLLM's, and docs/troubleshooting.md tells of them until they are otherwise.
+    with pytest.raises(openai.InternalServerError) as caught:
+        server.complete()
+    assert caught.value.status_code == 500
+    assert httpx.get(f"{server.url}/health").status_code == 200
     *_, last = stream
     assert last.usage.completion_tokens == 150
     assert server.process.wait(30 - (time.monotonic() - told)) == 0
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.url}/health")
+
+
+@pytest.mark.slow  # another server
+def test_a_stream_beyond_the_shutdown_timeout_holds_the_server_until_its_client_gives_up(tmp_path):
+    """VLLM's own; docs/troubleshooting.md says what to do. A client with a timeout of its own lets the server go."""
+    log = tmp_path / "log"
+    with serving_process(RECALL, log, "--shutdown-timeout", "1") as (port, process):
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=5)
+        options = {"model": "recall", "prompt": PROMPT, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
+        stream = iter(client.completions.create(stream=True, **options))
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        wait_for(log, "shutting down FastAPI HTTP server")
+        time.sleep(1)
+        assert process.poll() is None
+        with pytest.raises(openai.APITimeoutError):
+            list(stream)
+        assert process.wait(20) == 0
+
+
+def wait_for(log: Path, text: str) -> None:
+    deadline = time.monotonic() + 20
+    while text not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.02)
