@@ -1,35 +1,32 @@
 """What a state that is not finite has spoiled: found along reads and writes of the steps in flight.
 
-A step is reported after later ones were scheduled. By then others may have resumed from a sick state and published
-what they made of it, and a sick state may have been copied to host memory, or overwritten by a healthy one.
+A step is reported after later ones were scheduled. By then others may have resumed from a sick state, or from pages
+of keys and values that were computed from one, and published what they made of it; a sick state may have been copied
+to host memory, or overwritten by a healthy one.
 
-Pure on purpose: slots are integers. No vLLM, no torch.
+Pure on purpose: slots and pages are integers. No vLLM, no torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """What a step does to states for one request.
+class Access(NamedTuple):
+    """What a step does to the caches for one request.
 
     Attributes:
-        first: Number of tokens computed before the step.
-        end: Number of tokens computed after it.
-        read: Slot that holds the state after `first` tokens; the null slot if there are none.
+        read: Slot that holds the state before the step; the null slot if there is none.
         written: Slots that the step writes.
+        pages: Tells the pages that the step reads, without those it writes, and those that it writes; called when
+            something is sick only.
         preemptions: How often the request had been preempted before.
-        hashes: Keys of the request's blocks in order, by which its pages are found.
     """
 
-    first: int
-    end: int
     read: int
     written: tuple[int, ...]
+    pages: Callable[[], tuple[set[int], set[int]]]
     preemptions: int
-    hashes: Sequence[Any]
 
 
 @dataclass(slots=True)
@@ -39,56 +36,74 @@ class Step:
     Attributes:
         moves: Copies ``(source, target)`` between slots, made in order before the step.
         accesses: By request.
-        spoiled: Requests whose result in this step is already known to come from a sick state.
+        blameless: Requests that are not to blame for what this step made of them: they read what others had spoiled, or
+            the step's result is not wanted.
     """
 
     moves: Sequence[tuple[int, int]]
     accesses: dict[str, Access]
-    spoiled: set[str] = field(default_factory=set)
+    blameless: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How far a sick state has come.
+    """How far a sick state has come, once all steps in flight are done.
 
     Attributes:
-        origins: Requests that the reported step made sick.
-        victims: Requests that read what they had written, in a later step.
-        slots: Slots that hold a sick state once all steps in flight are done.
-        tokens: By request the tokens ``(first, end)`` of which pages may be sick.
+        origins: Requests that the reported step made sick, and how often each was preempted before it was sick last.
+        victims: The same of requests that read what those had written.
+        slots: Slots that hold a sick state.
+        pages: Pages of which tokens may come from a sick state.
     """
 
-    origins: set[str]
-    victims: set[str]
+    origins: dict[str, int]
+    victims: dict[str, int]
     slots: set[int]
-    tokens: dict[str, tuple[int, int]]
+    pages: set[int]
 
 
 def spread(reported: Iterable[int], steps: Sequence[Step]) -> Spread:
-    """Follow sick states through the steps in flight, and note in those which requests they spoil.
+    """Follow sick states through the steps in flight, and note there whom they spoil.
 
     Args:
         reported: Slots that the first of `steps` left with NaN or infinity in them.
         steps: The reported step and all later ones, in the order in which workers run them.
     """
-    slots, tokens = set(reported), dict[str, tuple[int, int]]()
+    slots, pages = set(reported), set[int]()
     origins: set[str] = set()
-    victims: set[str] = set()
+    sick: dict[str, int] = {}
     for number, step in enumerate(steps):
+        touched = {name: access.pages() for name, access in step.accesses.items()}
         if number == 0:
             hit = {name for name, access in step.accesses.items() if not slots.isdisjoint(access.written)}
-            origins = hit - step.spoiled
         else:
             for source, target in step.moves:
                 (slots.add if source in slots else slots.discard)(target)
-            # All read before any writes.
             hit = {name for name, access in step.accesses.items() if access.read in slots}
-            for name, access in step.accesses.items():
-                (slots.update if name in hit else slots.difference_update)(access.written)
-            victims |= hit - step.spoiled
-            step.spoiled |= hit
-        for name in hit:
-            access = step.accesses[name]
-            first, end = tokens.get(name, (access.first, access.end))
-            tokens[name] = min(first, access.first), max(end, access.end)
-    return Spread(origins, victims - origins, slots, tokens)
+        infected = _infected(hit, touched, pages)
+        if number == 0:
+            origins = hit - infected - step.blameless
+        hit |= infected
+        # States are read before any is written, and a layer writes all of a step's pages before it reads any.
+        for name, access in step.accesses.items():
+            (slots.update if name in hit else slots.difference_update)(access.written)
+            (pages.update if name in hit else pages.difference_update)(touched[name][1])
+        step.blameless |= hit - origins if number == 0 else hit
+        sick |= {name: step.accesses[name].preemptions for name in hit}
+    return Spread(
+        {name: count for name, count in sick.items() if name in origins},
+        {name: count for name, count in sick.items() if name not in origins},
+        slots,
+        pages,
+    )
+
+
+def _infected(hit: set[str], touched: dict[str, tuple[set[int], set[int]]], pages: set[int]) -> set[str]:
+    """Who reads a sick page: one of `pages`, or one that is written in this very step for somebody sick."""
+    found: set[str] = set()
+    while True:
+        sick = pages.union(*(touched[name][1] for name in hit | found))
+        more = {name for name, (read, _) in touched.items() if not read.isdisjoint(sick)} - found
+        if not more:
+            return found
+        found |= more

@@ -278,9 +278,13 @@ class KDAStateManager(SingleTypeKVCacheManager):
 
     def accessed_slots(self, request_id: str, first_token: int) -> tuple[int, tuple[int, ...]]:
         """The slot read and the slots written by a step that computes a request's tokens from `first_token` on."""
-        table = self.req_to_blocks[request_id]
-        read = table[(first_token - 1) // self.block_size].block_id if first_token else NULL_SLOT
-        return read, tuple([block.block_id for block in table[first_token // self.block_size :] if not block.is_null])
+        table, block_size = self.req_to_blocks[request_id], self.block_size
+        written = tuple([block.block_id for block in table[first_token // block_size :] if not block.is_null])
+        if not first_token:
+            return NULL_SLOT, written
+        before = table[(first_token - 1) // block_size]
+        # One that could not leave its slot at a boundary has taken it along.
+        return written[0] if before.is_null else before.block_id, written
 
     def _next_slot(self, table: list[KVCacheBlock]) -> KVCacheBlock:
         # Without prefix caching nobody resumes from a boundary, so there is no reason to leave the slot.

@@ -6,13 +6,12 @@ slots that are not finite ends or restarts the requests that wrote them; counter
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -130,13 +129,29 @@ class _StateScheduling:
             request = self.requests[name]
             end = request.num_computed_tokens
             read, written = self._states.accessed_slots(name, end - count)
-            accesses[name] = Access(end - count, end, read, written, request.num_preemptions, request.block_hashes)
+            accesses[name] = Access(read, written, self._pages_of(name, end - count, end), request.num_preemptions)
         return accesses
+
+    def _pages_of(self, name: str, first: int, end: int) -> Callable[[], tuple[set[int], set[int]]]:
+        # Tables only grow, and outlive their request if somebody holds them.
+        tables = [(manager.req_to_blocks[name], manager.block_size) for manager in self._page_managers]
+
+        def pages() -> tuple[set[int], set[int]]:
+            read: set[int] = set()
+            written: set[int] = set()
+            for table, size in tables:
+                read.update(block.block_id for block in table[: first // size] if not block.is_null)
+                written.update(block.block_id for block in table[first // size : cdiv(end, size)] if not block.is_null)
+            return read, written
+
+        return pages
 
     def _handle_stopped_request(self, request: Request) -> bool:
         """A session that takes more input goes on before the tokens of steps in flight: its slot is past them."""
         if request.resumable and request.num_in_flight_tokens:
             self._overrun.add(request)
+            for _, step in self._steps:
+                step.blameless.add(request.request_id)
         return bool(super()._handle_stopped_request(request))  # type: ignore[misc]
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
@@ -169,10 +184,9 @@ class _StateScheduling:
         steps = [step for _, step in list(self._steps)[reported:]]
         found = spread(sick, steps)
         self._states.block_pool.withdraw_slots(found.slots)
-        for name, (first, end) in found.tokens.items():
-            self._withdraw_pages(steps, name, first, end)
+        self.kv_cache_manager.evict_blocks(found.pages)
         ended = []
-        for request in self._still_there(found.origins, steps):
+        for request in self._still_there(found.origins):
             name = request.request_id
             self._counts["quarantined"] += 1
             if self._on_nonfinite == "resume" and name not in self._resumed:
@@ -182,31 +196,21 @@ class _StateScheduling:
             else:
                 ended += self.finish_requests(name, RequestStatus.FINISHED_ERROR)
                 logger.error("KDA state of request %s is not finite: the request ends with an error.", name)
-        for request in self._still_there(found.victims, steps):
-            # It resumed from a state that nobody knew to be sick yet, so it is not to blame.
+        for request in self._still_there(found.victims):
+            # It read what nobody knew to be sick yet, so it is not to blame.
             self._restart(request)
         self._resumed &= self.requests.keys()
         return ended
 
-    def _withdraw_pages(self, steps: Sequence[Step], name: str, first: int, end: int) -> None:
-        """Evict pages that hold any of a request's tokens from `first` to `end`, whoever has written them.
+    def _still_there(self, sick: dict[str, int]) -> list[Request]:
+        """Requests that are neither gone nor, without what they sampled then, started again since they were sick.
 
-        They are found by hash: the request may be gone, and its blocks with it.
+        Args:
+            sick: How often each had been preempted then.
         """
-        hashes = next(step.accesses[name].hashes for step in steps if name in step.accesses)
-        pages = self.kv_cache_manager.block_pool
-        for manager in self._page_managers:
-            own = resolve_block_hashes(hashes, pages.hash_block_size, manager.block_size)
-            for key in own[first // manager.block_size : cdiv(end, manager.block_size)]:
-                while found := pages.get_cached_block(key, [manager.kv_cache_group_id]):
-                    self.kv_cache_manager.evict_blocks({block.block_id for block in found})
-
-    def _still_there(self, names: Iterable[str], steps: Sequence[Step]) -> list[Request]:
-        """Those that are neither gone nor started again since these steps, without what the steps sampled."""
         found = []
-        for name in names:
+        for name, preemptions in sick.items():
             request = self.requests.get(name)
-            preemptions = max(step.accesses[name].preemptions for step in steps if name in step.accesses)
             # vLLM delivers what a preempted request has in flight, unless it is told not to.
             if request is not None and (request.num_preemptions == preemptions or not request.drop_stale_output):
                 found.append(request)

@@ -5,41 +5,60 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support.arrivals import Arrival, rounds
+from support.arrivals import Arrival, bursts, rounds
 from support.hash_worker import NONSENSE, Glitch, answer
-from support.schedules import MODES, SCARCE
+from support.schedules import MODES, ROOMY, SCARCE
 
 from kimi_vllm.cache import contagion, scheduler
 from kimi_vllm.cache.contagion import Access, Step, spread
 
-CASES = 84  # each of 24, so 2,016
+CASES = 60  # each of 36, so 2,160
 
 
-def access(read, *written, first=0, end=64, preemptions=0):
-    return Access(first, end, read, written, preemptions, ())
+def access(read, *written, reads=(), writes=(), preemptions=0):
+    return Access(read, written, lambda: (set(reads), set(writes)), preemptions)
 
 
 def test_a_sick_slot_is_followed_through_reads_moves_and_writes():
     steps = [
         Step([], {"sick": access(0, 1, 2), "sound": access(0, 3)}),
         # Slot 2 goes to the host and is written anew by a request that read slot 3; slot 1 is resumed from.
-        Step([(2, 20)], {"sound": access(3, 2), "heir": access(1, 4, first=64, end=200)}),
+        Step([(2, 20)], {"sound": access(3, 2), "heir": access(1, 4)}),
         # What was on the host comes back into slot 5, slot 20 is stored anew, and the heir goes on.
-        Step([(20, 5), (3, 20)], {"heir": access(4, 4, 6, first=200, end=201), "late": access(5, 7)}),
+        Step([(20, 5), (3, 20)], {"heir": access(4, 4, 6, preemptions=1), "late": access(5, 7)}),
     ]
     found = spread({1, 2}, steps)
-    assert (found.origins, found.victims) == ({"sick"}, {"heir", "late"})
+    assert (found.origins, found.victims) == ({"sick": 0}, {"heir": 1, "late": 0})
     assert found.slots == {1, 4, 5, 6, 7}
-    assert found.tokens == {"sick": (0, 64), "heir": (64, 201), "late": (0, 64)}
-    assert [step.spoiled for step in steps] == [set(), {"heir"}, {"heir", "late"}]
+    assert [step.blameless for step in steps] == [set(), {"heir"}, {"heir", "late"}]
+
+
+def test_sick_pages_are_followed_too():
+    """A prefix hit takes a state and pages, and another request may have written the pages."""
+    steps = [
+        Step(
+            [],
+            {
+                "sick": access(0, 1, writes=[10, 11]),
+                "sound": access(0, 2, writes=[12]),
+                "at once": access(2, 3, reads=[10], writes=[13]),
+                "after it": access(2, 4, reads=[13]),
+            },
+        ),
+        Step([], {"mixed": access(2, 5, reads=[11], writes=[14]), "fine": access(2, 6, reads=[12], writes=[10])}),
+    ]
+    found = spread({1, 3}, steps)
+    assert found.origins.keys() == {"sick"}
+    assert found.victims.keys() == {"at once", "after it", "mixed"}
+    assert (found.slots, found.pages) == ({1, 3, 4, 5}, {11, 13, 14})
 
 
 def test_a_step_s_report_blames_nobody_who_is_known_to_have_read_a_sick_state():
     steps = [Step([], {"sick": access(0, 1)}), Step([], {"heir": access(1, 2), "sick": access(1, 1)})]
     spread({1}, steps)
-    later = [steps[1], Step([], {"other": access(2, 3)})]
-    found = spread({1, 2}, later)
-    assert (found.origins, found.victims, found.slots) == (set(), {"other"}, {1, 2, 3})
+    found = spread({1, 2}, [steps[1], Step([], {"other": access(2, 3)})])
+    assert (found.origins.keys(), found.victims.keys()) == (set(), {"heir", "sick", "other"})
+    assert found.slots == {1, 2, 3}
 
 
 sicknesses = st.dictionaries(st.integers(0, 3), st.tuples(st.integers(0, 320), st.booleans()), min_size=1, max_size=2)
@@ -52,9 +71,15 @@ def run_cases(make_server, on_nonfinite, **options):
     @settings(
         max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], **options
     )
-    @given(rounds=rounds, sicknesses=sicknesses, resets=st.frozensets(st.integers(1, 15), max_size=1))
-    def cases(rounds, sicknesses, resets):
+    @given(
+        rounds=st.tuples(bursts, bursts) | rounds,
+        sicknesses=sicknesses,
+        resets=st.frozensets(st.integers(1, 15), max_size=1),
+        pages_end=st.booleans(),
+    )
+    def cases(rounds, sicknesses, resets, pages_end):
         server = make_server()
+        server.worker.pages_end = pages_end
         for number, schedule in enumerate(rounds):
             # In the second round the same names are healthy.
             server.worker.glitches = {} if number else glitches(schedule, sicknesses)
@@ -96,7 +121,7 @@ def check(server, name, arrival: Arrival, on_nonfinite):
 
 @pytest.mark.parametrize("on_nonfinite", ["abort", "resume"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", SCARCE)
+@pytest.mark.parametrize("name", SCARCE | ROOMY)
 def test_no_healthy_request_fails_because_of_a_sick_one(name, mode, on_nonfinite):
     seen = run_cases(lambda: MODES[mode].server(name, on_nonfinite), on_nonfinite)
     assert seen["cases"] >= CASES
@@ -110,21 +135,29 @@ def no_walk(reported, steps):
 
 def nothing_in_flight(reported, steps):
     found = spread(reported, steps)
-    return contagion.Spread(found.origins, set(), set(reported), found.tokens)
+    return contagion.Spread(found.origins, {}, set(reported), found.pages)
 
 
 def states_only(reported, steps):
     found = spread(reported, steps)
-    return contagion.Spread(found.origins, found.victims, found.slots, {})
+    return contagion.Spread(found.origins, found.victims, found.slots, set())
 
 
 def run_all(mode):
-    for name in SCARCE:
+    for name in SCARCE | ROOMY:
         run_cases(lambda name=name: MODES[mode].server(name), "abort", phases=[Phase.generate])
 
 
-@pytest.mark.parametrize("mutation", [no_walk, nothing_in_flight, states_only])
-def test_a_quarantine_that_forgets_something_is_caught(mutation, monkeypatch):
-    monkeypatch.setattr(scheduler, "spread", mutation)
+@pytest.mark.parametrize(
+    ("module", "name", "mutation"),
+    [
+        (scheduler, "spread", no_walk),
+        (scheduler, "spread", nothing_in_flight),
+        (scheduler, "spread", states_only),
+        (contagion, "_infected", lambda *_: set()),
+    ],
+)
+def test_a_quarantine_that_forgets_something_is_caught(module, name, mutation, monkeypatch):
+    monkeypatch.setattr(module, name, mutation)
     with pytest.raises(AssertionError, match=r"is published, and sick|is sick|was never sick|was told|another prefix"):
         run_all("two-in-flight")

@@ -1,6 +1,6 @@
 """Random schedules: what arrives when and what is aborted. Prompts are made of few texts, so that prefixes coincide."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
@@ -41,3 +41,6 @@ arrivals = st.builds(
     priority=st.integers(0, 2),
 )
 rounds = st.tuples(st.lists(arrivals, min_size=3, max_size=4), st.lists(arrivals, max_size=3))
+related = st.sampled_from([(0, 0), (0, 0, 0), (0, 0, 1), (0, 0, 0, 1)])
+bursts = st.lists(st.builds(replace, arrivals, step=st.integers(0, 2), texts=related), min_size=4, max_size=6)
+"""Many requests of almost the same time and text."""

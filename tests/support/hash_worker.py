@@ -60,6 +60,11 @@ class HashWorker:
 
     Follows both protocols: vLLM's first model runner, on CPUs, gets a preempted request back with new tables, the
     second, on GPUs, as if it were new.
+
+    Attributes:
+        glitches: By request, what makes its state sick.
+        pages_end: Whether only pages behind the last state become sick: a reader's states stay healthy, and nothing
+            reports that its answers come from them.
     """
 
     def __init__(self, state_group: int, block: int) -> None:
@@ -70,22 +75,30 @@ class HashWorker:
         self._known: dict[str, list[int]] = {}
         self._prompts: dict[str, int] = {}
         self.glitches: dict[str, Glitch] = {}
+        self.pages_end = False
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        """Run a step. AssertionError if a request would read or write what is not its own."""
+        """Run a step. AssertionError if a request would read or write what is not its own.
+
+        All states are read before one is written; each layer writes all pages of a step before it reads one.
+        """
         for source, target in getattr(output, MOVES, ()):
             self._slots[target] = self._slots[source]
         starts = self._follow(output)
         spans = {name: (starts[name], starts[name] + n) for name, n in output.num_scheduled_tokens.items()}
         readers = {self._read(name, start): name for name, (start, _) in spans.items() if start}
         healthy = {name: self._healthy(name, *span) for name, span in spans.items()}
+        muted = self._write_pages(spans, healthy)
         writers: dict[int, str] = {}
         for name, (start, end) in spans.items():
-            for slot in self._write(name, start, end, healthy[name]):
+            self._check_pages(name, start)
+            for slot in self._write_slots(name, start, end, healthy[name]):
                 assert writers.setdefault(slot, name) == name, f"{name} and {writers[slot]} write slot {slot} at once"
         for slot in writers.keys() & readers.keys():
             assert writers[slot] == readers[slot], f"{readers[slot]} reads slot {slot} while {writers[slot]} writes it"
-        sampled = [self._sample(name, end, sick=healthy[name] < end) for name, (_, end) in spans.items()]
+        sampled = [
+            self._sample(name, end, sick=healthy[name] < end or name in muted) for name, (_, end) in spans.items()
+        ]
         result = ModelRunnerOutput(
             req_ids=list(spans), req_id_to_index={name: i for i, name in enumerate(spans)}, sampled_token_ids=sampled
         )
@@ -136,37 +149,63 @@ class HashWorker:
         assert slot, f"{name} has no state after {start} tokens"
         held = self._slots.get(slot)
         assert held in (known[start], SICK), f"{name} after {start} tokens: slot {slot} is another prefix's"
-        for index, page in enumerate(self._tables[name][1 - self._state_group]):
-            own = known[1 + index * block : 1 + min(start, (index + 1) * block)]
-            kept = self._pages.get(page, [])[: len(own)]
-            right = len(kept) == len(own) and all(kept in (mine, SICK) for kept, mine in zip(kept, own, strict=True))
-            assert right, f"{name}: page {page} is another prefix's"
         return slot
 
     def _healthy(self, name: str, start: int, end: int) -> int:
-        """How many of a request's tokens have a healthy state, up to `end`; fewer than `start` count as `start`."""
+        """How many of a request's tokens have a healthy state as far as slots tell; at least `start`."""
+        glitch = self.glitches.get(name)
+        fresh = glitch and start <= glitch.token < end and (glitch.always or not glitch.happened)
         if start and self._slots[self._tables[name][self._state_group][(start - 1) // self._block]] == SICK:
             return start
-        for index, page in enumerate(self._tables[name][1 - self._state_group]):
-            if SICK in self._pages.get(page, [])[: max(0, start - index * self._block)]:
-                return start
-        glitch = self.glitches.get(name)
-        if glitch and start <= glitch.token < end and (glitch.always or not glitch.happened):
+        if glitch and fresh:
             glitch.happened = True
             return glitch.token
         return end
 
-    def _write(self, name: str, start: int, end: int, healthy: int) -> set[int]:
-        """Fill the pages, and the slots at each boundary and at the end; returns the slots."""
-        known, block, written = self._known[name], self._block, set()
-        assert end < len(known), f"{name}: a step to token {end}, and {len(known) - 1} are known"
-        known = [*known[: healthy + 1], *[SICK] * (end - healthy)]
+    def _write_pages(self, spans: dict[str, tuple[int, int]], healthy: dict[str, int]) -> set[str]:
+        """Fill the pages, and lower `healthy` where a request reads sick ones.
+
+        Returns:
+            Requests that read sick pages, of the last layer only if there is one behind all states: they sample
+            nonsense, and have healthy states.
+        """
+        while True:
+            for name, (start, end) in spans.items():
+                known = self._spoiled(name, end, healthy[name])
+                for index in range(start // self._block, (end - 1) // self._block + 1):
+                    first, last = max(start, index * self._block), min(end, (index + 1) * self._block)
+                    page = self._tables[name][1 - self._state_group][index]
+                    kept = self._pages.get(page, [])[: first - index * self._block]
+                    self._pages[page] = kept + known[first + 1 : last + 1]
+            muted = {name for name, (start, _) in spans.items() if SICK in self._prefix(name, start)}
+            spread = {name for name in muted if healthy[name] > spans[name][0]}
+            if self.pages_end or not spread:
+                return muted
+            healthy |= {name: spans[name][0] for name in spread}
+
+    def _prefix(self, name: str, start: int) -> list[int]:
+        """What the pages say of a request's first tokens."""
+        pages = self._tables[name][1 - self._state_group][: -(-start // self._block)]
+        return [state for page in pages for state in self._pages.get(page, [])[: self._block]][:start]
+
+    def _check_pages(self, name: str, start: int) -> None:
+        own = self._known[name][1 : start + 1]
+        kept = self._prefix(name, start)
+        right = len(kept) == len(own) and all(state in (mine, SICK) for state, mine in zip(kept, own, strict=True))
+        assert right, f"{name}: a page is another prefix's"
+
+    def _spoiled(self, name: str, end: int, healthy: int) -> list[int]:
+        return [*self._known[name][: healthy + 1], *[SICK] * (end - healthy)]
+
+    def _write_slots(self, name: str, start: int, end: int, healthy: int) -> set[int]:
+        """Fill the slots at each boundary and at the end; returns them."""
+        assert end < len(self._known[name]), (
+            f"{name}: a step to token {end}, and {len(self._known[name]) - 1} are known"
+        )
+        known, block, written = self._spoiled(name, end, healthy), self._block, set()
         for index in range(start // block, (end - 1) // block + 1):
-            first, last = max(start, index * block), min(end, (index + 1) * block)
-            page = self._tables[name][1 - self._state_group][index]
-            self._pages[page] = self._pages.get(page, [])[: first - index * block] + known[first + 1 : last + 1]
             if slot := self._tables[name][self._state_group][index]:
-                self._slots[slot] = known[last]
+                self._slots[slot] = known[min(end, (index + 1) * block)]
                 written.add(slot)
         assert slot, f"{name}: nothing holds the state after {end} tokens"
         return written

@@ -29,6 +29,12 @@ SCARCE: dict[str, tuple[Memory, dict[str, int]]] = {
     "lru-host-pages-priority": (memory(4, 5, 61, pages=10), {"num_host_slots": 4, "checkpoint_interval": 128}),
 }
 
+ROOMY: dict[str, tuple[Memory, dict[str, int]]] = {
+    "room": (memory(6, 30, 600), {}),
+    "few-slots": (memory(6, 8, 600), {"num_host_slots": 4}),
+}
+"""What lets many run at once, and read what others have just written."""
+
 
 def eviction(name: str) -> str:
     """The eviction policy of one of `SCARCE`."""
@@ -55,7 +61,7 @@ def _configuration(mode: Mode, name: str, on_nonfinite: str) -> VllmConfig:
     policy = "priority" if name.endswith("priority") else "fcfs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # the second runner wants a GPU
-        config = replay.configuration(SCARCE[name][0], eviction(name), scheduling_policy=policy)
+        config = replay.configuration((SCARCE | ROOMY)[name][0], eviction(name), scheduling_policy=policy)
     config.scheduler_config.async_scheduling = mode.asynchronous  # on CPUs vLLM switches it off
     config.additional_config["kimi"]["on_nonfinite"] = on_nonfinite
     return config
@@ -73,7 +79,7 @@ class Server:
     """vLLM's scheduler, a worker, and the loop of the engine between them."""
 
     def __init__(self, name: str, config: VllmConfig) -> None:
-        limits, states = SCARCE[name]
+        limits, states = (SCARCE | ROOMY)[name]
         specs = replay.our_specs(config, limits.slots, eviction(name), **states)
         self.scheduler = replay.build(KimiScheduler, config, specs)
         self.manager = self.scheduler._states
@@ -158,6 +164,5 @@ class Server:
         for slot in [*pool.slots._checkpoints.slots(), *(pool.slots.num_slots + h for h in pool.host._index.slots())]:
             assert self.worker.slot(slot) != SICK, f"slot {slot} is published, and sick"
         for page in pages.blocks:
-            assert page.block_hash is None or not self.worker.is_sick(page=page.block_id), (
-                f"page {page.block_id} is sick"
-            )
+            if page.block_hash is not None:
+                assert SICK not in self.worker.page(page.block_id), f"page {page.block_id} can be found, and is sick"
