@@ -284,7 +284,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
             return NULL_SLOT, written
         before = table[(first_token - 1) // block_size]
         # One that could not leave its slot at a boundary has taken it along.
-        return written[0] if before.is_null else before.block_id, written
+        return next(iter(written), NULL_SLOT) if before.is_null else before.block_id, written
 
     def _next_slot(self, table: list[KVCacheBlock]) -> KVCacheBlock:
         # Without prefix caching nobody resumes from a boundary, so there is no reason to leave the slot.
