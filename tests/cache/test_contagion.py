@@ -1,8 +1,10 @@
 """One sick state harms no healthy request, whatever is aborted, preempted, swapped, reset or in flight meanwhile."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import vllm
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from support.arrivals import Arrival, bursts, rounds
@@ -12,7 +14,8 @@ from support.schedules import MODES, ROOMY, SCARCE
 from kimi_vllm.cache import contagion, scheduler
 from kimi_vllm.cache.contagion import Access, Step, spread
 
-CASES = 60  # each of 36, so 2,160
+# Each of 36, so 2,160; fewer where `make compat` repeats them on another release's sources.
+CASES = 60 if any(Path(vllm.__file__).parent.glob("_C*.so")) else 12
 
 
 def access(read, *written, reads=(), writes=(), preemptions=0):
@@ -64,12 +67,12 @@ def test_a_step_s_report_blames_nobody_who_is_known_to_have_read_a_sick_state():
 sicknesses = st.dictionaries(st.integers(0, 3), st.tuples(st.integers(0, 320), st.booleans()), min_size=1, max_size=2)
 
 
-def run_cases(make_server, on_nonfinite, **options):
+def run_cases(make_server, on_nonfinite, cases=CASES, **options):
     """Play random schedules in which one or two requests fall ill; what was seen."""
     seen = Counter()
 
     @settings(
-        max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], **options
+        max_examples=cases, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], **options
     )
     @given(
         rounds=st.tuples(bursts, bursts) | rounds,
@@ -77,7 +80,7 @@ def run_cases(make_server, on_nonfinite, **options):
         resets=st.frozensets(st.integers(1, 15), max_size=1),
         pages_end=st.booleans(),
     )
-    def cases(rounds, sicknesses, resets, pages_end):
+    def play(rounds, sicknesses, resets, pages_end):
         server = make_server()
         server.worker.pages_end = pages_end
         for number, schedule in enumerate(rounds):
@@ -91,7 +94,7 @@ def run_cases(make_server, on_nonfinite, **options):
             seen["sick"] += sum(glitch.happened for glitch in server.worker.glitches.values())
         seen.update(cases=1, quarantined=server.scheduler._counts["quarantined"], **server.seen)
 
-    cases()
+    play()
     return seen
 
 
@@ -145,7 +148,7 @@ def states_only(reported, steps):
 
 def run_all(mode):
     for name in SCARCE | ROOMY:
-        run_cases(lambda name=name: MODES[mode].server(name), "abort", phases=[Phase.generate])
+        run_cases(lambda name=name: MODES[mode].server(name), "abort", cases=60, phases=[Phase.generate])
 
 
 @pytest.mark.parametrize(

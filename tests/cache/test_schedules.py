@@ -13,7 +13,7 @@ from support.arrivals import BLOCK, rounds
 from support.hash_worker import answer
 from support.schedules import MODES, SCARCE
 
-CASES = 100  # each of eight, so 800
+CASES = 75  # each of eight, so 600
 PATHS = {
     "slots": {"hits", "aborts", "evictions"},
     "host": {"hits", "aborts", "evictions", "swaps_out", "swaps_in"},
