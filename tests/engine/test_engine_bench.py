@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.slow
 def test_every_measurement_leaves_a_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     few = ["--contexts", "128,4K", "--steps", "4", "--prompts", "4K", "--prefills", "128", "--arrivals", "2"]

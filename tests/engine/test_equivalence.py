@@ -7,12 +7,7 @@ from support.engine import RECALL, Completion, engine, random_prompts
 pytestmark = pytest.mark.engine
 
 LENGTHS = [1, 2, 3, 15, 31, 63, 64, 65, 100, 127, 128, 129, 200, 321, 512, 700]
-CASES = [("recall", "hub"), ("recall", "transformers")] + [
-    (name, layout)
-    for name, values in GEOMETRIES.items()
-    for layout in ("transformers", "hub")
-    if layout == "transformers" or "sd" not in values["mlp_layer_types"]
-]
+CASES = [("recall", "hub"), ("odd-pattern", "hub"), *((name, "transformers") for name in ("recall", *GEOMETRIES))]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=["-".join(case) for case in CASES])

@@ -73,6 +73,7 @@ def text_of(answer):
     return choice["text"] if "text" in choice else choice["message"]["content"]
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_every_id_is_there_once(tmp_path):
     make_input(tmp_path / "in.jsonl")
     output = tmp_path / "out.jsonl"

@@ -28,6 +28,7 @@ def test_nothing_leaks_and_nothing_is_wrong():
         assert counts[path] > 0, path
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_clean_process")
 def test_a_lost_state_is_a_wrong_answer(monkeypatch):
     """The soak must be able to fail: states from host memory that are another's do not go unnoticed."""

@@ -66,6 +66,7 @@ def test_what_is_damaged_collapses(name, running, questions):
     assert share(longest, ablations.untouched(running, longest)) >= 0.99
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_mode(tmp_path: Path):
     file = tmp_path / "found.json"
     options = ["--task", "mqar", "--length", "256", "--length", "512", "--sequences", "8", "--json", str(file)]
