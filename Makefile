@@ -25,13 +25,13 @@ lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh serve/gpu/install.sh serve/container/rehearse.sh && .venv/bin/hadolint Dockerfile
 
 unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of their own, in Triton's interpreter
-	$(PYTEST) -m "not engine and not gpu and not triton" && TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m "triton and not gpu" tests/kernels
+	$(PYTEST) -m "not engine and not gpu and not triton and not slow" && TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m "triton and not gpu" tests/kernels
 
 engine: $(VENV) ## tests that start a real vLLM engine on the CPU (RECORD=FILE: note what passed)
 	$(PYTEST) -m "engine and not gpu and not slow" $(if $(RECORD),--record $(RECORD))
 
 slow: $(VENV) ## engine tests that take minutes: pipeline stages, the benchmark, soak, the dashboard in a Prometheus
-	.venv/bin/python -m pytest -m "engine and not gpu and slow"
+	.venv/bin/python -m pytest -m "not gpu and slow"
 
 bench: $(VENV) ## kernel benchmarks on this machine's device
 	.venv/bin/python -m kimi_vllm.kernels.bench cpu
@@ -56,7 +56,7 @@ docs: $(VENV) ## write the tables of README.md and docs/ anew from results, opti
 
 compat: $(VENV) ## vLLM 0.33, which is built for GPUs only: the names we use, and the unit tests on its Python sources (340 MB, once)
 	.venv/bin/python requirements/compat.py && sources=$$(.venv/bin/python requirements/compat.py --where) && \
-	PYTHONPATH=$$sources $(PYTEST) -m "not gpu and not triton" --ignore tests/kernels --ignore tests/synthetic --ignore tests/docs --ignore tests/serve
+	PYTHONPATH=$$sources $(PYTEST) -m "not gpu and not triton and not slow" --ignore tests/kernels --ignore tests/synthetic --ignore tests/docs --ignore tests/serve
 
 clean: ## remove what can be made again, .venv too
 	rm -rf .venv .compat .demo build dist *.egg-info requirements/vllm-cpu-alias/build requirements/vllm-cpu-alias/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

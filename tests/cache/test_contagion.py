@@ -11,11 +11,12 @@ from support.arrivals import Arrival, bursts, rounds
 from support.hash_worker import NONSENSE, Glitch, answer
 from support.schedules import MODES, ROOMY, SCARCE
 
+from kimi_vllm.bench import replay
 from kimi_vllm.cache import contagion, scheduler
 from kimi_vllm.cache.contagion import Access, Step, spread
 
-# Each of 36, so 2,160; fewer where `make compat` repeats them on another release's sources.
-CASES = 60 if any(Path(vllm.__file__).parent.glob("_C*.so")) else 12
+# Each of 36, so 2,016; fewer where `make compat` repeats them on another release's sources.
+CASES = 56 if any(Path(vllm.__file__).parent.glob("_C*.so")) else 12
 
 
 def access(read, *written, reads=(), writes=(), preemptions=0):
@@ -151,16 +152,45 @@ def run_all(mode):
         run_cases(lambda name=name: MODES[mode].server(name), "abort", cases=60, phases=[Phase.generate])
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "mutation"),
-    [
-        (scheduler, "spread", no_walk),
-        (scheduler, "spread", nothing_in_flight),
-        (scheduler, "spread", states_only),
-        (contagion, "_infected", lambda *_: set()),
-    ],
-)
-def test_a_quarantine_that_forgets_something_is_caught(module, name, mutation, monkeypatch):
-    monkeypatch.setattr(module, name, mutation)
+@pytest.mark.parametrize("mutation", [no_walk, nothing_in_flight, states_only])
+def test_a_quarantine_that_forgets_something_is_caught(mutation, monkeypatch):
+    monkeypatch.setattr(scheduler, "spread", mutation)
     with pytest.raises(AssertionError, match=r"is published, and sick|is sick|was never sick|was told|another prefix"):
         run_all("two-in-flight")
+
+
+def mixed_hit(on_nonfinite):
+    """Two requests with the same stem start at once and the long one falls ill; a third takes pages and a state.
+
+    The state is the short one's, the pages are the long one's, for vLLM gives out the oldest of equal pages.
+    """
+    server = MODES["two-in-flight"].server("room", on_nonfinite)
+    stem = [3 + (7 * i) % 90 for i in range(128)]
+    prompts = {"sick": stem + [5] * 170, "short": stem + [6] * 2, "third": stem + [8] * 3}
+    server.worker.glitches = {"sick": Glitch(20, always=True)}
+
+    def add(name):
+        server.answers[name] = []
+        server.scheduler.add_request(replay.make_request(server.scheduler, name, prompts[name], 8))
+
+    add("sick")
+    add("short")
+    server.turn()
+    add("third")
+    server.turn()
+    while server.scheduler.has_requests() or server.in_flight:
+        server.turn()
+    assert server.seen["hits"]
+    server.check_healthy()
+    return {name: server.answers[name] == answer(prompts[name], 8) for name in prompts}
+
+
+@pytest.mark.parametrize("on_nonfinite", ["abort", "resume"])
+def test_a_hit_on_one_request_s_state_and_another_s_pages(on_nonfinite):
+    # Computed again, the sick one resumes from the good state behind its sick token.
+    assert mixed_hit(on_nonfinite) == {"sick": on_nonfinite == "resume", "short": True, "third": True}
+
+
+def test_without_following_pages_that_hit_fails(monkeypatch):
+    monkeypatch.setattr(contagion, "_infected", lambda *_: set())
+    assert not mixed_hit("abort")["third"]

@@ -22,6 +22,7 @@ parts:
 """
 
 
+@pytest.mark.slow
 def test_a_scenario_is_measured_and_reported(tmp_path):
     (tmp_path / "smoke.yaml").write_text(SCENARIO)
     script, output = ROOT / "serve" / "load_test.py", tmp_path / "out"

@@ -37,7 +37,7 @@ def test_the_least_processor_computes_the_same(tmp_path: Path) -> None:
     run(command, "haswell", "+avx2,+f16c,-fma", tmp_path)
 
 
-@pytest.mark.parametrize("cpu", ["sapphirerapids", "znver4"])
+@pytest.mark.parametrize("cpu", ["sapphirerapids", pytest.param("znver4", marks=pytest.mark.slow)])
 def test_they_compile_for_wider_vectors(cpu: str, tmp_path: Path) -> None:
     run(["-c", COMPILE], cpu, "", tmp_path)
 
