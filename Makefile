@@ -30,7 +30,7 @@ unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of th
 engine: $(VENV) ## tests that start a real vLLM engine on the CPU (RECORD=FILE: note what passed)
 	$(PYTEST) -m "engine and not gpu and not slow" $(if $(RECORD),--record $(RECORD))
 
-slow: $(VENV) ## engine tests that take minutes: pipeline stages, the benchmark, soak, the dashboard in a Prometheus
+slow: $(VENV) ## tests that take minutes: pipeline stages, the benchmark, soak, the dashboard in a Prometheus
 	.venv/bin/python -m pytest -m "not gpu and slow"
 
 bench: $(VENV) ## kernel benchmarks on this machine's device

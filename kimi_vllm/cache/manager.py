@@ -279,7 +279,11 @@ class KDAStateManager(SingleTypeKVCacheManager):
     def accessed_slots(self, request_id: str, first_token: int) -> tuple[int, tuple[int, ...]]:
         """The slot read and the slots written by a step that computes a request's tokens from `first_token` on."""
         table, block_size = self.req_to_blocks[request_id], self.block_size
-        written = tuple([block.block_id for block in table[first_token // block_size :] if not block.is_null])
+        index = first_token // block_size
+        if index == len(table) - 1:
+            written: tuple[int, ...] = () if table[index].is_null else (table[index].block_id,)  # most decodes
+        else:
+            written = tuple([block.block_id for block in table[index:] if not block.is_null])
         if not first_token:
             return NULL_SLOT, written
         before = table[(first_token - 1) // block_size]

@@ -6,12 +6,13 @@ slots that are not finite ends or restarts the requests that wrote them; counter
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -124,27 +125,17 @@ class _StateScheduling:
         self._hits[f"hit_length:{hit}"] += 1
 
     def _accesses(self, output: SchedulerOutput) -> dict[str, Access]:
+        tables = [(manager.req_to_blocks, manager.block_size) for manager in self._page_managers]
         accesses = {}
         for name, count in output.num_scheduled_tokens.items():
             request = self.requests[name]
             end = request.num_computed_tokens
-            read, written = self._states.accessed_slots(name, end - count)
-            accesses[name] = Access(read, written, self._pages_of(name, end - count, end), request.num_preemptions)
+            first = end - count
+            read, written = self._states.accessed_slots(name, first)
+            # A table only grows, and outlives its request while somebody holds it.
+            pages = partial(_pages, [(table[name], size) for table, size in tables], first, end)
+            accesses[name] = Access(read, written, pages, request.num_preemptions)
         return accesses
-
-    def _pages_of(self, name: str, first: int, end: int) -> Callable[[], tuple[set[int], set[int]]]:
-        # Tables only grow, and outlive their request if somebody holds them.
-        tables = [(manager.req_to_blocks[name], manager.block_size) for manager in self._page_managers]
-
-        def pages() -> tuple[set[int], set[int]]:
-            read: set[int] = set()
-            written: set[int] = set()
-            for table, size in tables:
-                read.update(block.block_id for block in table[: first // size] if not block.is_null)
-                written.update(block.block_id for block in table[first // size : cdiv(end, size)] if not block.is_null)
-            return read, written
-
-        return pages
 
     def _handle_stopped_request(self, request: Request) -> bool:
         """A session that takes more input goes on before the tokens of steps in flight: its slot is past them."""
@@ -225,6 +216,16 @@ class _StateScheduling:
         self._preempt_request(request, time.monotonic(), drop_stale_output=True)
         # It may be back in the very next step. Then the first model runner needs all its tokens, not the last.
         self.prev_step_scheduled_req_ids.discard(request.request_id)
+
+
+def _pages(tables: list[tuple[list[KVCacheBlock], int]], first: int, end: int) -> tuple[set[int], set[int]]:
+    """The pages that a step only reads and those that it writes, by tables and their block sizes."""
+    read: set[int] = set()
+    written: set[int] = set()
+    for table, size in tables:
+        read.update(block.block_id for block in table[: first // size] if not block.is_null)
+        written.update(block.block_id for block in table[first // size : cdiv(end, size)] if not block.is_null)
+    return read, written
 
 
 class _KimiScheduler(_StateScheduling, Scheduler):
