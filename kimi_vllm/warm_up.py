@@ -37,6 +37,16 @@ def logprob_columns(max_logprobs: int, vocab_size: int) -> list[int]:
     return sorted(count for count in counts if count <= most)
 
 
+def sampled_rows(max_num_seqs: int) -> list[int]:
+    """Batch sizes that between them meet every variant of vLLM's kernels for top-k and top-p, in ascending order.
+
+    Up to 64 rows each row of logits is split among programs. The number of parts is a power of two that halves as rows
+    double, and a compile-time constant. Larger batches use one program per row.
+    """
+    powers = {2**i for i in range(8)}
+    return sorted({size for size in powers if size < max_num_seqs} | {min(max_num_seqs, 128)})
+
+
 def _grid(most: int) -> Iterator[int]:
     size = 1
     while size <= most:

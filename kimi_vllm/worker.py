@@ -22,7 +22,7 @@ from kimi_vllm.cache.exchange import MOVES, NONFINITE
 from kimi_vllm.cache.guard import StateGuard
 from kimi_vllm.cache.pool import StatePool
 from kimi_vllm.config_hook import planned_kv_bytes
-from kimi_vllm.warm_up import logprob_columns, step_sizes
+from kimi_vllm.warm_up import logprob_columns, sampled_rows, step_sizes
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -45,7 +45,7 @@ class KimiWorker(PlatformWorker):
             self._warm_up_kernels()
             if self.vllm_config.kernel_config.enable_jit_warmup:
                 self._warm_up_steps()
-                self._warm_up_logprobs()
+                self._warm_up_sampling()
         return super().compile_or_warm_up_model()  # type: ignore[no-any-return]
 
     def determine_available_memory(self) -> int:
@@ -136,20 +136,31 @@ class KimiWorker(PlatformWorker):
         torch.cuda.synchronize()
         logger.info("kimi-vllm ran steps of %d sizes in %.1f s to warm up.", len(sizes), time.perf_counter() - started)
 
-    def _warm_up_logprobs(self) -> None:
+    def _warm_up_sampling(self) -> None:
         from vllm.distributed import get_pp_group
+        from vllm.v1.sample.ops.topk_topp_triton import apply_top_k_top_p_triton
         from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
 
         if not get_pp_group().is_last_rank or self.model_config.runner_type != "generate":
             return
+        started = time.perf_counter()
         model, config = self.get_model(), self.model_config
+        rows = sampled_rows(self.scheduler_config.max_num_seqs)
         with torch.inference_mode():
-            hidden = torch.zeros(1, config.get_hidden_size(), dtype=config.dtype, device=self.device)
+            hidden = torch.zeros(rows[-1], config.get_hidden_size(), dtype=config.dtype, device=self.device)
             logits = model.compute_logits(hidden)
             if logits is None:
                 return  # another rank of the tensor parallel group has them
+            logits = torch.empty_like(logits, dtype=torch.float32).zero_()
             for columns in logprob_columns(config.max_logprobs, logits.shape[1]):
-                compute_token_logprobs(logits, torch.zeros(1, columns, dtype=torch.int64, device=self.device))
+                compute_token_logprobs(logits[:1], torch.zeros(1, columns, dtype=torch.int64, device=self.device))
+            for count in rows:
+                k = torch.full((count,), 2, dtype=torch.int32, device=self.device)
+                p = torch.full((count,), 0.5, device=self.device)
+                for top_k, top_p in ((k, None), (None, p), (k, p)):
+                    apply_top_k_top_p_triton(logits[:count], top_k, top_p)
+        torch.cuda.synchronize()
+        logger.info("kimi-vllm compiled vLLM's sampling kernels in %.1f s.", time.perf_counter() - started)
 
     def _state_pool(self) -> StatePool | None:
         home = getattr(getattr(self.get_model(), "model", None), "state_home", None)

@@ -1,12 +1,13 @@
 """The steps run before an engine is ready meet every variant of vLLM's fused experts that a later step can need."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kimi_vllm.warm_up import logprob_columns, step_sizes
+from kimi_vllm.warm_up import logprob_columns, sampled_rows, step_sizes
 
 OURS = Path(__file__).parents[1] / "kimi_vllm" / "moe_configs"
 EXPERTS, HIDDEN, TOP_K = 256, 2304, 8
@@ -80,3 +81,20 @@ def test_every_width_of_logprobs_is_met(most: int) -> None:
     largest = 1 + (vocab_size if most < 0 else most)
     assert max(warm) <= largest
     assert {variant(columns) for columns in range(1, largest + 1)} == {variant(columns) for columns in warm}
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 20, 33, 40, 64, 65, 100, 256, 1024])
+@pytest.mark.parametrize("processors", [78, 114, 132, 148])
+@pytest.mark.parametrize("vocab_size", [100, 163_840])
+def test_every_variant_of_top_k_and_top_p_is_met(most: int, processors: int, vocab_size: int) -> None:
+    from vllm.v1.sample.ops.topk_topp_triton import _SPLIT_MAX_BATCH, _topp_split_count
+
+    sized = "vocab_size" in inspect.signature(_topp_split_count).parameters  # vLLM asks since 0.33
+
+    def variant(rows: int) -> tuple[int, bool]:
+        parts = _topp_split_count(rows, *([vocab_size] if sized else []), processors)
+        return parts if rows <= _SPLIT_MAX_BATCH else 0, rows == 1
+
+    warm = sampled_rows(most)
+    assert 1 <= min(warm) <= max(warm) <= most
+    assert {variant(rows) for rows in range(1, most + 1)} == {variant(rows) for rows in warm}

@@ -144,6 +144,8 @@ if __name__ == "__main__":
         {"temperature": 0.7, "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
         {"temperature": 0, "logprobs": 5, "prompt_logprobs": 2},
         {"temperature": 0, "logit_bias": {7: 2.0}, "min_tokens": 3, "stop_token_ids": [9]},
+        {"temperature": 1.0, "top_p": 0.8},
+        {"temperature": 1.0, "top_k": 7},
     ]
     with engine(RECALL, quantization=json.loads(sys.argv[1]), **options) as running:
         # Called for what is compiled and for what is loaded from a cache on disk, so a warm cache hides nothing.
@@ -152,6 +154,10 @@ if __name__ == "__main__":
             inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in random_prompts(list(lengths), 100)]
             parameters = [SamplingParams(max_tokens=9, **sampled[i % len(sampled)]) for i in range(len(inputs))]
             running.llm.generate(inputs, parameters, use_tqdm=False)
+        for alike in sampled:
+            for count in (1, 3, 20):
+                inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in random_prompts([5] * count, 100)]
+                running.llm.generate(inputs, SamplingParams(max_tokens=5, **alike), use_tqdm=False)
         triton.knobs.runtime.jit_post_compile_hook = None
     print("COMPILED", json.dumps(sorted(set(compiled))))
 """
