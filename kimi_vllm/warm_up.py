@@ -5,18 +5,30 @@ from collections.abc import Iterator
 _NEIGHBOURS_BELOW = 64
 
 
-def step_sizes(max_num_tokens: int) -> list[int]:
+def step_sizes(max_num_tokens: int, num_experts: int, top_k: int) -> list[int]:
     """Token counts that between them meet every variant of every kernel a step of up to `max_num_tokens` can need.
 
     vLLM chooses launch parameters by token count, with thresholds, or rows of a tuned table, at powers of two and at
     three times powers of two. Triton compiles a kernel once more for counts that 16 does not divide, and a small count
-    is padded in two ways, so the neighbours of each size are steps of their own.
+    is padded in two ways, so the neighbours of each size are steps of their own. The fused experts take two such
+    counts, tokens times `top_k` and that number padded for `num_experts`, and 16 may divide both, one or neither.
+
+    Args:
+        max_num_tokens: Most tokens of a step.
+        num_experts, top_k: Routed experts of a layer, and how many of them a token uses. 0 for a dense model.
     """
     sizes = {max_num_tokens, max_num_tokens - 1}
     for size in _grid(max_num_tokens):
         sizes |= {size - 1, size}
         if size < _NEIGHBOURS_BELOW:
             sizes.add(size + 1)
+        # One step for each way in which 16 divides the two counts: of 16 counts in a row, the last of its kind.
+        sizes |= set(
+            {
+                (count * top_k % 16 == 0, (count * top_k - num_experts) % 16 == 0): count
+                for count in range(size - 15, size + 1)
+            }.values()
+        )
     return sorted(size for size in sizes if 1 <= size <= max_num_tokens)
 
 

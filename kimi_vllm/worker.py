@@ -21,7 +21,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from kimi_vllm.cache.exchange import MOVES, NONFINITE
 from kimi_vllm.cache.guard import StateGuard
 from kimi_vllm.cache.pool import StatePool
-from kimi_vllm.config_hook import planned_kv_bytes
+from kimi_vllm.config_hook import geometry_of, planned_kv_bytes
 from kimi_vllm.warm_up import logprob_columns, sampled_rows, step_sizes
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -129,7 +129,8 @@ class KimiWorker(PlatformWorker):
         scheduler = self.scheduler_config
         # No step has more tokens than its sequences can have, whatever the option allows.
         most = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * self.model_config.max_model_len)
-        sizes = step_sizes(most)
+        moe = geometry_of(self.model_config).moe
+        sizes = step_sizes(most, *((moe.num_experts, moe.num_experts_per_token) if moe else (0, 0)))
         # The largest first: what it needs of memory the others find there. Graphs are captured later, by vLLM.
         for size in reversed(sizes):
             self.model_runner._dummy_run(size, skip_eplb=True, cudagraph_runtime_mode=CUDAGraphMode.NONE)
@@ -151,14 +152,15 @@ class KimiWorker(PlatformWorker):
             logits = model.compute_logits(hidden)
             if logits is None:
                 return  # another rank of the tensor parallel group has them
-            logits = torch.empty_like(logits, dtype=torch.float32).zero_()
             for columns in logprob_columns(config.max_logprobs, logits.shape[1]):
                 compute_token_logprobs(logits[:1], torch.zeros(1, columns, dtype=torch.int64, device=self.device))
             for count in rows:
                 k = torch.full((count,), 2, dtype=torch.int32, device=self.device)
                 p = torch.full((count,), 0.5, device=self.device)
                 for top_k, top_p in ((k, None), (None, p), (k, p)):
-                    apply_top_k_top_p_triton(logits[:count], top_k, top_p)
+                    # As the sampler makes them: of one row, the strides stay those of a padded vocabulary.
+                    copied = torch.empty_like(logits[:count], dtype=torch.float32).copy_(logits[:count])
+                    apply_top_k_top_p_triton(copied, top_k, top_p)
         torch.cuda.synchronize()
         logger.info("kimi-vllm compiled vLLM's sampling kernels in %.1f s.", time.perf_counter() - started)
 

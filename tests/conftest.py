@@ -24,6 +24,8 @@ os.environ.update(
 if torch.cuda.is_available():
     # Tests import layers before they make an engine, see `kimi_vllm.graph_breaks`.
     os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    # Counting devices makes a fork unusable for CUDA where there is no NVML, and vLLM does not see it.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
 
 VLLM = Path(find_spec("vllm").origin).parent
 COMPILED = any(VLLM.glob("_C*.so"))

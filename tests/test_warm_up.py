@@ -13,14 +13,14 @@ OURS = Path(__file__).parents[1] / "kimi_vllm" / "moe_configs"
 EXPERTS, HIDDEN, TOP_K = 256, 2304, 8
 
 
-def variants(config: dict[str, int], tokens: int) -> tuple[Any, ...]:
+def variants(config: dict[str, int], tokens: int, num_experts: int = EXPERTS, top_k: int = TOP_K) -> tuple[Any, ...]:
     """What Triton compiles anew for: launch parameters, and whether 16 divides the kernel's two counts of rows.
 
     The second count is that of `moe_align_block_size`, cut short where there are fewer tokens than rows in a block.
     """
-    chosen, rows = tokens * TOP_K, config["BLOCK_SIZE_M"]
-    padded = chosen + EXPERTS * (rows - 1)
-    if chosen < EXPERTS:
+    chosen, rows = tokens * top_k, config["BLOCK_SIZE_M"]
+    padded = chosen + num_experts * (rows - 1)
+    if chosen < num_experts:
         padded = min(chosen * rows, padded)
     if tokens < rows:
         padded = min(padded, chosen * rows)
@@ -55,18 +55,32 @@ def tables() -> dict[str, tuple[dict[int, dict[str, int]] | None, str | None, li
 @pytest.mark.parametrize("most", [8192, 2048, 16384])
 def test_every_launch_of_the_experts_is_met(name: str, most: int) -> None:
     table, dtype, block = tables()[name]
-    warm = {variants(chosen_config(table, dtype, block, tokens), tokens) for tokens in step_sizes(most)}
+    warm = {variants(chosen_config(table, dtype, block, tokens), tokens) for tokens in step_sizes(most, EXPERTS, TOP_K)}
     met = {variants(chosen_config(table, dtype, block, tokens), tokens) for tokens in range(1, most + 1)}
     assert met <= warm
 
 
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (8, 1), (60, 4), (64, 6), (72, 8)])
+@pytest.mark.parametrize("most", [300, 2048])
+def test_every_launch_of_other_numbers_of_experts_is_met(num_experts: int, top_k: int, most: int) -> None:
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
+
+    def launch(tokens: int) -> tuple[Any, ...]:
+        config = get_default_config(tokens, num_experts, 64, 128, top_k, None, None)
+        return variants(config, tokens, num_experts, top_k)
+
+    warm = {launch(tokens) for tokens in step_sizes(most, num_experts, top_k)}
+    assert {launch(tokens) for tokens in range(1, most + 1)} <= warm
+
+
+@pytest.mark.parametrize("experts", [(256, 8), (8, 2), (0, 0)])
 @pytest.mark.parametrize("most", [1, 2, 17, 97, 300, 8192])
-def test_sizes_are_steps_the_scheduler_can_make(most: int) -> None:
-    sizes = step_sizes(most)
+def test_sizes_are_steps_the_scheduler_can_make(most: int, experts: tuple[int, int]) -> None:
+    sizes = step_sizes(most, *experts)
     assert sizes == sorted(set(sizes))
     assert sizes[0] == 1
     assert sizes[-1] == most
-    assert len(sizes) < 70
+    assert len(sizes) < 80
 
 
 @pytest.mark.parametrize("most", [0, 1, 5, 20, 30, 1000, 5000, -1])

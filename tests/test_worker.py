@@ -83,7 +83,9 @@ def test_steps_of_every_size_are_run_and_none_that_cannot_be(tokens, sequences, 
     runner = FakeRunner()
     scheduler = SimpleNamespace(max_num_batched_tokens=tokens, max_num_seqs=sequences)
     model = SimpleNamespace(max_model_len=length)
+    moe = SimpleNamespace(num_experts=256, num_experts_per_token=8)
+    monkeypatch.setattr(worker, "geometry_of", lambda model_config: SimpleNamespace(moe=moe))
     worker_with(model_runner=runner, scheduler_config=scheduler, model_config=model)._warm_up_steps()
-    assert [size for size, _ in runner.steps] == step_sizes(most)[::-1]
+    assert [size for size, _ in runner.steps] == step_sizes(most, 256, 8)[::-1]
     # vLLM's first runner would otherwise replay, or capture, a graph that is not there yet.
     assert all(named["cudagraph_runtime_mode"] == CUDAGraphMode.NONE for _, named in runner.steps)
