@@ -4,10 +4,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from regions import ENGINE, NONE, _region, _table, _times
-from serving.plan import IN_TREE, OURS
-from serving.rows import Row, latest, read
-from serving.tables import tables, tokens
+from docs.regions import ENGINE, NONE, _region, _table, _times
+from serve.bench.engine.plan import IN_TREE, OURS
+from serve.bench.engine.rows import Row, latest, read
+from serve.bench.engine.tables import tables, tokens
 
 LATE_MS = 0.5  # the host's usual part of a decode step is 0.1 to 0.2 ms
 

@@ -10,11 +10,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
-import engine_regions  # noqa: F401  registers its parts
-import pictures
-import proof_regions  # noqa: F401
 import typer
-from regions import REGIONS
+
+from docs import (
+    engine_regions,  # noqa: F401  registers its parts
+    pictures,
+    proof_regions,  # noqa: F401
+)
+from docs.regions import REGIONS
 
 ROOT = Path(__file__).parents[1]
 REGION = re.compile(r"^(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<text>.*?)(?P<end>^<!-- end -->$)", re.M | re.S)

@@ -9,13 +9,14 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
-from regions import ENGINE
-from serving.plan import IN_TREE, OURS
-from serving.rows import read
+
+from docs.regions import ENGINE
+from serve.bench.engine.plan import IN_TREE, OURS
+from serve.bench.engine.rows import read
 
 ROWS = ENGINE / "h200.jsonl"
 DRAWN = {ENGINE / f"h200-{name}.png": f"{name}.png" for name in ("tpot", "tpot-amortised", "kda-mla")}
-"""The pictures, and what `serve/bench/engine_bench.py plot` calls them."""
+"""The pictures, and what `python -m serve.bench.engine plot` calls them."""
 
 _KEY = "Rows-SHA256"
 
@@ -33,7 +34,7 @@ def stale() -> list[Path]:
 
 def draw() -> None:
     """Draw all of them."""
-    from serving.plots import plot
+    from serve.bench.engine.plots import plot
 
     rows = [row for row in read(ROWS) if row["provider"] in (OURS, IN_TREE)]
     info = PngImagePlugin.PngInfo()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from regions import ENGINE, ROOT, _region, _table
+from docs.regions import ENGINE, ROOT, _region, _table
 
 ACCURACY, LONG = ENGINE / "synthetic-2core.json", ENGINE / "synthetic-long-2core.json"
 ON_GPU = ENGINE / "synthetic-h100.json"

@@ -6,7 +6,6 @@ Each function makes one part as Markdown. Numbers that change have no other home
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from inspect import cleandoc
@@ -16,19 +15,15 @@ from types import SimpleNamespace
 import yaml
 
 from kimi_vllm.options import KimiOptions
+from serve.bench.engine.plan import IN_TREE, OURS
+from serve.bench.engine.rows import Row
+from serve.bench.engine.tables import tokens
+from tests.support.record import FEATURES
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "serve" / "bench"))
-from serving.plan import IN_TREE, OURS  # noqa: E402
-from serving.rows import Row  # noqa: E402
-from serving.tables import tokens  # noqa: E402
-
-sys.path.insert(0, str(ROOT / "tests"))
-from support.record import FEATURES  # noqa: E402
 
 ENGINE = ROOT / "serve" / "bench" / "results"
 KERNELS = ROOT / "kernels" / "bench" / "results"
-CACHE = ROOT / "kimi_vllm" / "bench" / "results"
 PROFILES = ROOT / "configs" / "serve"
 LOAD_PICTURE = ROOT / "docs" / "images" / "load.png"
 NONE = "–"
@@ -147,7 +142,7 @@ _TRACES = {"chat": "chat, 32 users", "agent": "agents that branch", "rag": "ques
 def cache_replay() -> str:
     """Share of reusable tokens that are not computed again."""
     share = {}
-    for line in (CACHE / "cache.jsonl").read_text().splitlines():
+    for line in (ENGINE / "cache.jsonl").read_text().splitlines():
         row = json.loads(line)
         share[row["trace"], row["memory"], row["policy"]] = row["share"]
     memories = dict.fromkeys(memory for _, memory, _ in share)
@@ -168,7 +163,7 @@ def cache_replay() -> str:
 def cache_first_token() -> str:
     """What hits are worth in a real engine."""
     found: dict[str, dict[str, float]] = {}
-    for line in (CACHE / "engine-2core-epyc.jsonl").read_text().splitlines():
+    for line in (ENGINE / "first-token-2core-epyc.jsonl").read_text().splitlines():
         row = json.loads(line)
         column = f"{row['memory']}, {row['policy']}".removesuffix(", -")
         found.setdefault(row["trace"], {})[column] = row["ttft_mean_ms"]
@@ -180,7 +175,7 @@ def cache_first_token() -> str:
 @_region
 def scheduler() -> str:
     """What our part of a step costs on the host."""
-    rows = [json.loads(line) for line in (CACHE / "scheduler-2core-epyc.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (ENGINE / "scheduler-2core-epyc.jsonl").read_text().splitlines()]
     cells = [[row["what"], row["case"], f"{row['median_us']:.1f} µs", f"{row['p90_us']:.1f} µs"] for row in rows]
     return _table(["256 requests", "step", "median", "p90"], cells)
 

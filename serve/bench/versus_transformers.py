@@ -22,8 +22,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
-from server import ENVIRONMENT, Server
+from serve.common.server import ENVIRONMENT, Server
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "configs" / "models" / "recall"

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recall_task import ARROW
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedTokenizerFast
+
+from serve.demo.recall_task import ARROW
 
 CARD = Path(__file__).with_name("recall_card.md")
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"

@@ -1,4 +1,4 @@
-"""Train the recall model in minutes: `python serve/demo/train_recall.py --out configs/models/recall`.
+"""Train the recall model in minutes: `python -m serve.demo.train_recall --out configs/models/recall`.
 
 The model and its arithmetic are transformers' own. Only the chunk of the KDA recurrence is shorter: the CPU
 path has a decay tensor that grows with it, and 16 rows instead of 64 train seven times faster.
@@ -14,14 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import recall_checkpoint
 import torch
 import torch.nn.functional as F
 import transformers
 import typer
-from recall_task import KEYS, Plan, Turn, held_out_prompt, make_conversation
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import KimiLinearForCausalLM
+
+from serve.demo import recall_checkpoint
+from serve.demo.recall_task import KEYS, Plan, Turn, held_out_prompt, make_conversation
 
 TOKEN_ID = {token: i for i, token in enumerate(recall_checkpoint.VOCABULARY)}
 CHUNK = 16

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from load.scenario import Point, RandomWorkload, ScenarioError
-from load.traffic import CHUNK, trace
+from serve.load.scenario import Point, RandomWorkload, ScenarioError
+from serve.load.traffic import CHUNK, trace
 
 PERCENTILES = (50, 90, 99)
 LISTS = ("input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times", "generated_texts")

@@ -10,9 +10,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from load.generator import PERCENTILES
-from load.record import Measured, Record
 from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from serve.load.generator import PERCENTILES
+from serve.load.record import Measured, Record
 
 LATENCIES = {"ttft": "TTFT: time to first token", "tpot": "TPOT: time per output token", "itl": "ITL: between tokens"}
 STYLES = {50: "-o", 90: "--s", 99: ":^"}

@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from load.generator import Target
-from load.scenario import Point, Scenario
-from load.scrape import Sample
+from serve.load.generator import Target
+from serve.load.scenario import Point, Scenario
+from serve.load.scrape import Sample
 
 FORMAT = 1
 ROOT = f"{Path(__file__).resolve().parents[2]}/"

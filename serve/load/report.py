@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from load import compare, plots
-from load.record import Measured, Record
+
+from serve.load import compare, plots
+from serve.load.record import Measured, Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import MultipleOf
 
-from kimi_vllm.bench import concurrency
-from kimi_vllm.bench.concurrency import best_sizing, default_sizing, in_tree_scheduler, run_in_tree, run_ours
 from kimi_vllm.planning import Demand, size
+from serve.bench.cache import concurrency
+from serve.bench.cache.concurrency import best_sizing, default_sizing, in_tree_scheduler, run_in_tree, run_ours
 
 LONGEST = 4096
 SLOT, PAGE, IN_TREE_PAGE = 43_909_120, 516_096, 7 * 1920 * 576 * 2

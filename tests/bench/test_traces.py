@@ -4,8 +4,8 @@ from functools import cache
 
 import pytest
 
-from kimi_vllm.bench.cache import FITS, THIRD, Workload
-from kimi_vllm.bench.traces import TRACES, Turn, block_keys, prompt_of, reusable_tokens, working_set
+from serve.bench.cache.reuse import FITS, THIRD, Workload
+from serve.bench.cache.traces import TRACES, Turn, block_keys, prompt_of, reusable_tokens, working_set
 
 SMALL = {
     "chat": {"users": 8, "turns": 16},

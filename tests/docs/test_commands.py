@@ -34,40 +34,37 @@ COMMANDS = {
 }.values()
 
 RUN_BY = {
-    "serve/demo/demo.py": "tests/test_demo.py::test_all_answers_are_right",
-    "serve/load_test.py": "tests/engine/test_load.py::test_a_scenario_is_measured_and_reported",
-    "serve/offline.py": "tests/engine/test_offline.py::test_killed_in_the_middle_and_run_again_every_id_is_there_once",
-    "serve/bench/engine_bench.py": "tests/engine/test_engine_bench.py::test_every_measurement_leaves_a_row",
-    "serve/bench/soak.py": "tests/engine/test_soak.py::test_nothing_leaks_and_nothing_is_wrong",
-    "serve/gpu/pack.py": "tests/test_gpu_pack.py::test_what_is_packed_is_unpacked",
-    "tests/synthetic/evaluate.py": "tests/engine/test_synthetic.py::test_the_command_measures_every_mode",
+    "serve.demo": "tests/test_demo.py::test_all_answers_are_right",
+    "serve.load": "tests/engine/test_load.py::test_a_scenario_is_measured_and_reported",
+    "serve.batch": "tests/engine/test_offline.py::test_killed_in_the_middle_and_run_again_every_id_is_there_once",
+    "serve.bench.engine": "tests/engine/test_engine_bench.py::test_every_measurement_leaves_a_row",
+    "serve.soak": "tests/engine/test_soak.py::test_nothing_leaks_and_nothing_is_wrong",
+    "serve.eval": "tests/engine/test_synthetic.py::test_the_command_measures_every_mode",
     "requirements/compat.py": "tests/test_compat.py::test_the_installed_vllm_has_all_we_use",
-    "docs/generate.py": "tests/docs/test_generated.py::test_no_part_is_stale",
+    "docs.generate": "tests/docs/test_generated.py::test_no_part_is_stale",
     "kimi_vllm doctor": "tests/test_cli.py::test_doctor_reports_an_active_plugin",
     "kimi_vllm plan": "tests/test_cli.py::test_plan_of_the_48b_model",
     "kimi_vllm inspect-state": "tests/test_inspection.py::test_json_is_one_object_with_every_head",
-    "kimi_vllm.bench cache": "tests/bench/test_traces.py::test_vllms_own_rules_run_in_the_same_replay",
-    "kimi_vllm.bench concurrency": "tests/bench/test_concurrency.py::test_ours_runs_what_slots_and_pages_allow",
+    "serve.bench.cache reuse": "tests/bench/test_traces.py::test_vllms_own_rules_run_in_the_same_replay",
+    "serve.bench.cache concurrency": "tests/bench/test_concurrency.py::test_ours_runs_what_slots_and_pages_allow",
     "curl": "tests/engine/test_api.py::test_what_the_documents_ask_is_answered",
 }
 """Scripts and modules, and the test that runs them or what they are made of."""
 
 PARSED_ONLY = {
-    "serve/bench/versus_transformers.py": "a benchmark of minutes",
-    "serve/container/rehearse.sh": "builds an image as root, 20 minutes; shellcheck reads it",
-    "serve/load/screenshot.py": "drives a browser",
-    "serve/gpu/smoke.py": "serves from packed files on a GPU machine",
-    "tests/synthetic/train.py": "trains for minutes on a GPU",
-    "kimi_vllm.bench scheduler": "a benchmark",
+    "serve.bench.versus_transformers": "a benchmark of minutes",
+    ".ci/rehearse.sh": "builds an image as root, 20 minutes; shellcheck reads it",
+    "serve.eval.train": "trains for minutes on a GPU",
+    "serve.bench.cache scheduler": "a benchmark",
     "kimi_vllm.kernels.bench cpu": "a benchmark of minutes",
     "kimi_vllm.kernels.bench cuda": "needs a GPU",
 }
 """What no test runs, and why."""
 
+KNOWN = RUN_BY.keys() | PARSED_ONLY.keys()
+
 NOT_HERE = {"ray": "Not run by us"}
 """Programs that are not installed here, and what a document that shows them has to say."""
-
-REPORT = "load-results/quick-20260101-120000/report.html"
 
 TOLERANCE = {"inspect-state": 0.02}
 """Relative, of numbers that are shown: sums of floats depend on the machine."""
@@ -77,10 +74,9 @@ TOLERANCE = {"inspect-state": 0.02}
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clone as far as commands look at it; what they write does not land in this one."""
     for entry in ROOT.iterdir():
-        if (not entry.name.startswith(".") and entry.name != "load-results") or entry.name == ".venv":
+        if (not entry.name.startswith(".") and entry.name != "load-results") or entry.name in (".venv", ".ci"):
             (tmp_path / entry.name).symlink_to(entry)
-    (tmp_path / "parts").symlink_to(ROOT / "serve" / "gpu")  # pack.py puts its scripts beside what it packs
-    for name in ("questions.jsonl", "rows.jsonl", "before/run.json", "after/run.json", REPORT):
+    for name in ("questions.jsonl", "rows.jsonl", "before/run.json", "after/run.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
@@ -112,16 +108,16 @@ def test_the_test_that_runs_a_command_exists(test: str) -> None:
         "vllm server MODEL",
         "kimi-vllm plan --modell configs",
         "kimi-vllm inspect",
-        "python serve/load_test.py quick --urls http://127.0.0.1",
-        "python serve/offline.py missing.jsonl answers.jsonl",
+        "python -m serve.load quick --urls http://127.0.0.1",
+        "python -m serve.batch missing.jsonl answers.jsonl",
         "python serve/no_such.py",
-        "python -m kimi_vllm.bench caches",
+        "python -m serve.bench.cache caches",
         "python -m pytest -m no_such_mark tests",
         "pytest tests/no_such.py",
         "pip install 'kimi-vllm[tpu]'",
         "pip install --no-such-option .",
         "make no-such-target",
-        "source parts/no-such.sh",
+        "source no-such.sh",
         "docker run kimi-vllm",
     ],
 )
@@ -226,9 +222,10 @@ def _python(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPa
         if module == "pytest":
             _pytest(command, rest, monkeypatch)
             return
-        assert (ROOT / module.replace(".", "/")).exists(), f"there is no module {module}"
+        path = ROOT / module.replace(".", "/")
+        assert path.exists() or path.with_suffix(".py").exists(), f"there is no module {module}"
         subcommand = next((word for word in rest if not word.startswith("-")), "")
-        _known(f"{module} {subcommand}".strip())
+        _known(module if module in KNOWN else f"{module} {subcommand}".strip())
         _parse(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True), module, rest, monkeypatch)
     else:
         script, *rest = arguments
@@ -237,7 +234,7 @@ def _python(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPa
 
 
 def _known(name: str) -> None:
-    assert name in RUN_BY or name in PARSED_ONLY, f"no test is known to run {name}; name it, or say why there is none"
+    assert name in KNOWN, f"no test is known to run {name}; name it, or say why there is none"
 
 
 def _parse(run: Callable[[], Any], name: str, rest: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +254,6 @@ def _parse(run: Callable[[], Any], name: str, rest: list[str], monkeypatch: pyte
         patch.setattr(typer.core.TyperCommand.__mro__[1], "invoke", invoke)
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
         patch.setattr(sys, "argv", [name, *rest])
-        patch.setattr(sys, "path", [str(Path(name).resolve().parent), *sys.path])
         try:
             run()
         except _Parsed:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,7 @@ from typing import Any
 import pytest
 from support.documents import ROOT
 
-sys.path.insert(0, str(ROOT / "docs"))
-import engine_regions
-import generate
-import pictures
-import regions
-
+from docs import engine_regions, generate, pictures, regions
 from kimi_vllm.options import KimiOptions
 
 README_LINES = 250

@@ -9,7 +9,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,7 @@ from support.engine import RECALL
 from support.server import serving_process
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "serve" / "demo"))
-from recall_task import held_out_prompt  # noqa: E402
+from serve.demo.recall_task import held_out_prompt  # noqa: E402
 
 pytestmark = pytest.mark.engine
 

@@ -1,12 +1,8 @@
-"""The soak of serve/bench/soak.py, short: everything is scarce, nothing leaks, every answer is right."""
-
-import sys
-from pathlib import Path
+"""The soak of serve/soak, short: everything is scarce, nothing leaks, every answer is right."""
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "bench"))
-import soak
+from serve.soak import __main__ as soak
 
 pytestmark = pytest.mark.engine
 
