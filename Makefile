@@ -21,8 +21,8 @@ demo: $(VENV) ## serve a tiny trained model on this CPU with vLLM and ask it (PO
 
 test: lint unit engine ## all that runs without a GPU (JOBS=2 processes)
 
-lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh .ci/rehearse.sh && .venv/bin/hadolint Dockerfile
+lint: $(VENV) ## ruff, mypy, shellcheck, hadolint, links in documents
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh .ci/rehearse.sh && .venv/bin/hadolint Dockerfile && .venv/bin/rumdl check
 
 unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of their own, in Triton's interpreter
 	$(PYTEST) -m "not engine and not gpu and not triton and not slow" && TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m "triton and not gpu" tests/kernels
@@ -52,7 +52,7 @@ container: ## build the Dockerfile's CPU target with podman and use it (root, 20
 	@.ci/rehearse.sh
 
 docs: $(VENV) ## write the tables of README.md and docs/ anew from results, options and profiles
-	@.venv/bin/python -m docs.generate
+	@.venv/bin/python -m docs
 
 compat: $(VENV) ## vLLM 0.33, which is built for GPUs only: the names we use, and the unit tests on its Python sources (340 MB, once)
 	.venv/bin/python requirements/compat.py && sources=$$(.venv/bin/python requirements/compat.py --where) && \

@@ -19,7 +19,7 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from support.documents import WITH_COMMANDS, commands
+from support.documents import PAGES, commands
 from support.engine import RECALL
 from support.server import serving_process
 
@@ -294,7 +294,7 @@ def test_metrics_and_log_have_no_prompt_and_no_key(server):
 
 
 def test_what_the_documents_ask_is_answered(server):
-    shown = [command for page in WITH_COMMANDS for command in commands(page) if command.words[0] == "curl"]
+    shown = [command for page in PAGES for command in commands(page) if command.words[0] == "curl"]
     assert shown
     for command in shown:
         words = [word.replace("http://127.0.0.1:8000", server.url) for word in command.words]
