@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: what imports what, how big files are, what documents promise."""
+"""The house rules that a machine can check: what imports what, how big files are, which versions are named."""
 
 import ast
 import re
@@ -18,9 +18,7 @@ from kimi_vllm._vllm import SUPPORTED_VLLM, TESTED, TESTED_PYTHON
 
 ROOT = Path(__file__).parents[1]
 SOURCE_FOLDERS = ("kimi_vllm", "kernels", "serve", "docs", "tests", "requirements")
-COUNTED_FOLDERS = ("kimi_vllm", "kernels")
 MAX_FILE_LINES = 400
-MAX_TOTAL_LINES = 11_250
 TEXT_SUFFIXES = {".py", ".toml", ".md", ".sh", ".yaml", ".yml", ".json", ".jinja", ".lock", ""}
 PLACEHOLDERS = re.compile(r"your[-_]?username|your[-_]name|example/kimi-vllm|lorem ipsum|<insert", re.IGNORECASE)
 TODO_WITHOUT_LINK = re.compile(r"\b(TODO|FIXME|XXX)\b(?!.*https?://)")
@@ -100,13 +98,6 @@ def test_no_bare_import_of_kernels(path: Path) -> None:
 @pytest.mark.parametrize("path", python_files(*SOURCE_FOLDERS), ids=relative)
 def test_no_file_is_longer_than_a_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
-
-
-def test_line_budget() -> None:
-    # Benchmarks are left out: nothing that serves depends on them.
-    counted = [path for path in python_files(*COUNTED_FOLDERS) if path.parent.name != "bench"]
-    lines = sum(len(path.read_text().splitlines()) for path in counted)
-    assert lines <= MAX_TOTAL_LINES
 
 
 def test_kernels_is_a_link_to_the_folder_at_the_top() -> None:

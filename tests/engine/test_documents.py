@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from support.documents import ROOT, PAGES, code
+from support.documents import PAGES, ROOT, code
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
