@@ -4,13 +4,10 @@ import ast
 import json
 import os
 import re
-from dataclasses import fields
-from inspect import cleandoc
 from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
-from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from docs.tables import NONE, ROOT, table
@@ -21,13 +18,10 @@ from tests.support.record import FEATURES
 
 def options() -> str:
     """The options of ``--additional-config``."""
-    schema = TypeAdapter(KimiOptions).json_schema()["properties"]
-    written = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", cleandoc(KimiOptions.__doc__ or ""), re.M)
     cells = []
-    for field in fields(KimiOptions):
-        meaning = schema[field.name].get("description") or dict(written)[field.name]
-        default = "by memory" if field.default is None else f"`{json.dumps(field.default)}`"
-        cells.append([f"`{field.name}`", default, re.sub(r"\s+", " ", meaning).replace("``", "`")])
+    for name, field in KimiOptions.model_json_schema()["properties"].items():
+        default = "by memory" if field["default"] is None else f"`{json.dumps(field['default'])}`"
+        cells.append([f"`{name}`", default, field["description"]])
     return table(["option", "default", "description"], cells, left=None)
 
 
@@ -71,6 +65,10 @@ def metrics() -> str:
     return table(["metric", "type", "description"], cells, left=None)
 
 
+_SHOWN = {"FP8": "FP8 weights", "4 bits": "4-bit weights", "W8A8 int8": "int8 W8A8", "FP8 latents": "FP8 KV cache"}
+"""Features under the names that users know."""
+
+
 def _tested() -> dict[str, dict[str, dict[str, str]]]:
     found: dict[str, dict[str, dict[str, str]]] = json.loads((ROOT / "tests" / "tested.json").read_text())
     return found
@@ -82,7 +80,7 @@ def compatibility() -> str:
     places = [(release, device) for release in sorted(known) for device in sorted(known[release], reverse=True)]
     said = {feature: [known[release][device].get(feature, NONE) for release, device in places] for feature in FEATURES}
     columns = [f"vLLM {release}, {_short(device)}" for release, device in places]
-    return table(["", *columns], [[feature, *cells] for feature, cells in said.items()], left=None)
+    return table(["", *columns], [[_SHOWN.get(feature, feature), *cells] for feature, cells in said.items()], left=None)
 
 
 def platforms() -> str:
@@ -92,7 +90,9 @@ def platforms() -> str:
     cells = []
     for device in sorted({device for devices in known.values() for device in devices}):
         said = [known[release].get(device, {}) for release in releases]
-        passed = [[name for name in FEATURES if rows.get(name, "").startswith("tested")] for rows in said]
+        passed = [
+            [_SHOWN.get(name, name) for name in FEATURES if rows.get(name, "").startswith("tested")] for rows in said
+        ]
         cells.append([_short(device), *(", ".join(names) or NONE for names in passed)])
     return table(["tested on", *(f"vLLM {release}" for release in releases)], cells, left=None)
 

@@ -26,8 +26,14 @@ _SUMMARY = {
         "mixed",
         {"decoders": 64, "context": 4 * _K, "prompt": 8 * _K},
     ),
-    "64 × (4K prompt + 128 output), tokens/s": ("throughput", {"requests": 64, "prompt": 4 * _K, "output": 128}),
-    "256 × (1K prompt + 128 output), tokens/s": ("throughput", {"requests": 256, "prompt": _K, "output": 128}),
+    "Throughput, 64 × (4K prompt + 128 output), tokens/s": (
+        "throughput",
+        {"requests": 64, "prompt": 4 * _K, "output": 128},
+    ),
+    "Throughput, 256 × (1K prompt + 128 output), tokens/s": (
+        "throughput",
+        {"requests": 256, "prompt": _K, "output": 128},
+    ),
     "Decode, largest batch, 4K context, tokens/s": ("tpot", {"context": 4 * _K, "batch": "largest"}),
     "Decode, largest batch, 32K context, tokens/s": ("tpot", {"context": 32 * _K, "batch": "largest"}),
     "Decode, largest batch, 128K context, tokens/s": ("tpot", {"context": 128 * _K, "batch": "largest"}),
@@ -48,7 +54,7 @@ def _milliseconds(row: Row) -> float:
 def summary() -> str:
     """The table of README: ours and in-tree in a cell, the better one in bold."""
     found = [read(ENGINE / file) for file in MACHINES.values()]
-    cells = []
+    cells = [["vLLM", *(_header(rows)["vllm"].split()[-1] for rows in found)]]
     for label, (bench, case) in _SUMMARY.items():
         is_rate = label.endswith("tokens/s")
         value = _rate if is_rate else _milliseconds
@@ -61,10 +67,15 @@ def summary() -> str:
     return table(["kimi-vllm / in-tree", *MACHINES], cells)
 
 
+def _header(rows: list[Row]) -> dict[str, str]:
+    env: dict[str, str] = next(row["env"] for row in reversed(rows) if row["bench"] == "header")
+    return env
+
+
 def measured(file: str) -> str:
     """Machine, versions and days of a file of rows."""
     rows = read(ENGINE / file)
-    env = next(row["env"] for row in reversed(rows) if row["bench"] == "header")
+    env = _header(rows)
     days = sorted({row["date"][:10] for row in rows if row["provider"] in (OURS, IN_TREE)})
     release = env["vllm"].split()[-1]
     return (
