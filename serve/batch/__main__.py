@@ -21,14 +21,12 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
-import httpx
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -37,9 +35,10 @@ from serve.batch.progress import BatchProgress
 from serve.batch.requests import BatchError, Mark, Survey, left_to_do, survey
 from serve.batch.results import Results
 from serve.batch.runner import Run, client, send
-from serve.common.server import Server, ServerError, free_port, root_of
+from serve.common.server import Server, ServerError, models, root_of
 
 START_SECONDS = 3600  # weights of 100 GB from a network disk
+KEY = os.environ.get("OPENAI_API_KEY", "none")
 FAILED, UNFINISHED, INTERRUPTED = 1, 2, 130
 
 console = Console(highlight=False, soft_wrap=True)
@@ -118,27 +117,14 @@ def _server(model: str | None, url: str | None, options: list[str], found: Surve
         named = any(word.split("=")[0] == "--served-model-name" for word in options)
         name = next(iter(asked)) if len(asked) == 1 and not named else None
         log = output.with_name(f"{output.stem}.server.log")
-        with Server(model, name, free_port(), log, {}, more=options, environment={}, dies_with_us=True) as server:
-            with console.status("") as status:
-                start = time.monotonic()
-
-                def report(line: str) -> None:
-                    status.update(
-                        Text.assemble(f"starting vLLM, {time.monotonic() - start:.0f} s  ", (line[-90:], "dim"))
-                    )
-
-                server.wait_ready(START_SECONDS, report)
+        with Server(model, log, *options, name=name, environment={}, dies_with_us=True) as server:
+            server.wait_ready(START_SECONDS, console)
             _refuse_other_models(server.url, asked)
             yield server.url
 
 
 def _refuse_other_models(url: str, asked: set[str]) -> None:
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    try:
-        listed = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=30)
-        served = {entry["id"] for entry in listed.raise_for_status().json()["data"]}
-    except (httpx.HTTPError, KeyError, ValueError) as error:
-        raise BatchError(f"{url} does not answer as a server of models: {error}") from error
+    served = {model["id"] for model in models(url, KEY)}
     if asked - served:
         raise BatchError(
             f"the requests ask for {sorted(asked - served)}, the server has {sorted(served)}. Change `model` in the "
@@ -149,7 +135,7 @@ def _refuse_other_models(url: str, asked: set[str]) -> None:
 async def _work(
     url: str, source: Path, found: Survey, results: Results, progress: BatchProgress, concurrency: int, timeout: float
 ) -> None:
-    async with client(url, os.environ.get("OPENAI_API_KEY", "none"), concurrency, timeout) as openai:
+    async with client(url, KEY, concurrency, timeout) as openai:
         run = Run(left_to_do(source, found), lambda request: send(openai, request), results, progress.advance)
         try:
             await run.run(concurrency)

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RECALL = Path(__file__).parents[2] / "configs" / "models" / "recall"
 
 
@@ -21,32 +19,44 @@ class Completion:
     cached: int
 
 
-class Engine:
-    """A vLLM engine in this process, its scheduler and its state slots within reach."""
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 1024,
+    "enable_prefix_caching": False,
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "disable_log_stats": True,
+    "seed": 0,
+}
+"""For tiny checkpoints."""
 
-    def __init__(self, checkpoint: Path, **options: Any) -> None:
+SMALL_ON_GPU: dict[str, Any] = {
+    # Room for several, and nothing that others in the same memory could disturb by measuring.
+    "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 2**30,
+    # Half a minute of compiling for each geometry, most of it for steps that are not made.
+    "kernel_config": {"enable_jit_warmup": False},
+}
+
+
+class Engine:
+    """A vLLM engine in this process, its scheduler and its state slots within reach.
+
+    Attributes:
+        llm: vLLM's front.
+        core: that steps.
+        num_preemptions: how often a request lost its memory so far.
+    """
+
+    def __init__(self, checkpoint: Path | str, **options: Any) -> None:
+        """Start an engine; options are those of vLLM's `LLM`."""
         from vllm import LLM
 
-        defaults = {
-            "dtype": "float32",
-            "max_model_len": 1024,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 1024,
-            "enable_prefix_caching": False,
-            "skip_tokenizer_init": True,
-            "enforce_eager": True,
-            "disable_log_stats": True,
-            "seed": 0,
-        }
-        if torch.cuda.is_available():
-            # Room for several, and nothing that others in the same memory could disturb by measuring.
-            defaults |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}
-            # Half a minute of compiling for each geometry, most of it for steps that a test does not make.
-            defaults |= {"kernel_config": {"enable_jit_warmup": False}}
-        self.llm = LLM(str(checkpoint), **(defaults | options))
-        core = self.llm.llm_engine.engine_core.engine_core
-        self.scheduler = core.scheduler
-        self._executor = core.model_executor
+        self.llm = LLM(str(checkpoint), **options)
+        self.core: Any = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
         self.num_preemptions = 0
         preempt = self.scheduler._preempt_request
 
@@ -59,7 +69,7 @@ class Engine:
     @property
     def worker(self) -> Any:
         """The worker, where there is one; several have processes of their own."""
-        return self._executor.driver_worker.worker
+        return self.core.model_executor.driver_worker.worker
 
     @property
     def model(self) -> Any:
@@ -121,7 +131,7 @@ class Engine:
 
 @contextmanager
 def engine(checkpoint: Path, **options: Any) -> Iterator[Engine]:
-    """An engine that is shut down again, so that the next one finds a clean process."""
+    """A small engine that is shut down again, so that the next one finds a clean process."""
     with engines(checkpoint, {"": options}) as started:
         yield started[""]
 
@@ -129,13 +139,15 @@ def engine(checkpoint: Path, **options: Any) -> Iterator[Engine]:
 @contextmanager
 def engines(checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -> Iterator[dict[Any, Engine]]:
     """Several engines at once, by name. They share vLLM's process groups, so they go together."""
+    import torch
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
+    small = SMALL | (SMALL_ON_GPU if torch.cuda.is_available() else {})
     started: dict[Any, Engine] = {}
     try:
         for name, options in configurations.items():
-            started[name] = Engine(checkpoint, **options)
+            started[name] = Engine(checkpoint, **(small | options))
         yield started
     finally:
         for running in started.values():

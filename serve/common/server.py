@@ -8,30 +8,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
+from rich.console import Console
+from rich.text import Text
+
+from serve.common.environment import SERVER
 
 HOST = "127.0.0.1"
 TERM_SECONDS = 15
 TAIL_LINES = 12
 ERROR = re.compile(r"\b\w+(Error|Exception): .+")
 PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
-ENVIRONMENT = {
-    # The demo must not depend on a network: the checkpoint is in the repository.
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "INFO",  # the log is read: for progress, and for the line of our plugin
-    # A model of 6 MB is fastest on one thread, and pinned threads wait for each other on a busy machine.
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Start-up is Python importing vLLM, once per process. A worker inside the engine saves one of three.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
 
 
 class ServerError(Exception):
@@ -49,43 +42,42 @@ class Server:
     Attributes:
         url: base of the OpenAI-compatible API, without a trailing slash.
         log: file that receives the output of the server.
+        command: the command line.
+        port: on 127.0.0.1.
+        process: the server, once it is started; its id is that of its process group.
         keep: set it to True to leave the server running.
     """
 
     def __init__(
         self,
         model: Path | str,
-        name: str | None,
-        port: int,
         log: Path,
-        options: dict[str, str],
-        *,
-        more: Sequence[str] = (),
-        environment: Mapping[str, str] = ENVIRONMENT,
+        *options: str,
+        name: str | None = None,
+        port: int = 0,
+        environment: Mapping[str, str] = SERVER,
         dies_with_us: bool = False,
     ) -> None:
         """Describe a server; entering it starts it.
 
         Args:
             model: the checkpoint.
-            name: what clients call it; None for the same as the checkpoint.
-            port: on 127.0.0.1.
             log: file that receives the output of the server.
-            options: of `vllm serve`, with their values; an empty value for a flag.
-            more: further words for the command line, as the user wrote them.
+            options: of `vllm serve`, word by word.
+            name: what clients call the model; None for the same as the checkpoint.
+            port: on 127.0.0.1; 0 for a free one.
             environment: set for the server beside what it inherits.
             dies_with_us: whether the kernel ends it when this process is killed and cannot.
         """
-        self.url = f"http://{HOST}:{port}"
+        self.port = port or free_port()
+        self.url = f"http://{HOST}:{self.port}"
         self.log = log
         self.keep = False
-        self._port = port
-        arguments = [part for option, value in options.items() for part in (option, value) if part]
-        self._command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", HOST]
-        self._command += ["--port", str(port), *(["--served-model-name", name] if name else []), *arguments, *more]
+        self.command = [program("vllm"), "serve", str(model), "--host", HOST, "--port", str(self.port)]
+        self.command += [*(["--served-model-name", name] if name else []), *options]
         self._environment = environment
         self._dies_with_us = dies_with_us
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes]
 
     def __enter__(self) -> Self:
         """Start the server without waiting for it.
@@ -93,11 +85,16 @@ class Server:
         Raises:
             ServerError: the port is taken.
         """
-        _refuse_taken_port(self._port)
+        _refuse_taken_port(self.port)
+        self.start()
+        return self
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the server, whoever has its port."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as output:
-            self._process = subprocess.Popen(
-                self._command,
+            self.process = subprocess.Popen(
+                self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -105,7 +102,7 @@ class Server:
                 start_new_session=True,  # its own process group: workers are stopped with it
                 preexec_fn=_end_with_parent if self._dies_with_us else None,
             )
-        return self
+        return self.process
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -114,39 +111,29 @@ class Server:
         if not self.keep:
             self.stop()
 
-    @property
-    def command(self) -> list[str]:
-        """The command line."""
-        return self._command
-
-    @property
-    def pid(self) -> int:
-        """Process id of the server and id of its process group."""
-        assert self._process is not None
-        return self._process.pid
-
-    def wait_ready(self, timeout_seconds: float, report: Callable[[str], None]) -> float:
+    def wait_ready(self, timeout_seconds: float, console: Console | None = None) -> float:
         """Wait until the server answers, and return the seconds that took.
 
         Args:
             timeout_seconds: when to give up.
-            report: is told the newest line of the log from time to time.
+            console: shows the newest line of the log meanwhile.
 
         Raises:
             ServerError: the server ended, or did not answer in time; with the end of its log.
         """
-        assert self._process is not None
         start = time.monotonic()
-        while (elapsed := time.monotonic() - start) < timeout_seconds:
-            status = self._process.poll()
-            if status is not None:
-                raise ServerError(f"the server ended (status {status}) before it was ready.\n{self.why()}")
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2).is_success:
-                    return elapsed
-            except httpx.TransportError:
-                report("".join(self._lines()[-1:]))
-            time.sleep(0.1)
+        with (console or Console(quiet=True)).status("") as status:
+            while (elapsed := time.monotonic() - start) < timeout_seconds:
+                code = self.process.poll()
+                if code is not None:
+                    raise ServerError(f"the server ended (status {code}) before it was ready.\n{self.why()}")
+                try:
+                    if httpx.get(f"{self.url}/health", timeout=2).is_success:
+                        return elapsed
+                except httpx.TransportError:
+                    line = "".join(self._lines()[-1:])
+                    status.update(Text.assemble(f"starting vLLM, {elapsed:.0f} s  ", (line[-90:], "dim")))
+                time.sleep(0.1)
         raise ServerError(f"the server was not ready after {timeout_seconds:.0f} s.\n{self.why()}")
 
     def why(self) -> str:
@@ -160,15 +147,34 @@ class Server:
 
     def stop(self) -> None:
         """Ask the server to end; kill what is left of its process group after `TERM_SECONDS`."""
-        if self._process is None:
-            return
         # To the parent alone: it stops its children in order, and would report a signal to all as a crash.
-        self._process.terminate()
+        self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(TERM_SECONDS)
+            self.process.wait(TERM_SECONDS)
         with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # also children that outlived it
-        self._process.wait()
+            os.killpg(self.process.pid, signal.SIGKILL)  # also children that outlived it
+        self.process.wait()
+
+
+def program(name: str) -> str:
+    """The program beside this Python, or the first on the path."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
+
+
+def models(url: str, key: str = "none") -> list[dict[str, Any]]:
+    """What a server says of its models, as the API lists them.
+
+    Raises:
+        ServerError: it does not answer as a server of models.
+    """
+    try:
+        listed = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=30)
+        found: list[dict[str, Any]] = listed.raise_for_status().json()["data"]
+        assert all("id" in model for model in found)
+    except (httpx.HTTPError, KeyError, ValueError, AssertionError) as error:
+        raise ServerError(f"{url} does not answer as a server of models: {error}") from error
+    return found
 
 
 def free_port() -> int:

@@ -32,7 +32,7 @@ NAME = "kimi-recall"
 LOG = ROOT / ".demo" / "server.log"
 CONCURRENT = 8
 LONG_ANSWER = 64
-OPTIONS = {"--config": str(ROOT / "configs" / "serve" / "cpu-demo.yaml")}
+PROFILE = ROOT / "configs" / "serve" / "cpu-demo.yaml"
 # Logged by kimi_vllm only. Without it vLLM's own model could answer and nobody would notice.
 PLUGIN_LINE = "kimi-vllm serves KimiLinearForCausalLM"
 
@@ -177,15 +177,8 @@ def _refuse_inactive_plugin() -> None:
 
 def _serve_and_ask(port: int, *, keep: bool) -> bool:
     _refuse_inactive_plugin()
-    with Server(MODEL, NAME, port, LOG, OPTIONS) as server:
-        with console.status("") as status:
-            started = time.monotonic()
-
-            def report(line: str) -> None:
-                elapsed = f"starting vLLM, {time.monotonic() - started:.0f} s  "
-                status.update(Text.assemble(elapsed, (line[-90:], "dim")))
-
-            seconds = server.wait_ready(timeout_seconds=300, report=report)
+    with Server(MODEL, LOG, "--config", str(PROFILE), name=NAME, port=port) as server:
+        seconds = server.wait_ready(300, console)
         if PLUGIN_LINE not in LOG.read_text(errors="replace"):
             raise ServerError(
                 f"vLLM started without kimi-vllm: {LOG} has no line {PLUGIN_LINE!r}. Run .venv/bin/kimi-vllm doctor."
@@ -198,7 +191,7 @@ def _serve_and_ask(port: int, *, keep: bool) -> bool:
             raise ServerError(f"the server did not answer: {error}\n{server.why()}") from error
         server.keep = keep
         if keep:
-            console.print(f"The server is still running; its log is {LOG}. To stop it: kill {server.pid}")
+            console.print(f"The server is still running; its log is {LOG}. To stop it: kill {server.process.pid}")
     return right
 
 

@@ -19,13 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
-import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from serve.common.server import Server, ServerError, free_port, root_of
+from serve.common.server import Server, ServerError, models, root_of
 from serve.load import compare as comparison
 from serve.load import record as records
 from serve.load import report, verdict
@@ -106,22 +105,13 @@ def _target(
     options = [str(ROOT / word) if (ROOT / word).is_file() else word for word in plan.server.options]
     environment = plan.server.environment
     name = Path(plan.server.model).name
-    with Server(model, name, free_port(), log, {}, more=options, environment=environment, dies_with_us=True) as server:
-        with console.status("") as status:
-            begin = time.monotonic()
-
-            def tell(line: str) -> None:
-                status.update(Text.assemble(f"starting vLLM, {time.monotonic() - begin:.0f} s  ", (line[-90:], "dim")))
-
-            server.wait_ready(START_SECONDS, tell)
-        yield _ask(server.url, tokenizer, goodput), server.command, server.pid
+    with Server(model, log, *options, name=name, environment=environment, dies_with_us=True) as server:
+        server.wait_ready(START_SECONDS, console)
+        yield _ask(server.url, tokenizer, goodput), server.command, server.process.pid
 
 
 def _ask(url: str, tokenizer: str | None, goodput: tuple[str, ...]) -> Target:
-    try:
-        model = httpx.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]
-    except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
-        raise ServerError(f"{url} does not answer as a server of models: {error}") from error
+    model = models(url)[0]
     return Target(url, model["id"], tokenizer or model.get("root") or model["id"], goodput)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.common.server import program
 from serve.load.scenario import Point, RandomWorkload, ScenarioError
 from serve.load.traffic import CHUNK, trace
 
@@ -38,12 +39,6 @@ class Target:
     model: str
     tokenizer: str
     goodput: tuple[str, ...] = ()
-
-
-def program(name: str) -> str:
-    """The program beside this Python, or the first on the path."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else name
 
 
 def _guidellm_program() -> str | None:

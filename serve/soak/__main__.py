@@ -5,37 +5,24 @@ requests are aborted at random. After every step each slot must be in one place,
 the tiny checkpoint was told it must recall: a state that was lost, mixed up or reused too early is a wrong answer.
 """
 
-import json
-import os
-import platform
 import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from serve.common.engine import Engine, engine
+from serve.common.environment import ENGINE, prepare
+from serve.common.rows import save
 from serve.demo.recall_task import Plan, Turn, held_out_prompt, make_conversation
 
 MODEL = Path(__file__).parents[2] / "configs" / "models" / "recall"
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the books are in the scheduler, which must be in this process
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "KIMI_VLLM_STRICT": "1",  # else vLLM's own model could answer
-}
 SEQUENCES = 16
 SHORTAGE: dict[str, Any] = {
     "max_num_seqs": SEQUENCES,
@@ -44,6 +31,7 @@ SHORTAGE: dict[str, Any] = {
     "enable_prefix_caching": True,
     "additional_config": {"kimi": {"state_slots": SEQUENCES + 8, "host_memory_gib": 0.005}},
 }
+WITH_TEXT = {"skip_tokenizer_init": False}
 PLENTY: dict[str, Any] = {
     "max_num_seqs": 1,
     "max_num_batched_tokens": 1024,
@@ -100,69 +88,20 @@ def questions(rng: random.Random) -> Iterator[Question]:
         yield Question(told + turns[count - 1].text, turns[count - 1].answer, max_tokens)
 
 
-class SoakEngine:
-    """A vLLM engine in this process, fed between its steps."""
+def ask(running: Engine, name: str, question: Question) -> None:
+    """Queue a question."""
+    from vllm import SamplingParams
 
-    def __init__(self, **options: Any) -> None:
-        from vllm import LLM
+    parameters = SamplingParams(temperature=0, max_tokens=question.max_tokens, ignore_eos=question.long)
+    running.llm.llm_engine.add_request(name, question.prompt, parameters)
 
-        llm = LLM(
-            str(MODEL),
-            dtype="float32",
-            max_model_len=1024,
-            enforce_eager=True,
-            disable_log_stats=True,
-            seed=0,
-            **options,
-        )
-        self.engine: Any = llm.llm_engine
-        core: Any = llm.llm_engine.engine_core
-        self.core = core.engine_core
-        self.scheduler = self.core.scheduler
-        self.states = next(
-            manager
-            for manager in self.scheduler.kv_cache_manager.coordinator.single_type_managers
-            if type(manager).__name__ == "KDAStateManager"
-        )
-        self.preemptions = 0
-        preempt = self.scheduler._preempt_request
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.preemptions += 1
-            return preempt(*args, **kwargs)
-
-        self.scheduler._preempt_request = counted
-
-    def add(self, name: str, question: Question) -> None:
-        """Queue a question."""
-        from vllm import SamplingParams
-
-        parameters = SamplingParams(temperature=0, max_tokens=question.max_tokens, ignore_eos=question.long)
-        self.engine.add_request(name, question.prompt, parameters)
-
-    def answer(self, question: Question) -> str:
-        """Ask one question, alone."""
-        self.add("alone", question)
-        while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                if output.finished:
-                    return str(output.outputs[0].text)
-        raise RuntimeError("the engine forgot the request")
-
-    def check(self) -> None:
-        """Every slot is in exactly one place; raises AssertionError."""
-        self.states.block_pool.slots.check()
-        self.states.block_pool.host.check()
-
-    def num_leaked(self) -> int:
-        """Slots and pages still in use, though no request is left."""
-        pages = self.scheduler.kv_cache_manager.block_pool
-        # One page is the null block, which is never free.
-        return int(
-            self.states.block_pool.slots.num_live
-            + len(self.states.req_to_blocks)
-            + (pages.num_gpu_blocks - 1 - pages.get_num_free_blocks())
-        )
+def num_leaked(running: Engine) -> int:
+    """Slots and pages still in use, though no request is left."""
+    pages = running.scheduler.kv_cache_manager.block_pool
+    # One page is the null block, which is never free.
+    in_use = pages.num_gpu_blocks - 1 - pages.get_num_free_blocks()
+    return int(running.slots.num_live + len(running.manager.req_to_blocks) + in_use)
 
 
 def soak(requests: int, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
@@ -174,43 +113,43 @@ def soak(requests: int, seed: int = 0, progress: Progress | None = None) -> dict
     """
     rng = random.Random(seed)
     source = questions(rng)
-    running, counts = SoakEngine(**SHORTAGE), Counter[str]()
+    counts = Counter[str]()
     asked: dict[str, Question] = {}
     doubtful: list[tuple[Question, str]] = []
-    task = progress.add_task("asking", total=requests) if progress else None
+    progress = progress or Progress(disable=True)
+    task = progress.add_task("asking", total=requests)
     started = time.perf_counter()
-    while counts["requests"] < requests or asked:
-        while counts["requests"] < requests and len(asked) < SEQUENCES + WAITING:
-            name = f"q{counts['requests']}"
-            asked[name] = next(source)
-            running.add(name, asked[name])
-            counts["requests"] += 1
-        for name in [name for name in asked if rng.random() < ABORTED]:
-            running.engine.abort_request([name])
-            del asked[name]
-            counts["aborted"] += 1
-        for output in running.engine.step():
-            question = asked.get(output.request_id)
-            if question is None or not output.finished:
-                continue
-            del asked[output.request_id]
-            _count(counts, question, output)
-            if not question.is_answered_by(output.outputs[0].text):
-                doubtful.append((question, output.outputs[0].text))
-        counts["steps"] += 1
-        running.check()
-        if progress and task is not None:
+    with engine(MODEL, **WITH_TEXT, **SHORTAGE) as running:
+        vllm = running.llm.llm_engine
+        while counts["requests"] < requests or asked:
+            while counts["requests"] < requests and len(asked) < SEQUENCES + WAITING:
+                name = f"q{counts['requests']}"
+                asked[name] = next(source)
+                ask(running, name, asked[name])
+                counts["requests"] += 1
+            for name in [name for name in asked if rng.random() < ABORTED]:
+                vllm.abort_request([name])
+                del asked[name]
+                counts["aborted"] += 1
+            for output in vllm.step():
+                question = asked.get(output.request_id)
+                if question is None or not output.finished:
+                    continue
+                del asked[output.request_id]
+                _count(counts, question, output)
+                if not question.is_answered_by(output.outputs[0].text):
+                    doubtful.append((question, output.outputs[0].text))
+            counts["steps"] += 1
+            running.slots.check()
+            running.manager.block_pool.host.check()
             progress.update(task, completed=counts["requests"] - len(asked))
-    while running.engine.has_unfinished_requests():
-        running.engine.step()
-    running.engine.step()  # the scheduler hears of the last aborts
-    seconds = time.perf_counter() - started
+        while vllm.has_unfinished_requests():
+            vllm.step()
+        vllm.step()  # the scheduler hears of the last aborts
+        seconds = time.perf_counter() - started
+        happened = {**counts, **running.counts, "preemptions": running.num_preemptions, "leaked": num_leaked(running)}
     mistakes = _model_mistakes(doubtful)
-    return {
-        **counts,
-        **running.states.block_pool.counts,
-        "preemptions": running.preemptions,
-        "leaked": running.num_leaked(),
+    return happened | {
         "wrong": len(doubtful) - mistakes,
         "model_mistakes": mistakes,
         "seconds": round(seconds, 1),
@@ -229,8 +168,16 @@ def _count(counts: Counter[str], question: Question, output: Any) -> None:
 def _model_mistakes(doubtful: list[tuple[Question, str]]) -> int:
     if not doubtful:
         return 0
-    alone = SoakEngine(**PLENTY)
-    return sum(alone.answer(question) == text for question, text in doubtful)
+    with engine(MODEL, **WITH_TEXT, **PLENTY) as alone:
+        return sum(_answer(alone, question) == text for question, text in doubtful)
+
+
+def _answer(running: Engine, question: Question) -> str:
+    ask(running, "alone", question)
+    outputs: list[Any] = []
+    while running.llm.llm_engine.has_unfinished_requests():
+        outputs = running.llm.llm_engine.step()
+    return str(outputs[0].outputs[0].text)
 
 
 def main(
@@ -242,35 +189,16 @@ def main(
 
     Exit status: 0 if no answer was wrong and no slot or page leaked, 1 if not.
     """
-    os.environ.update(ENVIRONMENT)
-    import torch
-
-    from kimi_vllm._vllm import installed_vllm
-
+    prepare(ENGINE)
     console = Console(highlight=False)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) if console.is_terminal else nullcontext() as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         counts = soak(requests, seed, progress)
-    table = Table("", "", box=None, show_header=False)
     for name, value in counts.items():
-        table.add_row(name.replace("_", " "), f"{value:,}")
-    console.print(table)
-    result = {
-        "bench": "soak",
-        "command": f"python -m serve.soak --requests {requests} --seed {seed}",
-        "counts": counts,
-        "engine": SHORTAGE,
-        "env": {
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "vllm": " ".join(installed_vllm() or ()),
-        },
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+        console.print(f"{name.replace('_', ' '):15} {value:>10,}")
     if output is not None:
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        command = f"python -m serve.soak --requests {requests} --seed {seed}"
+        save(output, {"bench": "soak", "command": command, "counts": counts, "engine": SHORTAGE}, "torch")
     raise typer.Exit(1 if counts["wrong"] or counts["leaked"] else 0)
 
 

@@ -30,7 +30,7 @@ SLOT, PAGE, IN_TREE_PAGE = 43_909_120, 516_096, 7 * 1920 * 576 * 2
 def test_ours_runs_what_slots_and_pages_allow(caching, slots, pages, running, preempts):
     num_bytes = (1 + slots) * SLOT + (1 + pages) * PAGE
     demand = Demand(slots, 1024 + concurrency._ROOM_TO_DECODE, 64, caching, 0.1, slots)
-    row = run_ours(size(concurrency._costs(), demand, num_bytes), 1024, num_bytes, "best")
+    row = run_ours(size(concurrency.costs(), demand, num_bytes), 1024, num_bytes, "best")
     assert (row.slots, row.pages, row.page_tokens) == (slots, 1 + pages, 64)
     assert row.running == running
     assert (row.preemptions > 0) == preempts

@@ -324,7 +324,7 @@ def test_the_address_of_a_server_may_be_its_apis(url, tmp_path, monkeypatch):
         asked.append(address)
         return httpx.Response(200, json={"data": [{"id": "m"}]}, request=httpx.Request("GET", address))
 
-    monkeypatch.setattr(load_test.httpx, "get", get)
+    monkeypatch.setattr(httpx, "get", get)
     with load_test._target(read(SHIPPED[0]), url, None, (), tmp_path) as (target, _, _):
         assert target.url == "http://there:8000"
     assert asked == ["http://there:8000/v1/models"]

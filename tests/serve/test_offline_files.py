@@ -284,7 +284,7 @@ def test_the_address_of_a_server_may_be_its_apis(url, tmp_path, monkeypatch):
         asked.append(address)
         return httpx.Response(200, json={"data": [{"id": "m"}]}, request=httpx.Request("GET", address))
 
-    monkeypatch.setattr(offline.httpx, "get", get)
+    monkeypatch.setattr(httpx, "get", get)
     found = survey(write_input(tmp_path, line("a", body={"model": "m"})), NONE)
     with offline._server(None, url, [], found, tmp_path / "out.jsonl") as base:
         assert base == "http://there:8000"

@@ -1,34 +1,16 @@
 """``python -m serve.bench.cache reuse``, ``concurrency`` or ``scheduler``: what the state cache spares, and costs."""
 
-import os
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated
 
 import typer
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler is what is measured, not the pipe to it
-    "OMP_NUM_THREADS": "1",  # threads bound to shared cores wait for each other, a hundred times longer than they work
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "KIMI_VLLM_STRICT": "1",  # else vLLM's own model could answer
-}
-"""Set unless the caller has set them."""
+from serve.common.environment import ENGINE, prepare
+from serve.common.machine import facts
+from serve.common.rows import take
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-
-class Row(Protocol):
-    """One line of a result."""
-
-    def as_json(self, env: dict[str, Any]) -> str:
-        """The row with its environment, as one line."""
-
-
-R = TypeVar("R", bound=Row)
 
 Json = Annotated[Path | None, typer.Option(help="Append one JSON line per row to this file.")]
 
@@ -36,16 +18,18 @@ Json = Annotated[Path | None, typer.Option(help="Append one JSON line per row to
 @app.callback()
 def main() -> None:
     """Benchmarks of the state cache. None needs a GPU or more than this repository."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare(ENGINE)
 
 
 @app.command()
 def reuse(
     traces: Annotated[list[str], typer.Option(help="chat, agent, rag; repeat for several.")] = ["chat", "agent", "rag"],  # noqa: B006
     policies: Annotated[
-        list[str], typer.Option(help="value and lru are ours, align is vLLM's own; repeat for several.")
-    ] = ["value", "lru", "align"],  # noqa: B006
+        list[str],
+        typer.Option(
+            help="value and lru are ours; align is vLLM's own, with --prefix-match-unit align-64 and align-128."
+        ),
+    ] = ["value", "lru", "align", "align-64", "align-128"],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Draws the traces.")] = 0,
     engine: Annotated[
         bool, typer.Option(help="Serve shortened traces with a real engine instead, and time first tokens.")
@@ -63,13 +47,13 @@ def reuse(
     for option, asked, known in (("--traces", traces, tuple(TRACES)), ("--policies", policies, bench.POLICIES)):
         if unknown := sorted(set(asked) - set(known)):
             raise typer.BadParameter(f"{option} is {unknown[0]}; it must be one of {', '.join(known)}")
-    env = _environment()
+    env = facts("torch", "numba", "kimi-vllm")
     if engine:
         from serve.bench.cache import first_token as real
 
-        real.report(_take(real.rows(traces, policies, seed), env, json), env)
+        real.report(take(real.rows(traces, policies, seed), env, json), env)
     else:
-        bench.report(_take(bench.rows(traces, policies, seed), env, json), env)
+        bench.report(take(bench.rows(traces, policies, seed), env, json), env)
 
 
 @app.command()
@@ -94,9 +78,9 @@ def concurrency(
     """
     from serve.bench.cache import concurrency as bench
 
-    env = _environment()
+    env = facts("torch", "numba", "kimi-vllm")
     ours, in_tree = (int((cache_gib if own is None else own) * 2**30) for own in (ours_gib, in_tree_gib))
-    bench.report(_take(bench.rows(prompts, ours, in_tree), env, json), env)
+    bench.report(take(bench.rows(prompts, ours, in_tree), env, json), env)
 
 
 @app.command()
@@ -105,24 +89,8 @@ def scheduler(json: Json = None) -> None:
     from serve.bench.cache import overhead as bench
     from serve.bench.cache.age import age_rows
 
-    env = _environment()
-    bench.report(_take([*bench.scheduler_rows(), *bench.metadata_rows(), *age_rows()], env, json), env)
-
-
-def _environment() -> dict[str, Any]:
-    from kimi_vllm.kernels.bench.common import environment, machine
-
-    return {**environment(), "vllm": machine("vllm")["vllm"]}
-
-
-def _take(rows: Iterable[R], env: dict[str, Any], path: Path | None) -> list[R]:
-    taken = []
-    for row in rows:
-        taken.append(row)
-        if path is not None:
-            with path.open("a") as file:
-                file.write(row.as_json(env) + "\n")
-    return taken
+    env = facts("torch", "numba", "kimi-vllm")
+    bench.report(take([*bench.scheduler_rows(), *bench.metadata_rows(), *age_rows()], env, json), env)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 
 from kimi_vllm.cache.host_tier import HostTier
 from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
-from serve.bench.cache.overhead import Row, quantiles
+from serve.bench.cache.overhead import Overhead, quantiles
 from serve.bench.cache.replay import Memory, make_request, our_scheduler
 from serve.bench.cache.traces import BLOCK
 
@@ -24,7 +24,7 @@ SYSTEM_PROMPT = 64
 """Blocks that all prompts on the host begin with; the state at its end is on the device."""
 
 
-def age_rows(repeats: int = 50) -> Iterator[Row]:
+def age_rows(repeats: int = 50) -> Iterator[Overhead]:
     """Statistics, an eviction, and what a prompt of a million tokens asks of the cache."""
     for what, case, act in (
         ("statistics", f"{LONG // BLOCK} hit lengths seen", _statistics()),
@@ -39,7 +39,7 @@ def age_rows(repeats: int = 50) -> Iterator[Row]:
             start = perf_counter_ns()
             timed()
             times.append((perf_counter_ns() - start) / 1e3)
-        yield Row(what, case, *quantiles(times), limit_us=200)
+        yield Overhead(what, case, *quantiles(times), limit_us=200)
 
 
 Prepared = Callable[[int], Callable[[], Any]]

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
@@ -38,9 +36,11 @@ from kimi_vllm.options import KimiOptions
 from kimi_vllm.planning import Costs, Demand, Sizing, best_concurrency, size
 from serve.bench.cache.replay import ALIGN_BLOCK, attention_spec, build, make_request, our_specs, step
 from serve.bench.cache.traces import BLOCK, VOCABULARY
+from serve.bench.engine.plan import IN_TREE, OURS
+from serve.common.rows import Row
+from serve.common.tables import ResultTable
 
 MODEL = Path(__file__).parents[3] / "configs" / "models" / "48b-a3b"
-OURS, IN_TREE = "kimi-vllm", "in-tree"
 MAX_NUM_SEQS = (256, 1024)
 """The second is vLLM's default for GPUs of this size."""
 STEP_TOKENS = 8192
@@ -52,7 +52,7 @@ _QUEUE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Admission:
     """One variant with prompts of one length. `running` is the result; `preemptions` were seen before it.
 
     Attributes:
@@ -73,9 +73,9 @@ class Row:
     pages: int
     page_tokens: int
 
-    def as_json(self, env: dict[str, Any]) -> str:
-        """Return the row with its environment, as one line."""
-        return json.dumps({"bench": "concurrency", **asdict(self), "env": env})
+    def as_row(self) -> Row:
+        """For a file."""
+        return {"bench": "concurrency", **asdict(self)}
 
 
 class _Endless(list[int]):
@@ -85,7 +85,7 @@ class _Endless(list[int]):
         return VOCABULARY[0]
 
 
-def rows(prompts: Sequence[int], ours: int, in_tree: int) -> Iterator[Row]:
+def rows(prompts: Sequence[int], ours: int, in_tree: int) -> Iterator[Admission]:
     """Every variant with every length, with so many bytes for the caches."""
     longest = max(prompts)
     for prompt, caching in product(prompts, (True, False)):
@@ -99,18 +99,19 @@ def rows(prompts: Sequence[int], ours: int, in_tree: int) -> Iterator[Row]:
 
 def default_sizing(num_bytes: int, max_num_seqs: int, longest: int, caching: bool) -> Sizing:
     """The division that the plugin makes of itself."""
-    return size(_costs(), _demand(max_num_seqs, longest, caching), num_bytes)
+    return size(costs(), _demand(max_num_seqs, longest, caching), num_bytes)
 
 
 def best_sizing(num_bytes: int, prompt: int, longest: int, caching: bool, growth: int) -> Sizing:
     """As many slots as requests of `prompt` + `growth` tokens fit, and the rest for pages."""
     demand = _demand(max(MAX_NUM_SEQS), longest, caching)
-    fitting = best_concurrency(_costs(), demand, num_bytes, prompt + growth)
-    return size(_costs(), _demand(max(2, fitting), longest, caching, max(2, fitting)), num_bytes)
+    fitting = best_concurrency(costs(), demand, num_bytes, prompt + growth)
+    return size(costs(), _demand(max(2, fitting), longest, caching, max(2, fitting)), num_bytes)
 
 
 @cache
-def _costs() -> Costs:
+def costs() -> Costs:
+    """What a state and a page of the 48B model weigh on one GPU, in bfloat16."""
     geometry = KimiGeometry.from_config(json.loads((MODEL / "config.json").read_text()))
     return Costs.of(geometry, torch.bfloat16.itemsize, BLOCK, gpu_dtype=torch.bfloat16)
 
@@ -119,7 +120,7 @@ def _demand(max_num_seqs: int, longest: int, caching: bool, state_slots: int | N
     return Demand(max_num_seqs, longest + _ROOM_TO_DECODE, BLOCK, caching, KimiOptions().checkpoint_share, state_slots)
 
 
-def run_ours(sizing: Sizing, prompt: int, num_bytes: int, division: str) -> Row:
+def run_ours(sizing: Sizing, prompt: int, num_bytes: int, division: str) -> Admission:
     """Count with our scheduler and this division."""
     demand, slots = sizing.demand, sizing.state_slots
     config = _configure(demand.max_model_len - _ROOM_TO_DECODE, demand.prefix_caching, sizing.live)
@@ -127,7 +128,7 @@ def run_ours(sizing: Sizing, prompt: int, num_bytes: int, division: str) -> Row:
     return _run(scheduler, OURS, division, demand.max_num_seqs, prompt, num_bytes, slots)
 
 
-def run_in_tree(num_bytes: int, max_num_seqs: int, prompt: int, longest: int, caching: bool) -> Row:
+def run_in_tree(num_bytes: int, max_num_seqs: int, prompt: int, longest: int, caching: bool) -> Admission:
     """Count with vLLM's scheduler and states in pages."""
     scheduler = in_tree_scheduler(num_bytes, max_num_seqs, longest, caching)
     return _run(scheduler, IN_TREE, "shared", max_num_seqs, prompt, num_bytes, 0)
@@ -190,7 +191,7 @@ def _config(caching: bool, longest: int) -> VllmConfig:
 
 def _run(
     scheduler: Any, variant: str, division: str, max_num_seqs: int, prompt: int, num_bytes: int, slots: int
-) -> Row:
+) -> Admission:
     answers: defaultdict[str, list[int]] = defaultdict(_Endless)
     offered = preemptions = steps = quiet = running = 0
     while quiet < STEADY:
@@ -209,7 +210,7 @@ def _run(
         quiet = quiet + 1 if decoding and running == before and not lost else 0
         if steps > _ROOM_TO_DECODE:
             raise RuntimeError(f"after {steps} steps {running} requests of {prompt} tokens have not come to rest")
-    return Row(
+    return Admission(
         variant=variant,
         division=division,
         prefix_caching=scheduler.cache_config.enable_prefix_caching,
@@ -229,22 +230,20 @@ def _prompt(number: int, length: int) -> list[int]:
     return random.Random(number).choices(VOCABULARY, k=length)
 
 
-def report(found: Sequence[Row], env: dict[str, Any]) -> None:
+def report(found: Sequence[Admission], env: Row) -> None:
     """Print a table."""
     small, large = MAX_NUM_SEQS
-    table = Table(title=f"requests that run at once, vLLM {env['vllm']}'s scheduler, commit {env['commit']}")
     names = ["prompt", "prefix caching", f"ours, {small}", f"ours, {large}", "ours, best", f"in-tree, {small}"]
-    for column in [*names, f"in-tree, {large}", f"ratio at {small}", f"at {large}", "best"]:
-        table.add_column(column, justify="right", no_wrap=True)
     counts: defaultdict[tuple[int, bool], dict[Any, int]] = defaultdict(dict)
     for row in found:
         key = row.division if row.division == "best" else (row.variant, row.max_num_seqs)
         counts[row.prompt, row.prefix_caching][key] = row.running
+    cells = []
     for (prompt, caching), count in counts.items():
         ours = [count[OURS, small], count[OURS, large], count["best"]]
         own = [count[IN_TREE, small], count[IN_TREE, large]]
         ratios = [f"{mine / its:.2f}" for mine, its in zip(ours, [*own, own[-1]], strict=True)]
-        table.add_row(f"{prompt:,}", "on" if caching else "off", *map(str, ours + own), *ratios)
-    console = Console()
-    console.width = max(console.width, 140)
-    console.print(table)
+        cells.append([f"{prompt:,}", "on" if caching else "off", *map(str, ours + own), *ratios])
+    title = f"requests that run at once, {env['vllm']}'s scheduler, commit {env['commit']}"
+    columns = [*names, f"in-tree, {large}", f"ratio at {small}", f"at {large}", "best"]
+    ResultTable(title, columns, cells, words=2).show()

@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.planning import Costs
 from serve.bench.cache.replay import CHECKPOINT
-from serve.bench.cache.reuse import FITS, THIRD, Workload
+from serve.bench.cache.reuse import ALIGNED, FITS, THIRD, Workload
 from serve.bench.cache.traces import BLOCK, Turn, prompt_of
+from serve.common.engine import engine
+from serve.common.rows import Row
+from serve.common.tables import ResultTable
 
 SHORT: dict[str, dict[str, int]] = {
     "chat": {"users": 4, "turns": 6, "limit": 2560},
@@ -30,7 +31,7 @@ SHORT: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FirstToken:
     """One engine on one trace. `replayed` is what the replay without a model counts for `hit`."""
 
     trace: str
@@ -43,21 +44,21 @@ class Row:
     ttft_mean_ms: float
     ttft_median_ms: float
 
-    def as_json(self, env: dict[str, Any]) -> str:
-        """Return the row with its environment, as one line."""
-        return json.dumps({"bench": "engine", **asdict(self), "env": env})
+    def as_row(self) -> Row:
+        """For a file."""
+        return {"bench": "engine", **asdict(self)}
 
 
-def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[Row]:
+def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[FirstToken]:
     """Every trace without a cache, with room for everything, and with a third of it under every policy."""
     for name in names:
         workload = Workload.of(name, seed, concurrency=1, **SHORT[name])
-        runs = [("no cache", "-"), (FITS, "value"), *((THIRD, policy) for policy in policies if policy != "align")]
+        runs = [("no cache", "-"), (FITS, "value"), *((THIRD, policy) for policy in policies if policy not in ALIGNED)]
         for regime, policy in runs:
             slots = workload.memory(FITS if policy == "-" else regime).slots
             replayed = 0 if policy == "-" else workload.run(regime, policy).hit
             hits, seconds = _serve(workload, slots, None if policy == "-" else policy)
-            yield Row(
+            yield FirstToken(
                 trace=name,
                 memory=regime,
                 policy=policy,
@@ -71,30 +72,20 @@ def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[R
 
 
 def _serve(workload: Workload, slots: int, eviction: str | None) -> tuple[list[int], list[float]]:
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     geometry = KimiGeometry.from_config(json.loads((CHECKPOINT / "config.json").read_text()))
     costs = Costs.of(geometry, itemsize=4, block_size=BLOCK)
-    llm = LLM(
-        str(CHECKPOINT),
-        max_model_len=8192,
-        max_num_seqs=1,
-        max_num_batched_tokens=8192,
-        kv_cache_memory_bytes=workload.pages * costs.page,
-        enable_prefix_caching=eviction is not None,
-        additional_config={"kimi": {"state_slots": slots, "eviction": eviction or "value"}},
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        disable_log_stats=True,
-        seed=0,
-    )
-    try:
-        _ask(llm, Turn(None, [5] * 512, [0] * 2), [5] * 512, "warm-up")
-        llm.reset_prefix_cache()
-        return _play(llm, workload.turns)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
+    options: dict[str, Any] = {
+        "max_model_len": 8192,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": 8192,
+        "kv_cache_memory_bytes": workload.pages * costs.page,
+        "enable_prefix_caching": eviction is not None,
+        "additional_config": {"kimi": {"state_slots": slots, "eviction": eviction or "value"}},
+    }
+    with engine(CHECKPOINT, **options) as running:
+        _ask(running.llm, Turn(None, [5] * 512, [0] * 2), [5] * 512, "warm-up")
+        running.llm.reset_prefix_cache()
+        return _play(running.llm, workload.turns)
 
 
 def _play(llm: LLM, turns: Sequence[Turn]) -> tuple[list[int], list[float]]:
@@ -125,24 +116,16 @@ def _ask(llm: LLM, turn: Turn, prompt: list[int], name: str) -> tuple[list[int],
     return list(last.outputs[0].token_ids), last.num_cached_tokens or 0, first
 
 
-def report(found: Sequence[Row], env: dict[str, Any]) -> None:
+def report(found: Sequence[FirstToken], env: Row) -> None:
     """Print a table."""
-    table = Table(title=f"{env['cpu']}, {env['threads']} threads, vLLM {env['vllm']}, commit {env['commit']}")
-    for column in ("trace", "state memory", "policy"):
-        table.add_column(column, no_wrap=True)
-    for column in ("prompt tokens", "hit", "replay says", "mean TTFT ms", "median"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in found:
-        table.add_row(
-            row.trace,
-            row.memory,
-            row.policy,
-            f"{row.prompt:,}",
-            f"{row.hit:,}",
-            f"{row.replayed:,}",
-            f"{row.ttft_mean_ms:.1f}",
-            f"{row.ttft_median_ms:.1f}",
-        )
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(table)
+    cells = [
+        [
+            *(row.trace, row.memory, row.policy),
+            *(f"{number:,}" for number in (row.prompt, row.hit, row.replayed)),
+            *(f"{ms:.1f}" for ms in (row.ttft_mean_ms, row.ttft_median_ms)),
+        ]
+        for row in found
+    ]
+    columns = ["trace", "state memory", "policy", "prompt tokens", "hit", "replay says", "mean TTFT ms", "median"]
+    title = f"{env['device']}, {env['cores']} cores, {env['vllm']}, commit {env['commit']}"
+    ResultTable(title, columns, cells, words=3).show()

@@ -4,7 +4,6 @@ vLLM's real scheduler runs without a model, with 256 requests. A stopwatch charg
 us or vLLM; its own cost, some tenths of a microsecond per call, is charged to us.
 """
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,6 @@ from time import perf_counter_ns
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -23,6 +20,8 @@ from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 from kimi_vllm.cache.metadata import KDAMetadataBuilder
 from serve.bench.cache.replay import Memory, make_request, our_scheduler, step
 from serve.bench.cache.traces import BLOCK, VOCABULARY
+from serve.common.rows import Row
+from serve.common.tables import ResultTable
 
 REQUESTS = 256
 LONG = 32 * 1024
@@ -30,7 +29,7 @@ OUR_SCHEDULING = ("schedule", "update_from_output", "make_stats")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Overhead:
     """Microseconds: of `what`, the median and the 90th percentile over the steps; `limit` is what we aim for."""
 
     what: str
@@ -39,9 +38,9 @@ class Row:
     p90_us: float
     limit_us: float | None = None
 
-    def as_json(self, env: dict[str, Any]) -> str:
-        """Return the row with its environment, as one line."""
-        return json.dumps({"bench": "scheduler", **asdict(self), "env": env})
+    def as_row(self) -> Row:
+        """For a file."""
+        return {"bench": "scheduler", **asdict(self)}
 
 
 class Stopwatch:
@@ -99,14 +98,14 @@ def _watched(watch: Stopwatch) -> Iterator[None]:
             setattr(owner, name, found)
 
 
-def scheduler_rows(steps: int = 400) -> Iterator[Row]:
+def scheduler_rows(steps: int = 400) -> Iterator[Overhead]:
     """Our share of a step with 256 requests: all decoding; and with a prompt of 32K tokens arriving every few steps."""
     for case, every in (("256 decoding", 0), ("256, a 32K prompt every 8 steps", 8)):
         samples = _run(steps, every)
         ours = [spent["ours"] / 1e3 / count for spent, count in samples]
         whole = [(spent["ours"] + spent["vllm"]) / 1e3 / count for spent, count in samples]
-        yield Row("ours, per request-step", case, *quantiles(ours), limit_us=20)
-        yield Row("whole scheduler, per request-step", case, *quantiles(whole))
+        yield Overhead("ours, per request-step", case, *quantiles(ours), limit_us=20)
+        yield Overhead("whole scheduler, per request-step", case, *quantiles(whole))
 
 
 def _run(steps: int, every: int) -> list[tuple[dict[str, int], int]]:
@@ -137,7 +136,7 @@ def _run(steps: int, every: int) -> list[tuple[dict[str, int], int]]:
     return samples
 
 
-def metadata_rows(steps: int = 1000) -> Iterator[Row]:
+def metadata_rows(steps: int = 1000) -> Iterator[Overhead]:
     """The metadata of a step with 256 requests, on CPU tensors."""
     spec = KDAStateSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, num_slots=4 * REQUESTS)
     builder = KDAMetadataBuilder(spec, ["model.layers.0.kda_state"], None, torch.device("cpu"))  # type: ignore[arg-type]
@@ -151,7 +150,7 @@ def metadata_rows(steps: int = 1000) -> Iterator[Row]:
             start = perf_counter_ns()
             builder.build(0, described)
             times.append((perf_counter_ns() - start) / 1e3)
-        yield Row("metadata build, per step", case, *quantiles(times), limit_us=100)
+        yield Overhead("metadata build, per step", case, *quantiles(times), limit_us=100)
 
 
 def _step_of(lengths: Sequence[int]) -> CommonAttentionMetadata:
@@ -177,16 +176,15 @@ def quantiles(values: Sequence[float]) -> tuple[float, float]:
     return ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.9)]
 
 
-def report(found: Sequence[Row], env: dict[str, Any]) -> None:
+def report(found: Sequence[Overhead], env: Row) -> None:
     """Print a table."""
-    table = Table(title=f"{env['cpu']}, {env['threads']} threads, vLLM {env['vllm']}, commit {env['commit']}")
-    for column in ("what", "case"):
-        table.add_column(column, no_wrap=True)
-    for column in ("median us", "p90 us", "at most"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in found:
-        limit = "" if row.limit_us is None else f"{row.limit_us:g}"
-        table.add_row(row.what, row.case, f"{row.median_us:,.2f}", f"{row.p90_us:,.2f}", limit)
-    console = Console()
-    console.width = max(console.width, 110)
-    console.print(table)
+    cells = [
+        [
+            *(row.what, row.case),
+            *(f"{us:,.2f}" for us in (row.median_us, row.p90_us)),
+            "" if row.limit_us is None else f"{row.limit_us:g}",
+        ]
+        for row in found
+    ]
+    title = f"{env['device']}, {env['cores']} cores, {env['vllm']}, commit {env['commit']}"
+    ResultTable(title, ["what", "case", "median us", "p90 us", "at most"], cells, words=2).show()

@@ -86,12 +86,19 @@ def our_specs(config: VllmConfig, slots: int, eviction: str = "value", **more: i
     return specs
 
 
-def align_scheduler(memory: Memory) -> Any:
-    """VLLM's scheduler and managers, with states in pages."""
+def align_scheduler(memory: Memory, match_unit: int | None = None) -> Any:
+    """VLLM's scheduler and managers, with states in pages.
+
+    Args:
+        memory: without slots.
+        match_unit: --prefix-match-unit, tokens. A hit may end at each multiple of it instead of each block of 1920, and
+            the state at the last such place in a prompt is kept too.
+    """
     config = configuration(memory, "lru")
     config.scheduler_config.scheduler_cls = None
     config.cache_config.block_size = config.cache_config.mamba_block_size = ALIGN_BLOCK
     config.cache_config.mamba_cache_mode = "align"
+    config.cache_config.prefix_match_unit = match_unit
     geometry = geometry_of(config.model_config)
     layout = SlotLayout.of(geometry, 1)
     attention = attention_spec(config, ALIGN_BLOCK)

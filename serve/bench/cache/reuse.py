@@ -4,29 +4,27 @@ Two amounts of memory. *Everything fits*: nothing is ever evicted. *A third*: sl
 third of the working set, which is the most states that have a use still to come at any time (`traces.working_set`).
 Pages of the KV cache are ample in both, so that states are what is scarce. vLLM's "align" has no slots; it gets pages
 of as many bytes as our slots and pages have together, at the sizes of the 48B model, and may use all of them for
-states.
+states. Its hits end at blocks of 1920 tokens, or with --prefix-match-unit at every 64th or 128th token.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from serve.bench.cache.concurrency import costs
 from serve.bench.cache.replay import ALIGN_BLOCK, LONGEST, Memory, Outcome, align_scheduler, our_scheduler, replay
 from serve.bench.cache.traces import BLOCK, TRACES, Turn, block_keys, prompt_of, reusable_tokens, working_set
+from serve.common.rows import Row
+from serve.common.tables import ResultTable
 
-POLICIES = ("value", "lru", "align")
+ALIGNED: dict[str, int | None] = {"align": None, "align-64": 64, "align-128": 128}
+"""VLLM's own, by --prefix-match-unit."""
+POLICIES = ("value", "lru", *ALIGNED)
 FITS, THIRD = "everything fits", "a third"
 CONCURRENCY = 8
-SLOT_BYTES, PAGE_BYTES = 45_875_200, 7 * BLOCK * 576 * 2
-"""Of the 48B model: a float32 state on one GPU, and a page of all MLA layers in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Reuse:
     """One policy on one trace with one amount of memory; tokens summed over all turns.
 
     Attributes:
@@ -55,9 +53,9 @@ class Row:
         """Of what can be reused, how much was."""
         return self.hit / self.reusable
 
-    def as_json(self, env: dict[str, Any]) -> str:
-        """Return the row with its environment, as one line."""
-        return json.dumps({"bench": "cache", **asdict(self), "share": round(self.share, 4), "env": env})
+    def as_row(self) -> Row:
+        """For a file."""
+        return {"bench": "cache", **asdict(self), "share": round(self.share, 4)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +92,15 @@ class Workload:
         slots = 4 * len(self.turns) if regime == FITS else self.concurrency + self.working_set // 3
         return Memory(self.concurrency, self.pages, slots)
 
-    def run(self, regime: str, policy: str) -> Row:
+    def run(self, regime: str, policy: str) -> Reuse:
         """Replay it."""
         memory = self.memory(regime)
-        if policy == "align":
-            num_bytes = memory.slots * SLOT_BYTES + memory.pages * PAGE_BYTES
-            memory = Memory(memory.concurrency, num_bytes // (ALIGN_BLOCK // BLOCK * PAGE_BYTES), 0)
-            outcome = replay(align_scheduler(memory), self.turns)
+        if policy in ALIGNED:
+            memory = aligned_memory(memory)
+            outcome = replay(align_scheduler(memory, ALIGNED[policy]), self.turns)
         else:
             outcome = replay(our_scheduler(memory, policy), self.turns)
-        return Row(
+        return Reuse(
             trace=self.name,
             seed=self.seed,
             memory=regime,
@@ -120,7 +117,13 @@ class Workload:
         )
 
 
-def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[Row]:
+def aligned_memory(ours: Memory) -> Memory:
+    """As many bytes as our slots and pages have in the 48B model, in pages of 1920 tokens."""
+    num_bytes = ours.slots * costs().slot + ours.pages * costs().page
+    return Memory(ours.concurrency, num_bytes // (ALIGN_BLOCK // BLOCK * costs().page), 0)
+
+
+def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[Reuse]:
     """Every trace with both amounts of memory under every policy."""
     for name in names:
         workload = Workload.of(name, seed)
@@ -129,28 +132,20 @@ def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[R
                 yield workload.run(regime, policy)
 
 
-def report(found: Sequence[Row], env: dict[str, Any]) -> None:
+def report(found: Sequence[Reuse], env: Row) -> None:
     """Print a table."""
-    table = Table(title=f"replayed through vLLM {env['vllm']}'s scheduler, commit {env['commit']}")
-    for column in ("trace", "memory", "policy"):
-        table.add_column(column, no_wrap=True)
-    for column in ("prompt tokens", "reusable", "hit", "of reusable", "computed", "hit / lru", "slots"):
-        table.add_column(column, justify="right", no_wrap=True)
     recency = {(row.trace, row.memory): row.hit for row in found if row.policy == "lru"}
+    cells = []
     for row in found:
         base = recency.get((row.trace, row.memory))
-        table.add_row(
-            row.trace,
-            row.memory,
-            row.policy,
-            f"{row.prompt:,}",
-            f"{row.reusable:,}",
-            f"{row.hit:,}",
-            f"{row.share:.1%}",
-            f"{row.prompt - row.hit:,}",
-            f"{row.hit / base:.2f}x" if base else "",
-            f"{row.slots:,}" if row.slots else f"{row.pages:,} p.",
+        numbers = (f"{number:,}" for number in (row.prompt, row.reusable, row.hit))
+        cells.append(
+            [
+                *(row.trace, row.memory, row.policy, *numbers, f"{row.share:.1%}", f"{row.prompt - row.hit:,}"),
+                f"{row.hit / base:.2f}x" if base else "",
+                f"{row.slots:,}" if row.slots else f"{row.pages:,} p.",
+            ]
         )
-    console = Console()
-    console.width = max(console.width, 140)
-    console.print(table)
+    columns = ["trace", "memory", "policy", "prompt tokens", "reusable", "hit", "of reusable", "computed", "hit / lru"]
+    title = f"replayed through {env['vllm']}'s scheduler, commit {env['commit']}"
+    ResultTable(title, [*columns, "slots"], cells, words=3).show()
