@@ -173,12 +173,12 @@ _TRACES = {"chat": "chat, 32 users", "agent": "branching agents", "rag": "questi
 def cache_replay() -> str:
     """Share of reusable prompt tokens that are not computed again."""
     share = {(row["trace"], row["memory"], row["policy"]): row["share"] for row in lines(ENGINE / "cache.jsonl")}
-    columns = list(dict.fromkeys((memory, policy) for _, memory, policy in share))
-    cells = [
-        [what, *(f"{share[trace, *column]:.1%}" if (trace, *column) in share else NONE for column in columns)]
-        for trace, what in _TRACES.items()
-    ]
-    return table(["trace", *(f"{policy}, {memory}" for memory, policy in columns)], cells)
+    policies = list(dict.fromkeys(policy for _, _, policy in share))
+    cells = []
+    for trace, memory in dict.fromkeys((trace, memory) for trace, memory, _ in share):
+        found = [share.get((trace, memory, policy)) for policy in policies]
+        cells.append([_TRACES[trace], memory, *(NONE if value is None else f"{value:.1%}" for value in found)])
+    return table(["trace", "memory", *policies], cells, left=2)
 
 
 def cache_first_token() -> str:
