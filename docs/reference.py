@@ -1,4 +1,4 @@
-"""Tables that describe the code: options, profiles, scenarios, metrics, what is tested, what is refused, the files."""
+"""Tables that describe the code: options, profiles, scenarios, metrics, what is tested, the files."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from docs.tables import NONE, ROOT, table
 from kimi_vllm.options import KimiOptions
-from serve.bench.engine.tables import tokens
+from serve.common.tables import tokens
 from tests.support.record import FEATURES
 
 

@@ -2,10 +2,13 @@
 
 import json
 
-from docs.tables import ENGINE, KERNELS, NONE, lines, micros, pair, table
+from docs.tables import ENGINE, KERNELS, NONE, micros, pair, table
 from serve.bench.engine.plan import IN_TREE, OURS
-from serve.bench.engine.rows import Row, latest, read
-from serve.bench.engine.tables import tables, tokens
+from serve.bench.engine.rows import latest, read
+from serve.bench.engine.tables import tables
+from serve.common import rows as plain
+from serve.common.rows import Row
+from serve.common.tables import tokens
 
 MACHINES = {
     "One H200, bfloat16": "h200.jsonl",
@@ -105,7 +108,7 @@ def long_requests() -> str:
 def concurrency() -> str:
     """Requests that run at once in 34 GiB."""
     found: dict[tuple[bool, int], dict[tuple[str, str], list[int]]] = {}
-    for row in lines(ENGINE / "concurrency.jsonl"):
+    for row in plain.read(ENGINE / "concurrency.jsonl"):
         point = found.setdefault((row["prefix_caching"], row["prompt"]), {})
         point.setdefault((row["variant"], row["division"]), []).append(row["running"])
     kinds = ((OURS, "default"), (OURS, "best"), (IN_TREE, "shared"))
@@ -119,7 +122,7 @@ def concurrency() -> str:
 def cpu_kernels() -> str:
     """The CPU kernels beside plain torch operators."""
     found: dict[str, dict[str, Row]] = {}
-    for row in lines(KERNELS / "cpu-2core-epyc.jsonl"):
+    for row in plain.read(KERNELS / "cpu-2core-epyc.jsonl"):
         case = row["case"]
         if case["H"] == 32:
             what = f"decode, batch {case['N']}" if row["bench"] == "kda_decode" else f"prefill, {case['T']} tokens"
@@ -143,7 +146,7 @@ def gpu_kernels() -> str:
     """The Triton kernels beside vLLM's and flash-linear-attention's."""
     points = {
         (row["bench"], json.dumps(row["case"]), row["provider"]): row["p50_us"]
-        for row in lines(KERNELS / "h200.jsonl")
+        for row in plain.read(KERNELS / "h200.jsonl")
         if row["dtype"]["state"] == "fp32"
     }
     cells = []
@@ -172,7 +175,7 @@ _TRACES = {"chat": "chat, 32 users", "agent": "branching agents", "rag": "questi
 
 def cache_replay() -> str:
     """Share of reusable prompt tokens that are not computed again."""
-    share = {(row["trace"], row["memory"], row["policy"]): row["share"] for row in lines(ENGINE / "cache.jsonl")}
+    share = {(row["trace"], row["memory"], row["policy"]): row["share"] for row in plain.read(ENGINE / "cache.jsonl")}
     policies = list(dict.fromkeys(policy for _, _, policy in share))
     cells = []
     for trace, memory in dict.fromkeys((trace, memory) for trace, memory, _ in share):
@@ -184,7 +187,7 @@ def cache_replay() -> str:
 def cache_first_token() -> str:
     """What hits are worth in a real engine."""
     found: dict[str, dict[str, float]] = {}
-    for row in lines(ENGINE / "first-token-2core-epyc.jsonl"):
+    for row in plain.read(ENGINE / "first-token-2core-epyc.jsonl"):
         column = f"{row['memory']}, {row['policy']}".removesuffix(", -")
         found.setdefault(row["trace"], {})[column] = row["ttft_mean_ms"]
     columns = list(dict.fromkeys(column for row in found.values() for column in row))
@@ -194,7 +197,7 @@ def cache_first_token() -> str:
 
 def scheduler() -> str:
     """What our part of a step costs on the host."""
-    rows = lines(ENGINE / "scheduler-2core-epyc.jsonl")
+    rows = plain.read(ENGINE / "scheduler-2core-epyc.jsonl")
     cells = [[row["what"], row["case"], f"{row['median_us']:.1f}", f"{row['p90_us']:.1f}"] for row in rows]
     return table(["256 requests", "step", "median, µs", "p90, µs"], cells, left=2)
 

@@ -1,10 +1,8 @@
 """What every generated table shares: where results are, and how cells look."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ENGINE = ROOT / "serve" / "bench" / "results"
@@ -35,8 +33,3 @@ def micros(us: float) -> str:
     """Three digits, in the unit that fits."""
     number, unit = (us, "µs") if us < 500 else (us / 1000, "ms")
     return f"{number:.{max(0, 2 - int(math.log10(number)))}f} {unit}"
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
