@@ -7,7 +7,8 @@ from typing import Any
 from docs.regions import ENGINE, NONE, _region, _table, _times
 from serve.bench.engine.plan import IN_TREE, OURS
 from serve.bench.engine.rows import Row, latest, read
-from serve.bench.engine.tables import tables, tokens
+from serve.bench.engine.tables import tables
+from serve.common.tables import tokens
 
 LATE_MS = 0.5  # the host's usual part of a decode step is 0.1 to 0.2 ms
 

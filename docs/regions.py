@@ -17,7 +17,7 @@ import yaml
 from kimi_vllm.options import KimiOptions
 from serve.bench.engine.plan import IN_TREE, OURS
 from serve.bench.engine.rows import Row
-from serve.bench.engine.tables import tokens
+from serve.common.tables import tokens
 from tests.support.record import FEATURES
 
 ROOT = Path(__file__).parents[1]
@@ -140,23 +140,17 @@ _TRACES = {"chat": "chat, 32 users", "agent": "agents that branch", "rag": "ques
 
 @_region
 def cache_replay() -> str:
-    """Share of reusable tokens that are not computed again."""
-    share = {}
-    for line in (ENGINE / "cache.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        share[row["trace"], row["memory"], row["policy"]] = row["share"]
-    memories = dict.fromkeys(memory for _, memory, _ in share)
-    columns = ["trace", *(f"{policy}, {memory}" for memory in memories for policy in ("value", "lru", "align"))]
-    cells = [
-        [what]
-        + [
-            f"{share[trace, memory, policy]:.1%}" if (trace, memory, policy) in share else NONE
-            for memory in memories
-            for policy in ("value", "lru", "align")
-        ]
-        for trace, what in _TRACES.items()
-    ]
-    return _table(columns, cells)
+    """Share of reusable tokens that are not computed again, the best of a line in bold."""
+    lines: dict[tuple[str, str], dict[str, float]] = {}
+    for row in map(json.loads, (ENGINE / "cache.jsonl").read_text().splitlines()):
+        lines.setdefault((row["trace"], row["memory"]), {})[row["policy"]] = row["share"]
+    columns = dict.fromkeys(policy for shares in lines.values() for policy in shares)
+    cells = []
+    for (trace, memory), shares in lines.items():
+        best = max(shares.values())
+        texts = (f"**{share:.1%}**" if share == best else f"{share:.1%}" for share in shares.values())
+        cells.append([_TRACES[trace], memory, *texts])
+    return _table(["trace", "memory", *columns], cells)
 
 
 @_region
