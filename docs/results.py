@@ -21,10 +21,8 @@ MACHINES = {
 _K = 1024
 _SUMMARY = {
     "Decode, batch 1, 4K context, ms/token": ("tpot", {"context": 4 * _K, "batch": "1"}),
-    "Decode, batch 1, 32K context, ms/token": ("tpot", {"context": 32 * _K, "batch": "1"}),
     "Decode, batch 1, 128K context, ms/token": ("tpot", {"context": 128 * _K, "batch": "1"}),
     "TTFT, 8K prompt, ms": ("prefill", {"prompt": 8 * _K}),
-    "TTFT, 32K prompt, ms": ("prefill", {"prompt": 32 * _K}),
     "p99 ITL, batch 64 at 4K, 8K prompts arrive, ms": (
         "mixed",
         {"decoders": 64, "context": 4 * _K, "prompt": 8 * _K},
@@ -174,13 +172,14 @@ _TRACES = {"chat": "chat, 32 users", "agent": "branching agents", "rag": "questi
 
 
 def cache_replay() -> str:
-    """Share of reusable prompt tokens that are not computed again."""
+    """Share of reusable prompt tokens that are not computed again, the best of a line in bold."""
     share = {(row["trace"], row["memory"], row["policy"]): row["share"] for row in plain.read(ENGINE / "cache.jsonl")}
     policies = list(dict.fromkeys(policy for _, _, policy in share))
     cells = []
     for trace, memory in dict.fromkeys((trace, memory) for trace, memory, _ in share):
-        found = [share.get((trace, memory, policy)) for policy in policies]
-        cells.append([_TRACES[trace], memory, *(NONE if value is None else f"{value:.1%}" for value in found)])
+        found = [share[trace, memory, policy] for policy in policies]
+        shown = (f"**{value:.1%}**" if value == max(found) else f"{value:.1%}" for value in found)
+        cells.append([_TRACES[trace], memory, *shown])
     return table(["trace", "memory", *policies], cells, left=2)
 
 

@@ -95,6 +95,11 @@ def test_no_bare_import_of_kernels(path: Path) -> None:
     assert not [name for name in imports(path) if name.split(".")[0] == "kernels"]
 
 
+def test_no_file_edits_the_path_of_imports() -> None:
+    files = [path for path in python_files(*SOURCE_FOLDERS) if path != Path(__file__)]
+    assert [relative(path) for path in files if "sys.path" in path.read_text()] == []
+
+
 @pytest.mark.parametrize("path", python_files(*SOURCE_FOLDERS), ids=relative)
 def test_no_file_is_longer_than_a_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
@@ -183,6 +188,8 @@ def test_wheel_carries_kernels_data_and_type_marker(tmp_path: Path) -> None:
         timeout=120,
     )
     (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("kimi_vllm/")}
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {name for name in names if name.startswith("kimi_vllm/")}
+    assert all(".dist-info/" in name for name in set(names) - packed), "tools and tests stay in the repository"
     kernels = {f"kimi_vllm/{relative(path)}" for path in python_files("kernels")}
     assert kernels | {"kimi_vllm/py.typed", "kimi_vllm/kernels/tuned/some_device.json"} <= packed

@@ -19,12 +19,10 @@ has no endpoint for plain completions. Here `vllm serve` does the work, in a pro
 
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -35,7 +33,7 @@ from serve.batch.progress import BatchProgress
 from serve.batch.requests import BatchError, Mark, Survey, left_to_do, survey
 from serve.batch.results import Results
 from serve.batch.runner import Run, client, send
-from serve.common.server import Server, ServerError, models, root_of
+from serve.common.server import Server, ServerError, interrupt_on_sigterm, models, root_of
 
 START_SECONDS = 3600  # weights of 100 GB from a network disk
 KEY = os.environ.get("OPENAI_API_KEY", "none")
@@ -63,7 +61,7 @@ def main(
     Exit status: 0 all lines are answered, 1 some failed, 2 the run could not finish, 130 interrupted.
     OPENAI_API_KEY is sent to the server if it is set.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     if (model is None) == (url is None):
         raise typer.BadParameter("give either --model or --url")
     if url and options:
@@ -153,11 +151,6 @@ def _summarise(progress: BatchProgress, output: Path, errors: Path) -> None:
     )
     if progress.failed:
         console.print(Text(f"{progress.failed:,} failed; the lines and why: {errors}", style="yellow"))
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """As Ctrl-C does: leave through the context managers, so that answers are written and the server is stopped."""
-    signal.raise_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":

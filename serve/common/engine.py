@@ -1,22 +1,11 @@
 """Real vLLM engines, several per process, and a look inside them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 RECALL = Path(__file__).parents[2] / "configs" / "models" / "recall"
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One greedy answer; `cached` is how many prompt tokens came from the prefix cache."""
-
-    prompt: list[int]
-    tokens: list[int]
-    logprobs: list[float]
-    cached: int
 
 
 SMALL: dict[str, Any] = {
@@ -97,29 +86,6 @@ class Engine:
         """The worker's state tensors."""
         return self.model.model.state_home.pool
 
-    def complete(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **sampling: Any) -> list[Completion]:
-        """Answer prompts of token ids greedily, all at once, and check that every slot came back."""
-        from vllm import SamplingParams, TokensPrompt
-
-        parameters = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, detokenize=False, **sampling
-        )
-        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
-        self.check_idle()
-        return [
-            Completion(
-                prompt=list(output.prompt_token_ids),
-                tokens=list(output.outputs[0].token_ids),
-                logprobs=[
-                    step[token].logprob
-                    for step, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
-                ],
-                cached=output.num_cached_tokens or 0,
-            )
-            for output in outputs
-        ]
-
     def check_idle(self) -> None:
         """No request is left, so no slot may be live and none may be lost."""
         self.slots.check()
@@ -129,25 +95,28 @@ class Engine:
         assert not self.manager.req_to_blocks
 
 
+E = TypeVar("E", bound=Engine)
+
+
 @contextmanager
 def engine(checkpoint: Path, **options: Any) -> Iterator[Engine]:
     """A small engine that is shut down again, so that the next one finds a clean process."""
-    with engines(checkpoint, {"": options}) as started:
+    with engines(Engine, checkpoint, {"": options}) as started:
         yield started[""]
 
 
 @contextmanager
-def engines(checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -> Iterator[dict[Any, Engine]]:
-    """Several engines at once, by name. They share vLLM's process groups, so they go together."""
+def engines(kind: type[E], checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -> Iterator[dict[Any, E]]:
+    """Several small engines at once, by name. They share vLLM's process groups, so they go together."""
     import torch
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
     small = SMALL | (SMALL_ON_GPU if torch.cuda.is_available() else {})
-    started: dict[Any, Engine] = {}
+    started: dict[Any, E] = {}
     try:
         for name, options in configurations.items():
-            started[name] = Engine(checkpoint, **(small | options))
+            started[name] = kind(checkpoint, **(small | options))
         yield started
     finally:
         for running in started.values():

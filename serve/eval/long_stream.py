@@ -6,11 +6,11 @@ from typing import Any
 
 import psutil
 import torch
-from rich.table import Table
 from vllm import SamplingParams, TokensPrompt
 
 from kimi_vllm.config_hook import geometry_of
 from serve.common.engine import Engine, engine
+from serve.common.tables import ResultTable
 from serve.eval.tasks import BOS, FILLERS, FIRST_FILLER, NEEDLE_KEYS, NEEDLE_VALUES, TASKS
 
 DEPTHS = (0.01, 0.5, 0.99)
@@ -144,36 +144,21 @@ def read_and_ask(
     }
 
 
-def table(result: dict[str, Any]) -> Table:
+def table(result: dict[str, Any]) -> ResultTable:
     """The result for people."""
     sizes, memory = result["sizes"], result["memory"]
-    shown = Table(
-        title=f"{result['tokens']:,} tokens in steps of {result['chunk']:,}; resident memory "
+    title = (
+        f"{result['tokens']:,} tokens in steps of {result['chunk']:,}; resident memory "
         f"{memory[0]['rss_mib']:,.0f} MiB after the first step, {memory[-1]['rss_mib']:,.0f} after the last; "
         f"{memory[-1]['slots']} slot of {sizes['slot_bytes'] / MIB:.2f} MiB, "
-        f"{memory[-1]['pages']:,} pages of {sizes['page_bytes'] / 1024:.0f} KiB",
-        title_justify="left",
+        f"{memory[-1]['pages']:,} pages of {sizes['page_bytes'] / 1024:.0f} KiB"
     )
-    for column in (
-        "needle at",
-        "tokens ago",
-        "right answer",
-        "answer",
-        "from cache",
-        "steps",
-        "seconds",
-        "CPU seconds",
-    ):
-        shown.add_column(column, justify="right")
-    for row in result["asked"]:
-        shown.add_row(
-            f"{row['depth']:.0%}",
-            f"{row['tokens_ago']:,}",
-            row["right"],
-            row["answer"],
-            f"{row['cached']:,}",
-            str(row["steps"]),
-            f"{row['seconds']:.1f}",
-            f"{row['cpu_seconds']:.1f}",
-        )
-    return shown
+    columns = ["needle at", "tokens ago", "right answer", "answer", "from cache", "steps", "seconds", "CPU seconds"]
+    cells = [
+        [
+            *(f"{row['depth']:.0%}", f"{row['tokens_ago']:,}", row["right"], row["answer"], f"{row['cached']:,}"),
+            *(str(row["steps"]), f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}"),
+        ]
+        for row in result["asked"]
+    ]
+    return ResultTable(title, columns, cells, words=0)

@@ -6,7 +6,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,6 @@ from serve.eval.tasks import TASKS, Task
 
 SECONDS_TO_MEASURE = 45
 """Kept back by `all` for loading libraries and measuring the trained models."""
-MAX_TAR_BYTES = 16_000_000
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Minutes = Annotated[float, typer.Option(help="Time limit; the schedule is stretched to it.")]
@@ -102,34 +100,6 @@ def one(
         typer.echo(f"{name}-s{seed} done, step {curve.step[-1]}, {condition}: {text}")
 
 
-def _pack(out: Path, tar: Path) -> list[Path]:
-    """Write all results into tar files of at most MAX_TAR_BYTES: weights of each task's best seed only."""
-    runs: dict[str, list[tuple[float, Path]]] = {}
-    for path in sorted(out.glob("*/training.json")):
-        run = json.loads(path.read_text())
-        runs.setdefault(run["task"], []).append((-sum(run["accuracy"]["transformers"].values()), path.parent))
-    best = {min(found)[1] for found in runs.values()}
-    files = [
-        path
-        for folder in sorted(path for found in runs.values() for _, path in found)
-        for path in sorted(folder.iterdir())
-        if path.name == "training.json" or folder in best
-    ]
-    files += sorted(out.glob("*.log"))
-    written: list[Path] = []
-    room = 0
-    for path in files:
-        size = path.stat().st_size + 2048
-        if size > room:
-            written.append(tar.with_stem(f"{tar.stem}-{len(written)}"))
-            tarfile.open(written[-1], "w").close()
-            room = MAX_TAR_BYTES - 10240
-        with tarfile.open(written[-1], "a") as archive:
-            archive.add(path, path.relative_to(out))
-        room -= size
-    return written
-
-
 @app.command("all")
 def everything(
     out: Annotated[Path, typer.Option(help="One folder a run is made in it.")],
@@ -139,7 +109,6 @@ def everything(
     first_seed: Annotated[int, typer.Option(help="Seed of the first run; the others follow.")] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens in a batch.")] = training.Recipe.tokens,
     max_length: Annotated[int, typer.Option(help="Of training sequences.")] = 512,
-    tar: Annotated[Path | None, typer.Option(help="Also pack FILE-0.tar, FILE-1.tar, ... of 16 MB at most.")] = None,
 ) -> None:
     """Train all tasks beside each other, a process each. Exits with 1 if one fails."""
     out.mkdir(parents=True, exist_ok=True)
@@ -151,26 +120,14 @@ def everything(
     for seed in range(first_seed, first_seed + seeds):
         for name in TASKS:
             label = f"{name}-s{seed}"
-            command = [
-                sys.executable,
-                "-m",
-                "serve.eval.train",
-                "one",
-                name,
-                "--out",
-                str(out / label),
-                "--device",
-                device,
-            ]
-            command += ["--seed", str(seed), "--minutes", f"{left / 60:.3f}", "--tokens", str(tokens)]
-            command += ["--max-length", str(max_length)]
+            options = {"out": out / label, "device": device, "seed": seed, "minutes": f"{left / 60:.3f}"}
+            options |= {"tokens": tokens, "max-length": max_length}
+            command = [sys.executable, "-m", "serve.eval.train", "one", name]
+            command += [f"--{option}={value}" for option, value in options.items()]
             # One GPU for each run, in turns.
             gpu = {"CUDA_VISIBLE_DEVICES": str(len(runs) % gpus)} if gpus > 1 else {}
             runs[label] = subprocess.Popen(command, env=os.environ | gpu)
     failed = [label for label, run in runs.items() if run.wait() != 0]
-    if tar is not None:
-        for path in _pack(out, tar):
-            typer.echo(f"{path}: {path.stat().st_size} bytes")
     if failed:
         typer.echo(f"failed: {', '.join(failed)}", err=True)
         raise typer.Exit(1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import typer
 from transformers import KimiLinearForCausalLM
 
+from serve.common.training import decayed_apart, switched_off
 from serve.eval import fast_kda
 from serve.eval.tasks import FILLERS, FIRST_FILLER, NOT_SCORED, Batch, Task
 
@@ -109,9 +110,7 @@ class Stepper:
         if recipe.mla_dropout:
             fast_kda.drop(model, "full_attention", recipe.mla_dropout)
         self.lr = torch.zeros((), device=device)
-        decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and "A_log" not in name]
-        kept = [p for name, p in model.named_parameters() if p.dim() < 2 or "A_log" in name]
-        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        groups = decayed_apart(model, recipe.weight_decay)
         cuda = device.type == "cuda"
         self._optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=cuda, capturable=cuda)
         for parameter in model.parameters():
@@ -333,7 +332,7 @@ def final_accuracy(model: KimiLinearForCausalLM, task: Task, recipe: Recipe) -> 
         with fast_kda.state_reset_every(every):
             result[name] = measure()
     for name, kind in (("KDA layers switched off", "linear_attention"), ("MLA layer switched off", "full_attention")):
-        with fast_kda.switched_off(model, kind):
+        with switched_off(model, kind):
             result[name] = measure()
     return result
 

@@ -10,13 +10,11 @@ script words its command lines, samples /metrics meanwhile, and draws. The folde
 the generator wrote for each point. Ctrl-C ends the point that runs and writes the report of those before it.
 """
 
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -24,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from serve.common.server import Server, ServerError, models, root_of
+from serve.common.server import Server, ServerError, interrupt_on_sigterm, models, root_of
 from serve.load import compare as comparison
 from serve.load import record as records
 from serve.load import report, verdict
@@ -58,7 +56,7 @@ def main(
     Exit status: 0 all points are measured, 1 some failed or a soak's verdict is no, 2 nothing could start, 130
     interrupted.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     try:
         if compare:
             first, second = (records.load(path) for path in compare)
@@ -177,11 +175,6 @@ def _point(
     took = f"({found.ended - found.started:.0f} s)"
     progress.console.print(Text(f"  {point.label}: {found.error or shown} {took}", "red" if found.error else ""))
     return found
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """As Ctrl-C does: end what runs and write the report."""
-    signal.raise_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from serve.common.engine import Engine, engine
 from serve.common.environment import ENGINE, prepare
@@ -191,8 +191,7 @@ def main(
     """
     prepare(ENGINE)
     console = Console(highlight=False)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         counts = soak(requests, seed, progress)
     for name, value in counts.items():
         console.print(f"{name.replace('_', ' '):15} {value:>10,}")

@@ -10,7 +10,8 @@ from serve.bench.engine.plan import IN_TREE, OURS, Plan
 from serve.bench.engine.profile_steps import Kernel, categorise, summarise
 from serve.bench.engine.rows import Rows, latest, read
 from serve.bench.engine.step_clock import StepClock, percentile, summary_ms
-from serve.bench.engine.tables import tables, tokens
+from serve.bench.engine.tables import tables
+from serve.common.tables import tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,3 +150,17 @@ def test_a_profile_written_before_a_kernel_was_known_is_sorted_again():
     assert again["gpu_ms"] == {"GEMM": 1.25, "other": 0.25}
     assert again["other_kernels_ms"] == {"gumbel": 0.25}
     assert categorise_again({"skipped": "no GPU"}) == {"skipped": "no GPU"}
+
+
+def test_each_category_of_kernels_has_its_times_below_its_own_name(tmp_path):
+    """Whatever the order in which a profile lists them."""
+    gpu_ms = {"other": 5.0, "KDA": 2.0, "MoE": 3.0, "MLA": 1.0, "GEMM": 4.0}
+    profile = {"gpu_ms": gpu_ms, "kernel_sum_ms": 15.0, "gaps_ms": 0.5, "kernels": 100}
+    Rows(tmp_path / "rows", OURS).write(
+        "tpot",
+        {"context": 4096, "batch": "1"},
+        {"requests": 1, "tpot": {"p50_ms": 1.0}, "tokens_per_s": 1e3, "floor_ms": None, "profile": profile},
+    )
+    [table] = [one for one in tables(read(tmp_path / "rows")) if one.title.startswith("GPU time")]
+    found = dict(zip(table.columns, table.cells[0], strict=True))
+    assert {name: float(found[name]) for name in gpu_ms} == gpu_ms

@@ -1,24 +1,67 @@
-"""Answers that must be equal, prompts, and slots that a broken request left behind; engines are `serve.common`'s."""
+"""Engines that complete prompts, answers that must be equal, and slots that a broken request left behind."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from serve.common.engine import RECALL, Completion, Engine, engine, engines
+from serve.common import engine as common
+from serve.common.engine import RECALL as RECALL
 
-__all__ = [
-    "RECALL",
-    "Completion",
-    "Engine",
-    "check_cold",
-    "check_equal",
-    "engine",
-    "engines",
-    "poison",
-    "random_prompts",
-]
+
+@dataclass(frozen=True)
+class Completion:
+    """One greedy answer; `cached` is how many prompt tokens came from the prefix cache."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    cached: int
+
+
+class Engine(common.Engine):
+    """One that answers token ids with token ids."""
+
+    def complete(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **sampling: Any) -> list[Completion]:
+        """Answer prompts of token ids greedily, all at once, and check that every slot came back."""
+        from vllm import SamplingParams, TokensPrompt
+
+        parameters = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, detokenize=False, **sampling
+        )
+        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
+        self.check_idle()
+        return [
+            Completion(
+                prompt=list(output.prompt_token_ids),
+                tokens=list(output.outputs[0].token_ids),
+                logprobs=[
+                    step[token].logprob
+                    for step, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
+                ],
+                cached=output.num_cached_tokens or 0,
+            )
+            for output in outputs
+        ]
+
+
+@contextmanager
+def engine(checkpoint: Path, **options: Any) -> Iterator[Engine]:
+    """See `serve.common.engine`."""
+    with engines(checkpoint, {"": options}) as started:
+        yield started[""]
+
+
+@contextmanager
+def engines(checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -> Iterator[dict[Any, Engine]]:
+    """See `serve.common.engine`."""
+    with common.engines(Engine, checkpoint, configurations) as started:
+        yield started
 
 
 def check_equal(completion: Completion, plain: Completion) -> None:

@@ -9,9 +9,8 @@ from serve.common.environment import ENGINE, prepare
 from serve.common.machine import facts
 from serve.common.rows import take
 
+PACKAGES = ("torch", "numba", "kimi-vllm")
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-
-
 Json = Annotated[Path | None, typer.Option(help="Append one JSON line per row to this file.")]
 
 
@@ -47,7 +46,7 @@ def reuse(
     for option, asked, known in (("--traces", traces, tuple(TRACES)), ("--policies", policies, bench.POLICIES)):
         if unknown := sorted(set(asked) - set(known)):
             raise typer.BadParameter(f"{option} is {unknown[0]}; it must be one of {', '.join(known)}")
-    env = facts("torch", "numba", "kimi-vllm")
+    env = facts(*PACKAGES)
     if engine:
         from serve.bench.cache import first_token as real
 
@@ -78,7 +77,7 @@ def concurrency(
     """
     from serve.bench.cache import concurrency as bench
 
-    env = facts("torch", "numba", "kimi-vllm")
+    env = facts(*PACKAGES)
     ours, in_tree = (int((cache_gib if own is None else own) * 2**30) for own in (ours_gib, in_tree_gib))
     bench.report(take(bench.rows(prompts, ours, in_tree), env, json), env)
 
@@ -89,7 +88,7 @@ def scheduler(json: Json = None) -> None:
     from serve.bench.cache import overhead as bench
     from serve.bench.cache.age import age_rows
 
-    env = facts("torch", "numba", "kimi-vllm")
+    env = facts(*PACKAGES)
     bench.report(take([*bench.scheduler_rows(), *bench.metadata_rows(), *age_rows()], env, json), env)
 
 

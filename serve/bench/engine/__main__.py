@@ -12,83 +12,76 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from dataclasses import replace
+from dataclasses import fields, replace
 from json import loads as read_json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from serve.bench.engine.plan import IN_TREE, MEASUREMENTS, OURS, Plan
 from serve.bench.engine.rows import Rows, read
-from serve.bench.engine.tables import ResultTable, tables
+from serve.bench.engine.tables import tables
 from serve.bench.engine.variant import run_variant
+from serve.common.environment import ENGINE
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "serve" / "bench" / "results"
 RECALL = ROOT / "configs" / "models" / "recall"
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core is stepped from here
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+SETTINGS = ENGINE | {
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # with several GPUs, functions of this benchmark are sent to the workers
 }
 """Of every variant's process, unless the caller has set them."""
 # The experts are vLLM's in both, so what is tuned for them serves both.
 MOE_CONFIGS = ROOT / "kimi_vllm" / "moe_configs"
 PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
-    "ours": (OURS, {"KIMI_VLLM_STRICT": "1"}),  # else vLLM's own model could answer
+    "ours": (OURS, {"KIMI_VLLM_STRICT": "1"}),
     # Its all-reduce fused into a product needs a library that plain installations lack; on one GPU it has no use.
     "in-tree": (
         IN_TREE,
-        {"KIMI_VLLM_DISABLE": "1", "VLLM_KIMI_K3_GEMM_AR": "0", "VLLM_TUNED_CONFIG_FOLDER": str(MOE_CONFIGS)},
+        {
+            "KIMI_VLLM_DISABLE": "1",
+            "VLLM_KIMI_K3_GEMM_AR": "0",
+            "VLLM_TUNED_CONFIG_FOLDER": str(MOE_CONFIGS),
+        },
     ),
 }
 GRACE_S = 60
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode=None)
 console = Console(highlight=False)
-console.width = max(console.width, 120)
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        units = {"K": 1 << 10, "M": 1 << 20}
-        return tuple(
-            int(word[:-1]) * units[word[-1]] if word[-1] in units else int(word)
-            for word in text.upper().replace(" ", "").split(",")
-        )
-    except (ValueError, IndexError) as error:
-        raise typer.BadParameter(f"{text!r}: expected lengths in tokens such as 4K,128K,1M or 4096,131072") from error
+def _numbers(text: str) -> tuple[int, ...]:
+    units = {"K": 1 << 10, "M": 1 << 20}
+    found = [re.fullmatch(r"(\d+)([KM]?)", word) for word in text.upper().replace(" ", "").split(",")]
+    if not all(found):
+        raise typer.BadParameter(f"{text!r}: expected lengths in tokens such as 4K,128K,1M or 4096,131072")
+    return tuple(int(length[1]) * units.get(length[2], 1) for length in found if length)
 
 
-def _loads(text: str | None) -> tuple[tuple[int, int, int], ...] | None:
-    if text is None:
-        return None
+def _loads(text: str) -> tuple[tuple[int, ...], ...]:
     found = [re.fullmatch(r"(\d+)x(\w+)\+(\w+)", word.strip()) for word in text.split(",")]
     if not all(found):
         raise typer.BadParameter(f"{text!r}: expected requests x prompt + output, such as 64x4K+128")
-    return tuple((int(load[1]), *(_numbers(f"{load[2]},{load[3]}") or ())) for load in found if load)
+    return tuple((int(load[1]), *_numbers(f"{load[2]},{load[3]}")) for load in found if load)
+
+
+READ = {"contexts": _numbers, "prompts": _numbers, "prefills": _numbers, "loads": _loads}
+"""How options are read that are lists in a plan; the others are what they are there."""
 
 
 @app.command()
 def run(
+    context: typer.Context,
     model: Annotated[Path, typer.Option(help="Folder with a config.json.", exists=True, file_okay=False)] = RECALL,
     variant: Annotated[list[str], typer.Option(help="ours, in-tree; repeat for both.")] = ["ours", "in-tree"],  # noqa: B006
     measure: Annotated[
         list[str],
         typer.Option(help="Some of ready, tpot, concurrency, mixed, prefill, throughput; repeat for several."),
-    ] = [  # noqa: B006
-        *MEASUREMENTS
-    ],
+    ] = [*MEASUREMENTS],  # noqa: B006
     json: Annotated[Path, typer.Option(help="Append one JSON line per point to this file.")] = RESULTS / "engine.jsonl",
     load_format: Annotated[str, typer.Option(help="dummy: no weights are read, random ones are drawn; or auto.")] = (
         "dummy"
@@ -123,38 +116,20 @@ def run(
     """Start each variant's engine once, in a process of its own, and measure; defaults depend on the model's size.
 
     The engine's core is stepped directly: no tokenizer and no HTTP in any number. Prefix caching is off. Where a row
-    says "synthetic", the context was made up instead of computed, see serving/synthetic.py.
+    says "synthetic", the context was made up instead of computed, see synthetic.py beside this.
 
     Exit status: 0 if all went well, 1 if a point or a variant failed. What was measured is in the file either way.
     """
     for option, asked, known in (("--variant", variant, PROVIDERS), ("--measure", measure, MEASUREMENTS)):
         if unknown := sorted(set(asked) - set(known)):
             raise typer.BadParameter(f"{option} is {unknown[0]}; it must be one of {', '.join(known)}")
-    chosen: dict[str, Any] = {
-        "measurements": tuple(measure),
-        "load_format": load_format,
-        "contexts": _numbers(contexts),
-        "batch_cap": batch_cap,
-        "steps": steps,
-        "profiled": profiled,
-        "prompts": _numbers(prompts),
-        "decoders": decoders,
-        "arrivals": arrivals,
-        "every_s": every_s,
-        "prefills": _numbers(prefills),
-        "loads": _loads(loads),
-        "repeats": repeats,
-        "batched_tokens": batched_tokens,
-        "max_num_seqs": max_num_seqs,
-        "max_model_len": max_model_len,
-        "engine": read_json(engine),
-        "bandwidth_tbps": bandwidth_tbps,
-        "variant_s": None if minutes is None else minutes * 60,
-        "budget_s": budget_s,
-    }
     plan = Plan.for_model(model.resolve())
-    chosen["engine"] = plan.engine | chosen["engine"]
-    plan = replace(plan, **{name: value for name, value in chosen.items() if value is not None})
+    same = {field.name for field in fields(Plan)} - {"model", "engine", "state_slots"}
+    given = {name: value for name, value in context.params.items() if name in same and value is not None}
+    chosen: dict[str, Any] = {name: READ.get(name, lambda value: value)(value) for name, value in given.items()}
+    chosen |= {"measurements": tuple(measure), "engine": plan.engine | read_json(engine)}
+    chosen |= {} if minutes is None else {"variant_s": minutes * 60}
+    plan = replace(plan, **chosen)
     first = len(read(json)) if json.exists() else 0
     good = True
     for name in variant:
@@ -164,7 +139,7 @@ def run(
             more = replace(plan, state_slots=state_slots, measurements=("concurrency",))
             good &= _start(more, f"{OURS}, {state_slots} slots", environment, json, verbose)
     for table in tables(read(json)[first:]) if json.exists() else ():
-        _print(table)
+        table.show()
     raise typer.Exit(0 if good else 1)
 
 
@@ -203,7 +178,7 @@ def _start(plan: Plan, provider: str, environment: dict[str, str], path: Path, v
         try:
             code: int | str = subprocess.run(
                 command,
-                env=ENVIRONMENT | dict(os.environ) | environment,
+                env=SETTINGS | dict(os.environ) | environment,
                 stdout=None if verbose else log,
                 stderr=None if verbose else subprocess.STDOUT,
                 timeout=plan.variant_s + GRACE_S,
@@ -221,15 +196,6 @@ def _start(plan: Plan, provider: str, environment: dict[str, str], path: Path, v
             "engine", {"model": Path(plan.model).name}, {"error": f"exit {code}\n{tail[-2000:]}"}
         )
     return False
-
-
-def _print(result: ResultTable) -> None:
-    shown = Table(*result.columns, title=result.title, title_justify="left")
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for cells in result.cells:
-        shown.add_row(*cells)
-    console.print(shown)
 
 
 if __name__ == "__main__":

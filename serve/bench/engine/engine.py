@@ -9,6 +9,7 @@ from typing import Any
 from serve.bench.engine import workers
 from serve.bench.engine.plan import OURS, Plan
 from serve.bench.engine.synthetic import adopt_context
+from serve.common.engine import Engine
 
 FOREVER = 1 << 20
 
@@ -17,11 +18,10 @@ class WrongModel(RuntimeError):  # noqa: N818  # it is the model that is wrong, 
     """Another implementation serves than the one that is to be measured."""
 
 
-class BenchEngine:
+class BenchEngine(Engine):
     """One variant's engine, and the requests in it.
 
     Attributes:
-        num_preemptions: how often a request lost its memory so far.
         facts: what the engine chose by itself, for the rows.
         state_itemsize: bytes of an element of KDA's recurrent state.
         seen_steps: kind and seconds of the steps that answered the engine's first requests.
@@ -29,8 +29,6 @@ class BenchEngine:
     """
 
     def __init__(self, plan: Plan, provider: str, *, cuda: bool) -> None:
-        from vllm import LLM
-
         options: dict[str, Any] = {
             "load_format": plan.load_format,
             "max_model_len": plan.model_len,
@@ -45,12 +43,9 @@ class BenchEngine:
         if provider != OURS and provider.startswith(OURS):
             options["additional_config"] = {"kimi": {"state_slots": plan.state_slots}}
         started = time.perf_counter()
-        llm = LLM(plan.model, **(options | plan.engine))
+        super().__init__(plan.model, **(options | plan.engine))
         ready_s = time.perf_counter() - started
-        client: Any = llm.llm_engine.engine_core
-        self.core = client.engine_core
-        self.scheduler = self.core.scheduler
-        self.config: Any = llm.llm_engine.vllm_config
+        self.config: Any = self.llm.llm_engine.vllm_config
         self.in_process = self.config.parallel_config.world_size == 1
         served = self.on_workers(workers.describe)[0]
         if served["model_class"].startswith("kimi_vllm") != provider.startswith(OURS):
@@ -79,9 +74,7 @@ class BenchEngine:
             "noise_bytes": filled,
             "additional_config": str(self.config.additional_config),
         }
-        self.num_preemptions = 0
         self.seen_steps: list[tuple[str, float]] = []
-        self._count_preemptions()
         self._names = itertools.count()
         self._held: set[str] = set()
         rng = random.Random(0)
@@ -207,15 +200,6 @@ class BenchEngine:
     def _hold(self, request: Any) -> str:
         self._held.add(request.request_id)
         return str(request.request_id)
-
-    def _count_preemptions(self) -> None:
-        preempt = self.scheduler._preempt_request
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.num_preemptions += 1
-            return preempt(*args, **kwargs)
-
-        self.scheduler._preempt_request = counted
 
 
 def _kind(output: Any) -> str:

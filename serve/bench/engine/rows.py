@@ -1,18 +1,18 @@
-"""Rows of results: JSON lines, written one by one as soon as they exist, so that a run that is killed leaves them."""
+"""The benchmark's rows: who was measured, at which case, and what came of it."""
 
 import json
 import os
-import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kimi_vllm._vllm import installed_vllm
-from kimi_vllm.kernels.bench.common import machine
 from serve.bench.engine.profile_steps import categorise_again
+from serve.common import rows as lines
+from serve.common.machine import facts
+from serve.common.rows import Row
 
-Row = dict[str, Any]
+_PRIVATE = ("KEY", "TOKEN", "PATH", "ROOT", "DIR", "FOLDER")
 
 
 class Rows:
@@ -21,33 +21,16 @@ class Rows:
     def __init__(self, path: Path, provider: str) -> None:
         self.path, self.provider = path, provider
 
-    def write(self, bench: str, case: dict[str, Any], fields: Row) -> Row:
-        """Append one row; return it."""
+    def write(self, bench: str, case: dict[str, Any], fields: Row) -> None:
+        """Append one row."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        row = {"bench": bench, "provider": self.provider, "case": case, **fields, "date": date}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            # A run that was killed may have left half a line, which must not spoil this one.
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(row).encode() + b"\n")
-        return row
+        lines.append(self.path, {"bench": bench, "provider": self.provider, "case": case, **fields, "date": date})
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file; lines that were cut off are left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "profile" in row:
-            row["profile"] = categorise_again(row["profile"])
-        rows.append(row)
-    return rows
+    """All rows of a file, their profiles by today's categories."""
+    rows = lines.read(path)
+    return [row | ({"profile": categorise_again(row["profile"])} if "profile" in row else {}) for row in rows]
 
 
 def latest(rows: Iterable[Row], bench: str) -> dict[tuple[str, str], Row]:
@@ -60,40 +43,10 @@ def latest(rows: Iterable[Row], bench: str) -> dict[tuple[str, str], Row]:
 
 
 def environment() -> Row:
-    """What a number means nothing without: device, driver, versions, commit."""
-    import torch
-
-    device: Row = {"device": _cpu_name(), "cores": os.cpu_count()}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        device = {
-            "device": properties.name,
-            "device_bytes": properties.total_memory,
-            "driver": _driver(),
-            "cuda": torch.version.cuda,
-        }
-    settings = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "KIMI_"))}
-    hidden = ("KEY", "TOKEN", "PATH", "ROOT", "DIR", "FOLDER")
-    private = {name for name in settings if any(word in name for word in hidden)}
-    return {
-        **device,
-        **machine("torch", "triton", "kimi-vllm"),
-        "vllm": " ".join(installed_vllm() or ("not installed",)),
-        "settings": {name: settings[name] for name in sorted(settings.keys() - private)},
+    """Machine and versions, and the variables that vLLM and the plugin read, without paths and secrets."""
+    settings = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("VLLM_", "KIMI_")) and not any(word in name for word in _PRIVATE)
     }
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.split("\n")[0].strip()
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown"
+    return {**facts("torch", "triton", "kimi-vllm"), "settings": settings}

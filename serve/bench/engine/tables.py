@@ -2,49 +2,63 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from serve.bench.engine.plan import IN_TREE, OURS
+from serve.bench.engine.profile_steps import CATEGORIES
 from serve.bench.engine.rows import Row, latest
+from serve.common.tables import ResultTable, tokens
 
-
-@dataclass(frozen=True, slots=True)
-class ResultTable:
-    """A title, column names, and cells as text; the first column is words, the others numbers."""
-
-    title: str
-    columns: Sequence[str]
-    cells: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """As Markdown."""
-        lines = [f"**{self.title}**", "", _line(self.columns), _line(["---", *["---:"] * (len(self.columns) - 1)])]
-        return "\n".join([*lines, *map(_line, self.cells)])
+NONE = "–"
+Cell = Callable[[Row], str]
+Points = dict[tuple[str, str], Row]
 
 
 def tables(rows: Sequence[Row]) -> list[ResultTable]:
     """All tables for which there are rows."""
+    steps = latest(rows, "tpot")
+    alone = {key: row for key, row in steps.items() if row["case"]["batch"] == "1"}
+    ms, rate = _ms("tpot"), _number("tokens_per_s", 0)
     found = [
-        _step_table(rows, "1", "Time per output token, batch 1"),
-        _step_table(rows, "largest", "Time per output token, the largest batch that fits"),
+        _compared(
+            *("Time per output token, batch 1", "context", alone),
+            label=lambda case: tokens(case["context"]),
+            fields={", ms": ms},
+            shared={"floor, ms": _number("floor_ms")},
+            better=lambda row: 1 / row["tpot"]["p50_ms"],
+        ),
+        _compared(  # A larger batch takes longer steps, so what compares is tokens per second.
+            *("Time per output token, the largest batch that fits", "context"),
+            {key: row for key, row in steps.items() if key not in alone},
+            label=lambda case: tokens(case["context"]),
+            fields={", requests": _text("requests"), ", ms": ms, ", tokens/s": rate, ", floor ms": _number("floor_ms")},
+            better=lambda row: row["tokens_per_s"],
+        ),
         _gpu_table(rows),
-        _concurrency_table(rows),
+        _compared(
+            *("Requests that run at once", "prompt", latest(rows, "concurrency")),
+            label=lambda case: tokens(case["prompt"]),
+            fields={"": _text("running")},
+            better=lambda row: row["running"],
+        ),
         _mixed_table(rows),
-        _prefill_table(rows),
-        _throughput_table(rows),
+        _compared(
+            *("Time to the first token", "prompt", latest(rows, "prefill")),
+            label=lambda case: tokens(case["prompt"]),
+            fields={", ms": _ms("ttft", 1), ", tokens/s": rate},
+            better=lambda row: row["tokens_per_s"],
+        ),
+        _compared(
+            *("Tokens read and written per second", "at once: requests × (prompt + answer)"),
+            latest(rows, "throughput"),
+            label=lambda case: f"{case['requests']} × ({tokens(case['prompt'])} + {case['output']})",
+            fields={", s": lambda row: f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}", ", tokens/s": rate},
+            better=lambda row: row["tokens_per_s"],
+        ),
         _ready_table(rows),
         _failures(rows),
     ]
     return [table for table in found if table.cells]
-
-
-def tokens(count: int) -> str:
-    """4096 as 4K, 1048576 as 1M."""
-    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
-        if count >= size and count % size == 0:
-            return f"{count // size}{unit}"
-    return f"{count:,}"
 
 
 def providers(rows: Sequence[Row]) -> list[str]:
@@ -53,63 +67,42 @@ def providers(rows: Sequence[Row]) -> list[str]:
     return sorted(names, key=lambda name: (name == IN_TREE, name != OURS, name))
 
 
-def _step_table(rows: Sequence[Row], batch: str, title: str) -> ResultTable:
-    points = {key: row for key, row in latest(rows, "tpot").items() if row["case"]["batch"] == batch}
-    names, cases = _axes(points)
-    # A larger batch takes longer steps, so what compares is tokens per second.
-    by_rate = batch != "1"
-    columns = ["context"]
-    for name in names:
-        columns += [f"{name}, requests", f"{name}, ms"] if by_rate else [f"{name}, ms"]
-        columns += [f"{name}, tokens/s"] * by_rate + [f"{name}, floor ms"] * by_rate
-    columns += ["floor, ms"] * (not by_rate) + ["ratio"] * _paired(names)
+def _compared(
+    title: str,
+    first: str,
+    points: Points,
+    *,
+    label: Callable[[dict[str, Any]], str],
+    fields: dict[str, Cell],
+    better: Callable[[Row], float],
+    shared: dict[str, Cell] | None = None,
+) -> ResultTable:
+    """A line a case: the fields of each provider, what is the same for all, and the ratio of ours to vLLM's own."""
+    names = providers(list(points.values()))
+    ratio = ["ratio"] * (OURS in names and IN_TREE in names)
+    columns = [first, *(f"{name}{field}" for name in names for field in fields), *(shared or {}), *ratio]
     cells = []
-    for case in cases:
-        cell = [tokens(json.loads(case)["context"])]
-        for name in names:
-            row = points.get((name, case))
-            fields = [_number(row, lambda r: r["tpot"]["p50_ms"])]
-            if by_rate:
-                fields = [
-                    "–" if row is None else str(row["requests"]),
-                    *fields,
-                    _number(row, lambda r: r["tokens_per_s"], digits=0),
-                    _number(row, lambda r: r["floor_ms"]),
-                ]
-            cell += fields
-        if not by_rate:
-            cell.append(_number(next((points[n, case] for n in names if (n, case) in points), None), _floor))
-        if _paired(names):
-            cell.append(_ratio(points, case, lambda r: r["tokens_per_s"] if by_rate else 1 / r["tpot"]["p50_ms"]))
-        cells.append(cell)
+    for case in dict.fromkeys(case for _, case in points):
+        found = [points.get((name, case)) for name in names]
+        line = [label(json.loads(case))]
+        line += [cell(row) if row else NONE for row in found for cell in fields.values()]
+        line += [cell(next(filter(None, found))) for cell in (shared or {}).values()]
+        cells.append(line + [_ratio(points, case, better)] * len(ratio))
     return ResultTable(title, columns, cells)
 
 
 def _gpu_table(rows: Sequence[Row]) -> ResultTable:
+    names = [*(name for name, _ in CATEGORIES), "other"]
     cells = []
     points = latest(rows, "tpot").values()
     for row in sorted(points, key=lambda row: (row["case"]["batch"], row["case"]["context"])):
         profile = row.get("profile", {})
         if "gpu_ms" in profile:
-            times = [*profile["gpu_ms"].values(), profile["kernel_sum_ms"], profile["gaps_ms"]]
+            times = [*(profile["gpu_ms"][name] for name in names), profile["kernel_sum_ms"], profile["gaps_ms"]]
             label = f"{tokens(row['case']['context'])} × {row['requests']}, {row['provider']}"
             cells.append([label, *(f"{time:.3f}" for time in times), f"{profile['kernels']:.0f}"])
-    columns = ["ms per step", "KDA", "MLA", "MoE", "GEMM", "other", "sum", "gaps", "kernels"]
-    order = ["MLA", "KDA", "MoE", "GEMM", "other"]  # the order of the categories' patterns
-    columns[1:6] = order
+    columns = ["ms per step", *names, "sum", "gaps", "kernels"]
     return ResultTable("GPU time of a decode step, context × batch", columns, cells)
-
-
-def _concurrency_table(rows: Sequence[Row]) -> ResultTable:
-    points = latest(rows, "concurrency")
-    names, cases = _axes(points)
-    cells = [
-        [tokens(json.loads(case)["prompt"])]
-        + ["–" if (name, case) not in points else str(points[name, case]["running"]) for name in names]
-        + [_ratio(points, case, lambda r: r["running"])] * _paired(names)
-        for case in cases
-    ]
-    return ResultTable("Requests that run at once", ["prompt", *names, *["ratio"] * _paired(names)], cells)
 
 
 def _mixed_table(rows: Sequence[Row]) -> ResultTable:
@@ -125,45 +118,6 @@ def _mixed_table(rows: Sequence[Row]) -> ResultTable:
         for row in latest(rows, "mixed").values()
     ]
     return ResultTable("Inter-token latency under mixed load", columns, cells)
-
-
-def _prefill_table(rows: Sequence[Row]) -> ResultTable:
-    points = latest(rows, "prefill")
-    names, cases = _axes(points)
-    columns = ["prompt"]
-    for name in names:
-        columns += [f"{name}, ms", f"{name}, tokens/s"]
-    cells = []
-    for case in cases:
-        cell = [tokens(json.loads(case)["prompt"])]
-        for name in names:
-            row = points.get((name, case))
-            cell += [
-                _number(row, lambda r: r["ttft"]["p50_ms"], digits=1),
-                _number(row, lambda r: r["tokens_per_s"], digits=0),
-            ]
-        cells.append(cell + [_ratio(points, case, lambda r: r["tokens_per_s"])] * _paired(names))
-    return ResultTable("Time to the first token", [*columns, *["ratio"] * _paired(names)], cells)
-
-
-def _throughput_table(rows: Sequence[Row]) -> ResultTable:
-    points = latest(rows, "throughput")
-    names, cases = _axes(points)
-    columns = ["at once: requests × (prompt + answer)"]
-    for name in names:
-        columns += [f"{name}, s", f"{name}, tokens/s"]
-    cells = []
-    for case in cases:
-        load = json.loads(case)
-        cell = [f"{load['requests']} × ({tokens(load['prompt'])} + {load['output']})"]
-        for name in names:
-            row = points.get((name, case))
-            cell += [
-                "–" if row is None else f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}",
-                _number(row, lambda r: r["tokens_per_s"], digits=0),
-            ]
-        cells.append(cell + [_ratio(points, case, lambda r: r["tokens_per_s"])] * _paired(names))
-    return ResultTable("Tokens read and written per second", [*columns, *["ratio"] * _paired(names)], cells)
 
 
 def _ready_table(rows: Sequence[Row]) -> ResultTable:
@@ -191,30 +145,20 @@ def _failures(rows: Sequence[Row]) -> ResultTable:
     return ResultTable("Not measured", ["what", "why"], cells)
 
 
-def _axes(points: dict[tuple[str, str], Row]) -> tuple[list[str], list[str]]:
-    return providers(list(points.values())), list(dict.fromkeys(case for _, case in points))
-
-
-def _paired(names: Sequence[str]) -> bool:
-    return OURS in names and IN_TREE in names
-
-
-def _ratio(points: dict[tuple[str, str], Row], case: str, better: Callable[[Row], float]) -> str:
+def _ratio(points: Points, case: str, better: Callable[[Row], float]) -> str:
     ours, theirs = points.get((OURS, case)), points.get((IN_TREE, case))
     if ours is None or theirs is None or not better(theirs):
-        return "–"
+        return NONE
     return f"{better(ours) / better(theirs):.2f}×"
 
 
-def _floor(row: Row) -> float | None:
-    floor: float | None = row["floor_ms"]
-    return floor
+def _text(field: str) -> Cell:
+    return lambda row: str(row[field])
 
 
-def _number(row: Row | None, field: Callable[[Row], Any], digits: int = 2) -> str:
-    value = None if row is None else field(row)
-    return "–" if value is None else f"{value:,.{digits}f}"
+def _number(field: str, digits: int = 2) -> Cell:
+    return lambda row: NONE if row[field] is None else f"{row[field]:,.{digits}f}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in cells)} |"
+def _ms(field: str, digits: int = 2) -> Cell:
+    return lambda row: f"{row[field]['p50_ms']:,.{digits}f}"

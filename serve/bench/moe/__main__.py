@@ -10,7 +10,6 @@ where nothing beats it. Kernels are compiled first, by several processes at once
 come from memory and not from the L2 cache. What is written has given the default's output, but for rounding.
 """
 
-import json as json_module
 import os
 import time
 from collections.abc import Callable
@@ -19,9 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from serve.bench.moe.space import Config, Experts, candidates, file_name, vllm_default, write
+from serve.common.environment import prepare
+from serve.common.rows import append
+from serve.common.tables import ResultTable
 
 if TYPE_CHECKING:
     from serve.bench.moe.layer import Layer
@@ -39,7 +40,6 @@ GAIN = 1.01
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 console = Console(highlight=False)
-console.width = max(console.width, 120)
 
 
 def short(config: Config) -> str:
@@ -110,7 +110,7 @@ def tune(
     compile_s: Annotated[float, typer.Option(help="Seconds for them; the rest is compiled while timing.")] = 180,
 ) -> None:
     """Time configurations per number of tokens, write the best."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    prepare({"VLLM_LOGGING_LEVEL": "WARNING"})
     counts = sorted({int(word) for word in tokens.split(",")})
     experts = Experts.of_model(model)
     started = time.perf_counter()
@@ -132,27 +132,25 @@ def tune(
     import torch
 
     environment = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "experts": str(experts)}
-    if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
 
     def row(tokens: int, config: Config, stage: str, **found: Any) -> None:
         if json is not None:
-            line = {"bench": "moe", "tokens": tokens, "config": config, "stage": stage, **found, "env": environment}
-            with json.open("a") as file:
-                file.write(json_module.dumps(line) + "\n")
+            case = {"bench": "moe", "tokens": tokens, "config": config, "stage": stage}
+            append(json, case | found | {"env": environment})
 
     layer = Layer(experts)
     chosen: dict[int, Config] = {}
-    table = Table("tokens", "best", "µs", "vLLM's default", "µs", "ratio", title=path.name)
+    cells = []
     for count, configs in plan.items():
         try:
             chosen[count], best_us, default_us = search(layer, count, configs, row)
         except (RuntimeError, AssertionError) as error:
             console.print(f"{count} tokens left out: {type(error).__name__}: {error}")
             continue
-        ratio = f"{default_us / best_us:.2f}"
-        table.add_row(str(count), short(chosen[count]), f"{best_us:.1f}", short(configs[0]), f"{default_us:.1f}", ratio)
-    console.print(table)
+        times = (f"{best_us:.1f}", f"{default_us:.1f}", f"{default_us / best_us:.2f}")
+        cells.append([str(count), short(chosen[count]), short(configs[0]), *times])
+    columns = ["tokens", "best", "vLLM's default", "best, µs", "default, µs", "ratio"]
+    ResultTable(path.name, columns, cells, words=3).show()
     if not chosen:
         raise typer.Exit(1)
     write(path, chosen)
