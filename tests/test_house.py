@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: what imports what, how big files are, what documents promise."""
+"""The house rules that a machine can check: what imports what, how big files are, which versions are named."""
 
 import ast
 import re
@@ -18,9 +18,7 @@ from kimi_vllm._vllm import SUPPORTED_VLLM, TESTED, TESTED_PYTHON
 
 ROOT = Path(__file__).parents[1]
 SOURCE_FOLDERS = ("kimi_vllm", "kernels", "serve", "docs", "tests", "requirements")
-COUNTED_FOLDERS = ("kimi_vllm", "kernels")
 MAX_FILE_LINES = 400
-MAX_TOTAL_LINES = 11_250
 TEXT_SUFFIXES = {".py", ".toml", ".md", ".sh", ".yaml", ".yml", ".json", ".jinja", ".lock", ""}
 PLACEHOLDERS = re.compile(r"your[-_]?username|your[-_]name|example/kimi-vllm|lorem ipsum|<insert", re.IGNORECASE)
 TODO_WITHOUT_LINK = re.compile(r"\b(TODO|FIXME|XXX)\b(?!.*https?://)")
@@ -97,16 +95,14 @@ def test_no_bare_import_of_kernels(path: Path) -> None:
     assert not [name for name in imports(path) if name.split(".")[0] == "kernels"]
 
 
+def test_no_file_edits_the_path_of_imports() -> None:
+    files = [path for path in python_files(*SOURCE_FOLDERS) if path != Path(__file__)]
+    assert [relative(path) for path in files if "sys.path" in path.read_text()] == []
+
+
 @pytest.mark.parametrize("path", python_files(*SOURCE_FOLDERS), ids=relative)
 def test_no_file_is_longer_than_a_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
-
-
-def test_line_budget() -> None:
-    # Benchmarks are left out: nothing that serves depends on them.
-    counted = [path for path in python_files(*COUNTED_FOLDERS) if path.parent.name != "bench"]
-    lines = sum(len(path.read_text().splitlines()) for path in counted)
-    assert lines <= MAX_TOTAL_LINES
 
 
 def test_kernels_is_a_link_to_the_folder_at_the_top() -> None:
@@ -192,6 +188,8 @@ def test_wheel_carries_kernels_data_and_type_marker(tmp_path: Path) -> None:
         timeout=120,
     )
     (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("kimi_vllm/")}
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {name for name in names if name.startswith("kimi_vllm/")}
+    assert all(".dist-info/" in name for name in set(names) - packed), "tools and tests stay in the repository"
     kernels = {f"kimi_vllm/{relative(path)}" for path in python_files("kernels")}
     assert kernels | {"kimi_vllm/py.typed", "kimi_vllm/kernels/tuned/some_device.json"} <= packed

@@ -2,9 +2,7 @@
 
 import json
 import random
-import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,19 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, KimiLinearForCausalLM, PreTrainedTokenizerBase
 
+from serve.demo import recall_task
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "models" / "recall"
 PROMPT, ANSWER = "a=7 k=2 m=5 ? k →", "2"
-
-
-@pytest.fixture(scope="module")
-def task() -> Iterator[object]:
-    """The prompt generator, which lies among the scripts of the demo."""
-    sys.path.insert(0, str(ROOT / "serve" / "demo"))
-    import recall_task
-
-    yield recall_task
-    sys.path.pop(0)
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +137,13 @@ def test_generation_answers_and_stops(
 
 
 @torch.no_grad()
-def test_recall_of_unseen_prompts(
-    model: KimiLinearForCausalLM, tokenizer: PreTrainedTokenizerBase, task: object
-) -> None:
+def test_recall_of_unseen_prompts(model: KimiLinearForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Each token of the answer is the likeliest after those before it: so greedy decoding writes it."""
     rng = random.Random("unseen")
     by_length: dict[int, list[list[int]]] = defaultdict(list)
     for i in range(200):
-        prompt, answer = task.held_out_prompt(rng, num_pairs=2 + i % 15)
-        assert task.is_held_out(prompt)
+        prompt, answer = recall_task.held_out_prompt(rng, num_pairs=2 + i % 15)
+        assert recall_task.is_held_out(prompt)
         ids = tokenizer(f"{prompt} {answer}<eos>").input_ids
         by_length[len(ids)].append(ids)
     right = 0

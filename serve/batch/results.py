@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
-from batch.requests import BatchError, Request, key_of
+
+from serve.batch.requests import BatchError, Request, key_of
 
 
 def answered(request: Request, status: int, body: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import httpx
-from batch.requests import BatchError, Rejected, Request
-from batch.results import answered, failed
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient
+
+from serve.batch.requests import BatchError, Rejected, Request
+from serve.batch.results import answered, failed
 
 RETRIES = 3
 

@@ -7,37 +7,33 @@ and needs them to arrive together, and one after another, which is what a loop a
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from openai import AsyncOpenAI
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
-from server import ENVIRONMENT, Server
+from serve.common.environment import SERVER
+from serve.common.rows import save
+from serve.common.server import Server
+from serve.common.tables import ResultTable
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "configs" / "models" / "recall"
 LOG = ROOT / ".demo" / "bench.log"
 PROMPT_TOKENS = 40
-console = Console(highlight=False)
 
 
 def measure_served(
-    prompts: list[list[int]], tokens: int, repeats: int, port: int, options: dict[str, str]
+    prompts: list[list[int]], tokens: int, repeats: int, port: int, options: list[str]
 ) -> dict[str, Any]:
     """Tokens per second of `vllm serve`, started as in `make demo`, over HTTP with all prompts in flight at once."""
-    with Server(MODEL, "recall", port, LOG, options) as server:
-        ready = server.wait_ready(timeout_seconds=300, report=lambda line: None)
+    with Server(MODEL, LOG, *options, name="recall", port=port) as server:
+        ready = server.wait_ready(300)
         rates = asyncio.run(_rounds(f"{server.url}/v1", prompts, tokens, repeats + 1))[1:]
     return {"ready_seconds": round(ready, 1), "tokens_per_second": _summary(rates)}
 
@@ -91,7 +87,7 @@ def measure_transformers(prompts: list[list[int]], tokens: int, repeats: int) ->
     return best
 
 
-def measure_ready(options: dict[str, str]) -> float:
+def measure_ready() -> float:
     """Seconds from `LLM(...)` to a usable engine, in a fresh process, imports included."""
     import subprocess
 
@@ -101,7 +97,7 @@ def measure_ready(options: dict[str, str]) -> float:
         f"LLM({str(MODEL)!r}, dtype='float32', max_num_seqs=8, max_model_len=2048, enforce_eager=True)\n"
         "print('READY', time.perf_counter() - start)"
     )
-    environment = os.environ | ENVIRONMENT
+    environment = os.environ | SERVER
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     return float(next(line for line in done.stdout.splitlines() if line.startswith("READY")).split()[1])
 
@@ -119,20 +115,14 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Compare `vllm serve` with transformers on the tiny checkpoint, fp32, on this machine."""
-    import torch
-    import transformers
-
-    from kimi_vllm._vllm import installed_vllm
-
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 100) for _ in range(PROMPT_TOKENS)] for _ in range(concurrency)]
-    options = {"--dtype": "float32", "--max-num-seqs": str(concurrency), "--max-model-len": "2048"}
-    options |= {"--kv-cache-memory-bytes": str(256 << 20), "--no-enable-prefix-caching": ""}
-    if eager:
-        options["--enforce-eager"] = ""
+    options = ["--dtype", "float32", "--max-num-seqs", str(concurrency), "--max-model-len", "2048"]
+    options += ["--kv-cache-memory-bytes", str(256 << 20), "--no-enable-prefix-caching"]
+    options += ["--enforce-eager"] * eager
     served = measure_served(prompts, tokens, repeats, port, options)
     theirs = measure_transformers(prompts, tokens, repeats)
-    ready = measure_ready(options)
+    ready = measure_ready()
     ours = served["tokens_per_second"]["median"]
     result = {
         "bench": "served_decode_vs_transformers",
@@ -144,27 +134,19 @@ def main(
             "to_one_by_one": round(ours / theirs["one_by_one"]["median"], 2),
         },
         "llm_ready_seconds": round(ready, 1),
-        "env": {
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "vllm": " ".join(installed_vllm() or ()),
-        },
-        "date": datetime.now(UTC).date().isoformat(),
     }
-    table = Table("", "tokens/s", "ratio", box=SIMPLE_HEAD)
-    table.add_row(f"vllm serve with kimi-vllm, {concurrency} requests at once", f"{ours:.0f}", "")
     batched, single = theirs["batched"]["median"], theirs["one_by_one"]["median"]
-    table.add_row(f"transformers generate, one batch of {concurrency}", f"{batched:.0f}", f"{ours / batched:.2f}×")
-    table.add_row("transformers generate, one by one", f"{single:.0f}", f"{ours / single:.2f}×")
-    console.print(table)
-    console.print(f"LLM(...) ready in {ready:.1f} s, vllm serve in {served['ready_seconds']:.1f} s")
+    cells = [
+        [f"vllm serve with kimi-vllm, {concurrency} requests at once", f"{ours:.0f}", ""],
+        [f"transformers generate, one batch of {concurrency}", f"{batched:.0f}", f"{ours / batched:.2f}×"],
+        ["transformers generate, one by one", f"{single:.0f}", f"{ours / single:.2f}×"],
+    ]
+    ResultTable("served and generated", ["", "tokens/s", "ratio"], cells).show()
+    typer.echo(f"LLM(...) ready in {ready:.1f} s, vllm serve in {served['ready_seconds']:.1f} s")
     if output is not None:
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        save(output, result, "torch", "transformers")
     else:
-        console.print_json(json.dumps(result))
+        typer.echo(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recall_task import ARROW
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedTokenizerFast
+
+from serve.demo.recall_task import ARROW
 
 CARD = Path(__file__).with_name("recall_card.md")
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -26,55 +27,9 @@ CHAT_TEMPLATE = """{{- bos_token -}}
 {%- endfor -%}
 """
 
-HUB_CONFIG: dict[str, Any] = {
-    "architectures": ["KimiLinearForCausalLM"],
-    "bos_token_id": VOCABULARY.index(BOS),
-    "dtype": "float32",
-    "eos_token_id": VOCABULARY.index(EOS),
-    "first_k_dense_replace": 1,
-    "head_dim": 32,
-    "hidden_act": "silu",
-    "hidden_size": 128,
-    "initializer_range": 0.04,
-    "intermediate_size": 256,
-    "kv_lora_rank": 48,
-    "linear_attn_config": {
-        "full_attn_layers": [4, 8],
-        "head_dim": 64,
-        "kda_layers": [1, 2, 3, 5, 6, 7],
-        "num_heads": 2,
-        "short_conv_kernel_size": 4,
-    },
-    "mla_use_nope": True,
-    "model_max_length": 8192,
-    "model_type": "kimi_linear",
-    "moe_intermediate_size": 32,
-    "moe_layer_freq": 1,
-    "moe_renormalize": True,
-    "moe_router_activation_func": "sigmoid",
-    "num_attention_heads": 4,
-    "num_expert_group": 1,
-    "num_experts": 8,
-    "num_experts_per_token": 2,
-    "num_hidden_layers": 8,
-    "num_key_value_heads": 4,
-    "num_nextn_predict_layers": 0,
-    "num_shared_experts": 1,
-    "pad_token_id": VOCABULARY.index(PAD),
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "rms_norm_eps": 1e-5,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "routed_scaling_factor": 1.5,
-    "tie_word_embeddings": False,
-    "topk_group": 1,
-    "use_cache": True,
-    "use_grouped_topk": True,
-    "v_head_dim": 32,
-    "vocab_size": len(VOCABULARY),
-}
+FOLDER = Path(__file__).parents[2] / "configs" / "models" / "recall"
+HUB_CONFIG: dict[str, Any] = json.loads((FOLDER / "config.json").read_text())
+"""The shipped model's: what is trained anew has the same shape."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

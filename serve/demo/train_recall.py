@@ -1,4 +1,4 @@
-"""Train the recall model in minutes: `python serve/demo/train_recall.py --out configs/models/recall`.
+"""Train the recall model in minutes: `python -m serve.demo.train_recall --out configs/models/recall`.
 
 The model and its arithmetic are transformers' own. Only the chunk of the KDA recurrence is shorter: the CPU
 path has a decay tensor that grows with it, and 16 rows instead of 64 train seven times faster.
@@ -8,20 +8,20 @@ import math
 import platform
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import recall_checkpoint
 import torch
 import torch.nn.functional as F
 import transformers
 import typer
-from recall_task import KEYS, Plan, Turn, held_out_prompt, make_conversation
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import KimiLinearForCausalLM
+
+from serve.common.training import decayed_apart, switched_off
+from serve.demo import recall_checkpoint
+from serve.demo.recall_task import KEYS, Plan, Turn, held_out_prompt, make_conversation
 
 TOKEN_ID = {token: i for i, token in enumerate(recall_checkpoint.VOCABULARY)}
 CHUNK = 16
@@ -200,14 +200,6 @@ class GateLimit:
         return torch.stack(losses).sum()
 
 
-def make_optimizer(model: KimiLinearForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that decays matrices, but neither norms nor the gate's `A_log` and `dt_bias`."""
-    decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and "A_log" not in name]
-    kept = [p for name, p in model.named_parameters() if p.dim() < 2 or "A_log" in name]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
-
-
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then a cosine from the peak to a twentieth of it."""
     if step < recipe.warmup:
@@ -220,10 +212,10 @@ def train(model: KimiLinearForCausalLM, recipe: Recipe) -> Curve:
     """Train in place."""
     rng, curve = random.Random(recipe.seed), Curve()
     probes = [[held_out_prompt(random.Random(i), 2 + i % 15, 0, refs) for i in range(90)] for refs in (0, 1)]
-    optimizer = make_optimizer(model, recipe)
+    groups = decayed_apart(model, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
     balance, gates = RouterBalance(model, recipe.balance), GateLimit(model, recipe.gate_limit)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with Progress() as bar:
         task = bar.add_task("training", total=recipe.steps)
         for step in range(recipe.steps):
             for group in optimizer.param_groups:
@@ -250,18 +242,6 @@ def train(model: KimiLinearForCausalLM, recipe: Recipe) -> Curve:
                     f"gate excess {gate_loss.item():.4f}"
                 )
     return curve
-
-
-@contextmanager
-def switched_off(model: KimiLinearForCausalLM, kind: str) -> Iterator[None]:
-    """Let all layers of one kind, `full_attention` or `linear_attention`, add nothing to the hidden state."""
-    layers = [layer for layer in model.model.layers if layer.block_type == kind]
-    hooks = [
-        layer.self_attn.o_proj.register_forward_hook(lambda _m, _i, out: torch.zeros_like(out)) for layer in layers
-    ]
-    yield
-    for hook in hooks:
-        hook.remove()
 
 
 def final_accuracy(model: KimiLinearForCausalLM, prompts: int = 200) -> dict[str, float]:

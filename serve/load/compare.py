@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from load.record import Record, RecordError
 from rich.table import Table
 from rich.text import Text
+
+from serve.load.record import Record, RecordError
 
 # Whether more is better.
 NUMBERS = {

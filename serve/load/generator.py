@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from load.scenario import Point, RandomWorkload, ScenarioError
-from load.traffic import CHUNK, trace
+from serve.common.server import program
+from serve.load.scenario import Point, RandomWorkload, ScenarioError
+from serve.load.traffic import CHUNK, trace
 
 PERCENTILES = (50, 90, 99)
 LISTS = ("input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times", "generated_texts")
@@ -38,12 +39,6 @@ class Target:
     model: str
     tokenizer: str
     goodput: tuple[str, ...] = ()
-
-
-def program(name: str) -> str:
-    """The program beside this Python, or the first on the path."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else name
 
 
 def _guidellm_program() -> str | None:

@@ -1,18 +1,13 @@
 """The pictures of one load test or of two, as SVG: percentiles, throughput against latency, a timeline, caches."""
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from load.generator import PERCENTILES
-from load.record import Measured, Record
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from serve.common.plots import data_uri, log_ticks, panels, tidy
+from serve.load.generator import PERCENTILES
+from serve.load.record import Measured, Record
 
 LATENCIES = {"ttft": "TTFT: time to first token", "tpot": "TPOT: time per output token", "itl": "ITL: between tokens"}
 STYLES = {50: "-o", 90: "--s", 99: ":^"}
@@ -99,73 +94,52 @@ def _with_throughput(record: Record) -> list[Measured]:
     return [point for point in record.points if point.get("p50_tpot_ms") and point.get("output_throughput")]
 
 
-def _svg(figure: Any, top: float = 1.0) -> str:
-    buffer = io.BytesIO()
-    figure.tight_layout(rect=(0, 0, 1, top))
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _tidy(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(x, fontsize=8)
-    axes.set_ylabel(y, fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(visible=True, alpha=0.3)
-
-
 def _percentiles(runs: Mapping[str, Sweep]) -> str:
     """Three panels; with two runs each has its colour, and p90 is left out."""
-    figure, panels = plt.subplots(1, 3, figsize=(WIDTH, 3.2))
+    figure, [row] = panels(1, 3, figsize=(WIDTH, 3.2))
     axis = next(iter(runs.values())).axis
-    for axes, (name, title) in zip(panels, LATENCIES.items(), strict=True):
+    shown = PERCENTILES if len(runs) == 1 else (PERCENTILES[0], PERCENTILES[-1])
+    for axes, (name, title) in zip(row, LATENCIES.items(), strict=True):
         for index, (run, sweep) in enumerate(runs.items()):
-            for percentile in PERCENTILES if len(runs) == 1 else (PERCENTILES[0], PERCENTILES[-1]):
-                line = [
-                    (sweep.x(point), value)
-                    for point in sweep.points
-                    if (value := point.get(f"p{percentile}_{name}_ms")) is not None and value > 0
-                ]
-                if line:
+            for percentile in shown:
+                values = ((sweep.x(point), point.get(f"p{percentile}_{name}_ms")) for point in sweep.points)
+                if line := [(x, value) for x, value in values if value is not None and value > 0]:
                     label, style = f"{run} p{percentile}".strip(), STYLES[percentile]
                     axes.plot(*zip(*line, strict=True), style, color=f"C{index}", markersize=4, label=label)
-        _tidy(axes, title, axis, "ms")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted({sweep.x(point) for sweep in runs.values() for point in sweep.points}))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
-    lines, labels = panels[0].get_legend_handles_labels()
+        tidy(axes, title, axis, "ms").set_ylim(0, axes.get_ylim()[1] * 1.05)
+        log_ticks(axes, sorted({sweep.x(point) for sweep in runs.values() for point in sweep.points}))
+    lines, labels = row[0].get_legend_handles_labels()
     figure.legend(lines, labels, frameon=False, fontsize=8, ncols=len(labels), loc="upper right")
-    return _svg(figure, top=0.94)
+    return data_uri(figure, rect=(0, 0, 1, 0.94))
 
 
 def _pareto(runs: Mapping[str, Sequence[Measured]]) -> str:
     """A panel a run, with equal axes; points that no other beats in both directions are on the line of the front."""
-    figure, panels = plt.subplots(1, len(runs), figsize=(WIDTH, 4.2), sharex=True, sharey=True, squeeze=False)
+    figure, [row] = panels(1, len(runs), figsize=(WIDTH, 4.2), sharex=True, sharey=True)
     parts = list(dict.fromkeys(point.part for points in runs.values() for point in points))
-    for axes, (run, points) in zip(panels[0], runs.items(), strict=True):
-        places = {}
+    looks = {part: (MARKERS[index % len(MARKERS)], f"C{index}") for index, part in enumerate(parts)}
+    for axes, (run, points) in zip(row, runs.items(), strict=True):
+        places = []
         for number, point in enumerate(points):
-            place = places[point.label] = (
-                1000 / float(point.result["p50_tpot_ms"]),
-                float(point.result["output_throughput"]),
-            )
-            index = parts.index(point.part)
-            axes.plot(*place, MARKERS[index % len(MARKERS)], color=f"C{index}", markersize=5)
+            place = 1000 / float(point.result["p50_tpot_ms"]), float(point.result["output_throughput"])
+            places.append(place)
+            marker, colour = looks[point.part]
+            axes.plot(*place, marker, color=colour, markersize=5)
             what = point.label.removeprefix(point.part).lstrip(", ").split(", ")[0]
             axes.annotate(what, place, fontsize=7, xytext=(5, (4, -9)[number % 2]), textcoords="offset points")
-        axes.plot(*zip(*front(list(places.values())), strict=True), "-", color="0.6", lw=1, zorder=1)
-        _tidy(axes, run, "output tokens/s of one user (1 / median TPOT)", "output tokens/s of all")
+        axes.plot(*zip(*front(places), strict=True), "-", color="0.6", lw=1, zorder=1)
+        tidy(axes, run, "output tokens/s of one user (1 / median TPOT)", "output tokens/s of all")
     axes.set_xlim(0, axes.get_xlim()[1] * 1.1)  # of all panels: room for the words beside the points
     axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
-    for index, part in enumerate(parts):
-        panels[0][-1].plot([], [], MARKERS[index % len(MARKERS)], color=f"C{index}", label=part)
-    panels[0][-1].plot([], [], "-", color="0.6", label="best of all")
-    panels[0][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return _svg(figure)
+    for part, (marker, colour) in looks.items():
+        axes.plot([], [], marker, color=colour, label=part)
+    axes.plot([], [], "-", color="0.6", label="best of all")
+    _legend(axes)
+    return data_uri(figure)
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def front(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -178,27 +152,23 @@ def front(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _timeline(detail: Detail) -> str:
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
+    figure, [[axes]] = panels(figsize=(WIDTH, 3.2))
     start = min(detail["start_times"])
     # Long prompts are those above half the longest; while they are read, decoding requests may have to wait.
     long = max(detail["input_lens"]) / 2
-    for began, ttft, tokens, itls in zip(
-        detail["start_times"], detail["ttfts"], detail["input_lens"], detail["itls"], strict=True
-    ):
+    requests = (detail[name] for name in ("start_times", "ttfts", "input_lens", "itls"))
+    for began, ttft, tokens, itls in zip(*requests, strict=True):
+        first = began - start + ttft
         if tokens > long:
-            axes.axvspan(began - start, began - start + ttft, color="C1", alpha=0.2, lw=0)
-            continue
-        now, times = began - start + ttft, []
-        for gap in itls:
-            now += gap
-            times.append(now)
-        axes.plot(times, [gap * 1000 for gap in itls], ".", color="C0", markersize=2)
+            axes.axvspan(began - start, first, color="C1", alpha=0.2, lw=0)
+        else:
+            times = [first + later for later in accumulate(itls)]
+            axes.plot(times, [gap * 1000 for gap in itls], ".", color="C0", markersize=2)
     axes.plot([], [], ".", color="C0", markersize=6, label="a token of a decoding request")
     axes.fill_between([], [], color="C1", alpha=0.2, label="a long prompt, until its first token")
-    _tidy(axes, "", "seconds", "ms since the token before")
-    axes.set_ylim(bottom=0)
+    tidy(axes, "", "seconds", "ms since the token before").set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    return _svg(figure)
+    return data_uri(figure)
 
 
 def hit_rate(
@@ -216,52 +186,40 @@ def hit_rate(
 
 def _over_time(record: Record) -> str:
     samples, times = record.samples, [sample["t"] for sample in record.samples]
-    with_memory = [(sample["t"], sample["rss_bytes"] / 2**20) for sample in samples if "rss_bytes" in sample]
-    count = 4 if with_memory else 3
-    figure, panels = plt.subplots(count, 1, figsize=(WIDTH, 2.3 * count), sharex=True)
+    memory = [(sample["t"], sample["rss_bytes"] / 2**20) for sample in samples if "rss_bytes" in sample]
+    count = 4 if memory else 3
+    figure, column = panels(count, 1, figsize=(WIDTH, 2.3 * count), sharex=True)
+    caches, slots, requests, *resident = (axes for [axes] in column)
     states = [
         {**sample, "asked": sample.get("state_hit_tokens", 0.0) + sample.get("state_miss_tokens", 0.0)}
         for sample in samples
     ]
-    rates = {
-        "prefix cache\n(pages and states)": (
-            hit_rate(samples, "prefix_hits", "prefix_queries"),
-            {"lw": 3, "alpha": 0.4},
-        ),
-        "state cache": (hit_rate(states, "state_hit_tokens", "asked"), {"ls": "--"}),
-    }
-    for name, (line, look) in rates.items():
-        if line:
-            panels[0].plot(*zip(*line, strict=True), label=name, **look)
+    if line := hit_rate(samples, "prefix_hits", "prefix_queries"):
+        caches.plot(*zip(*line, strict=True), label="prefix cache\n(pages and states)", lw=3, alpha=0.4)
+    if line := hit_rate(states, "state_hit_tokens", "asked"):
+        caches.plot(*zip(*line, strict=True), label="state cache", ls="--")
     window = HIT_WINDOW * (times[-1] - times[0]) / (len(times) - 1)
-    _tidy(panels[0], f"share of prompt tokens found in the cache, last {window:.0f} s", "", "share")
-    panels[0].set_ylim(0, 1)
+    tidy(caches, f"share of prompt tokens found in the cache, last {window:.0f} s", "", "share").set_ylim(0, 1)
     kinds = [kind for kind in SLOTS if any(f"slots_{kind}" in sample for sample in samples)]
     if kinds:
         heights = [[sample.get(f"slots_{kind}", 0.0) for sample in samples] for kind in kinds]
-        panels[1].stackplot(times, *heights, labels=kinds, colors=[SLOTS[kind] for kind in kinds], step="post")
-    _tidy(panels[1], "state slots", "", "slots")
+        slots.stackplot(times, *heights, labels=kinds, colors=[SLOTS[kind] for kind in kinds], step="post")
+    tidy(slots, "state slots", "", "slots")
     for name in ("running", "waiting"):
-        panels[2].plot(times, [sample.get(name, 0.0) for sample in samples], label=name)
-    _tidy(panels[2], "requests in the server", "", "requests")
-    panels[2].set_ylim(bottom=0)
-    if with_memory:
-        panels[3].plot(*zip(*with_memory, strict=True), label="all processes\nof the server")
-        _tidy(panels[3], "resident memory", "", "MiB")
-        panels[3].set_ylim(bottom=0)
-    panels[-1].set_xlabel("seconds since the start", fontsize=8)
-    for axes in panels:
+        requests.plot(times, [sample.get(name, 0.0) for sample in samples], label=name)
+    tidy(requests, "requests in the server", "", "requests").set_ylim(bottom=0)
+    for axes in resident:
+        axes.plot(*zip(*memory, strict=True), label="all processes\nof the server")
+        tidy(axes, "resident memory", "", "MiB").set_ylim(bottom=0)
+    for [axes] in column:
         axes.set_xlim(0, times[-1])
         for point in record.points:
             axes.axvline(point.started, color="0.5", lw=0.5)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    seen = None
-    for point in record.points:
-        # Names of parts alone: the points of one are beside each other, and their labels would overlap.
-        if point.part != seen:
-            panels[0].annotate(
-                f"{point.part} ", (point.started, 0.98), fontsize=7, rotation=90, ha="left", va="top", color="0.3"
-            )
-        seen = point.part
-    return _svg(figure)
+            _legend(axes)
+    axes.set_xlabel("seconds since the start", fontsize=8)
+    # Names of parts alone: the points of one are beside each other, and their labels would overlap.
+    for part in {point.part: point for point in reversed(record.points)}.values():
+        place = (part.started, 0.98)
+        caches.annotate(f"{part.part} ", place, fontsize=7, rotation=90, ha="left", va="top", color="0.3")
+    return data_uri(figure)

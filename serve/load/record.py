@@ -3,19 +3,19 @@
 import json
 import os
 import platform
-import subprocess
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from load.generator import Target
-from load.scenario import Point, Scenario
-from load.scrape import Sample
+from serve.common.machine import ROOT as FOLDER
+from serve.common.machine import nvidia_smi, processor
+from serve.load.generator import Target
+from serve.load.scenario import Point, Scenario
+from serve.load.scrape import Sample
 
 FORMAT = 1
-ROOT = f"{Path(__file__).resolve().parents[2]}/"
+ROOT = f"{FOLDER}/"
 PACKAGES = ("vllm", "kimi-vllm", "torch", "transformers", "guidellm")
 
 
@@ -119,33 +119,15 @@ def without_root(numbers: dict[str, Any]) -> dict[str, Any]:
 def new(scenario: Scenario, target: Target, server_command: list[str]) -> Record:
     """An empty record of a test that starts now."""
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    content = scenario.model_dump(exclude_defaults=True)
-    return Record(
-        scenario.title,
-        scenario.about,
-        content,
-        started,
-        _environment(),
-        target.model,
-        from_root(server_command),
-        [*target.goodput],
-    )
+    what = scenario.title, scenario.about, scenario.model_dump(exclude_defaults=True)
+    return Record(*what, started, _environment(), target.model, from_root(server_command), [*target.goodput])
 
 
 def measured(point: Point, command: list[str], started: float, ended: float) -> Measured:
     """A point without a result."""
-    kind = point.part.workload.kind
-    return Measured(
-        point.label,
-        point.part.name,
-        kind,
-        point.prompt,
-        point.concurrency,
-        point.rate,
-        from_root(command),
-        started,
-        ended,
-    )
+    what = point.label, point.part.name, point.part.workload.kind
+    load = point.prompt, point.concurrency, point.rate
+    return Measured(*what, *load, from_root(command), started, ended)
 
 
 def save(record: Record, path: Path) -> None:
@@ -172,28 +154,13 @@ def load(path: Path) -> Record:
 
 
 def _environment() -> dict[str, str]:
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    found["processor"] = f"{os.cpu_count()} cores, {_processor()}"
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    for name, command in {
-        "commit": ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        "GPU": ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-    }.items():
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-            found[name] = ", ".join(done.stdout.split("\n")).strip(", ")
-        except (OSError, subprocess.SubprocessError):
-            continue
-    return found
+    from kimi_vllm.kernels.bench.common import machine
 
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    versions = machine(*PACKAGES)
+    found = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": f"{os.cpu_count()} cores, {processor()}",
+    }
+    found |= {name: versions[name] for name in ("python", *PACKAGES) if versions[name] != "not installed"}
+    found["commit"] = f"{versions['commit']}{'-dirty' if versions['dirty'] else ''}"
+    return found | ({"GPU": gpu} if (gpu := nvidia_smi("name")) else {})

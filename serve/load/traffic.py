@@ -7,7 +7,7 @@ shared system prompt or an earlier turn is a shared beginning of the lists. vLLM
 from math import ceil
 from typing import Any
 
-from load.scenario import ConversationWorkload, MixedWorkload
+from serve.load.scenario import ConversationWorkload, MixedWorkload
 
 CHUNK = 16  # tokens an id stands for
 

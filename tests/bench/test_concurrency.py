@@ -10,9 +10,9 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import MultipleOf
 
-from kimi_vllm.bench import concurrency
-from kimi_vllm.bench.concurrency import best_sizing, default_sizing, in_tree_scheduler, run_in_tree, run_ours
 from kimi_vllm.planning import Demand, size
+from serve.bench.cache import concurrency
+from serve.bench.cache.concurrency import best_sizing, default_sizing, in_tree_scheduler, run_in_tree, run_ours
 
 LONGEST = 4096
 SLOT, PAGE, IN_TREE_PAGE = 43_909_120, 516_096, 7 * 1920 * 576 * 2
@@ -30,7 +30,7 @@ SLOT, PAGE, IN_TREE_PAGE = 43_909_120, 516_096, 7 * 1920 * 576 * 2
 def test_ours_runs_what_slots_and_pages_allow(caching, slots, pages, running, preempts):
     num_bytes = (1 + slots) * SLOT + (1 + pages) * PAGE
     demand = Demand(slots, 1024 + concurrency._ROOM_TO_DECODE, 64, caching, 0.1, slots)
-    row = run_ours(size(concurrency._costs(), demand, num_bytes), 1024, num_bytes, "best")
+    row = run_ours(size(concurrency.costs(), demand, num_bytes), 1024, num_bytes, "best")
     assert (row.slots, row.pages, row.page_tokens) == (slots, 1 + pages, 64)
     assert row.running == running
     assert (row.preemptions > 0) == preempts

@@ -1,18 +1,17 @@
-"""serve/bench/engine_bench.py: its arithmetic, its tables, and one run of it with a real engine."""
+"""serve/bench/engine: its arithmetic, its tables, and one run of it with a real engine."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "bench"))
-from serving.floor import floor_ms, step_bytes
-from serving.plan import IN_TREE, OURS, Plan
-from serving.profile_steps import Kernel, categorise, summarise
-from serving.rows import Rows, latest, read
-from serving.step_clock import StepClock, percentile, summary_ms
-from serving.tables import tables, tokens
+from serve.bench.engine.floor import floor_ms, step_bytes
+from serve.bench.engine.plan import IN_TREE, OURS, Plan
+from serve.bench.engine.profile_steps import Kernel, categorise, summarise
+from serve.bench.engine.rows import Rows, latest, read
+from serve.bench.engine.step_clock import StepClock, percentile, summary_ms
+from serve.bench.engine.tables import tables
+from serve.common.tables import tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,7 +132,7 @@ def test_the_last_good_row_counts(two_providers):
 
 def test_plots_are_drawn(two_providers, tmp_path):
     pytest.importorskip("matplotlib")
-    from serving.plots import plot
+    from serve.bench.engine.plots import plot
 
     drawn = plot(read(two_providers), tmp_path / "plots")
     assert {path.name for path in drawn} == {"tpot.png", "tpot-amortised.png", "concurrency.png"}
@@ -144,10 +143,24 @@ def test_lengths_are_written_as_people_write_them():
 
 
 def test_a_profile_written_before_a_kernel_was_known_is_sorted_again():
-    from serving.profile_steps import categorise_again
+    from serve.bench.engine.profile_steps import categorise_again
 
     written = {"gpu_ms": {"GEMM": 0.5, "other": 1.0}, "other_kernels_ms": {"_skinny": 0.75, "gumbel": 0.25}, "steps": 5}
     again = categorise_again(written)
     assert again["gpu_ms"] == {"GEMM": 1.25, "other": 0.25}
     assert again["other_kernels_ms"] == {"gumbel": 0.25}
     assert categorise_again({"skipped": "no GPU"}) == {"skipped": "no GPU"}
+
+
+def test_each_category_of_kernels_has_its_times_below_its_own_name(tmp_path):
+    """Whatever the order in which a profile lists them."""
+    gpu_ms = {"other": 5.0, "KDA": 2.0, "MoE": 3.0, "MLA": 1.0, "GEMM": 4.0}
+    profile = {"gpu_ms": gpu_ms, "kernel_sum_ms": 15.0, "gaps_ms": 0.5, "kernels": 100}
+    Rows(tmp_path / "rows", OURS).write(
+        "tpot",
+        {"context": 4096, "batch": "1"},
+        {"requests": 1, "tpot": {"p50_ms": 1.0}, "tokens_per_s": 1e3, "floor_ms": None, "profile": profile},
+    )
+    [table] = [one for one in tables(read(tmp_path / "rows")) if one.title.startswith("GPU time")]
+    found = dict(zip(table.columns, table.cells[0], strict=True))
+    assert {name: float(found[name]) for name in gpu_ms} == gpu_ms

@@ -4,8 +4,9 @@ from functools import cache
 
 import pytest
 
-from kimi_vllm.bench.cache import FITS, THIRD, Workload
-from kimi_vllm.bench.traces import TRACES, Turn, block_keys, prompt_of, reusable_tokens, working_set
+from serve.bench.cache.replay import Memory
+from serve.bench.cache.reuse import ALIGNED, FITS, THIRD, Workload, aligned_memory
+from serve.bench.cache.traces import TRACES, Turn, block_keys, prompt_of, reusable_tokens, working_set
 
 SMALL = {
     "chat": {"users": 8, "turns": 16},
@@ -107,3 +108,16 @@ def test_vllms_own_rules_run_in_the_same_replay():
     row = workload("chat").run(FITS, "align")
     assert 0.2 < row.share < 0.95
     assert row.hit < workload("chat").run(FITS, "value").hit
+
+
+def test_vllms_own_gets_the_bytes_of_our_slots_and_pages():
+    slot, page = 43_909_120, 516_096  # of the 48B model: a state in float32, 64 tokens of seven MLA layers in bfloat16
+    memory = aligned_memory(Memory(8, pages=2182, slots=1536))
+    assert (memory.pages, memory.slots) == ((1536 * slot + 2182 * page) // (30 * page), 0)
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_a_finer_prefix_match_unit_is_vllms_better_setting(name):
+    plain, *finer = (workload(name).run(FITS, policy) for policy in ALIGNED)
+    assert plain.pages == finer[0].pages
+    assert all(plain.hit < row.hit <= row.reusable for row in finer)

@@ -1,4 +1,4 @@
-"""serve/bench/tune_moe.py: what it tries, and that vLLM finds and reads what it writes."""
+"""serve/bench/moe: what it tries, and that vLLM finds and reads what it writes."""
 
 import json
 import subprocess
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm.model_executor.layers.fused_moe import fused_moe
+from vllm.platforms import current_platform
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "bench"))
-from moe_search.space import (
+from serve.bench.moe.__main__ import search
+from serve.bench.moe.space import (
     SHARED_MEMORY,
     Experts,
     candidates,
@@ -19,13 +21,10 @@ from moe_search.space import (
     vllm_default,
     write,
 )
-from tune_moe import search
-from vllm.model_executor.layers.fused_moe import fused_moe
-from vllm.platforms import current_platform
 
-BENCH = Path(__file__).parents[2] / "serve" / "bench"
+ROOT = Path(__file__).parents[2]
 TOKENS = [1 << exponent for exponent in range(14)]
-LARGE = Experts.of_model(Path(__file__).parents[2] / "configs" / "models" / "48b-a3b")
+LARGE = Experts.of_model(ROOT / "configs" / "models" / "48b-a3b")
 NAME = "E=256,N=1024,device_name=NVIDIA_H200.json"
 
 
@@ -90,7 +89,12 @@ def test_file_looks_like_those_of_vllm(tmp_path):
 
 def test_help_names_the_variable_that_vllm_reads():
     done = subprocess.run(
-        [sys.executable, BENCH / "tune_moe.py", "--help"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-m", "serve.bench.moe", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     assert "VLLM_TUNED_CONFIG_FOLDER" in done.stdout
 
@@ -108,7 +112,7 @@ def test_search_keeps_the_fastest_whose_output_is_right(monkeypatch):
             raise RuntimeError("out of resource: shared memory")
         return times[config["num_warps"]]
 
-    monkeypatch.setattr("moe_search.layer.median_us", median_us)
+    monkeypatch.setattr("serve.bench.moe.layer.median_us", median_us)
     default = candidates(8)[0]
     configs = [default, *({**default, "num_warps": warps} for warps in (2, 8, 16)), {**default, "num_stages": 9}]
     rows = []
@@ -128,6 +132,6 @@ def test_search_keeps_the_fastest_whose_output_is_right(monkeypatch):
 
 
 def test_search_without_the_default_is_refused(monkeypatch):
-    monkeypatch.setattr("moe_search.layer.median_us", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("serve.bench.moe.layer.median_us", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(RuntimeError, match="default for 8 tokens"):
         search(FakeLayer(), 8, candidates(8)[:2], lambda *args, **found: None)

@@ -11,9 +11,9 @@ from support.arrivals import Arrival, bursts, rounds
 from support.hash_worker import NONSENSE, Glitch, answer
 from support.schedules import MODES, ROOMY, SCARCE
 
-from kimi_vllm.bench import replay
 from kimi_vllm.cache import contagion, scheduler
 from kimi_vllm.cache.contagion import Access, Step, spread
+from serve.bench.cache import replay
 
 # Each of 36, so 2,016; fewer where `make compat` repeats them on another release's sources.
 CASES = 56 if any(Path(vllm.__file__).parent.glob("_C*.so")) else 12

@@ -15,9 +15,9 @@ from vllm.v1.core.sched import async_scheduler
 from vllm.v1.core.sched import scheduler as vllm_scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from kimi_vllm.bench import replay
-from kimi_vllm.bench.replay import Memory
 from kimi_vllm.cache.scheduler import KimiScheduler
+from serve.bench.cache import replay
+from serve.bench.cache.replay import Memory
 
 WAYS = {
     "schedule": "sets it to the length of a prefix hit, at whose end a state was kept",

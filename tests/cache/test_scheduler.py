@@ -7,9 +7,9 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from kimi_vllm.bench.replay import Memory, make_request, our_scheduler, step
 from kimi_vllm.cache.exchange import MOVES, NONFINITE, STATS
 from kimi_vllm.cache.scheduler import KimiScheduler, _KimiAsyncScheduler, _KimiScheduler
+from serve.bench.cache.replay import Memory, make_request, our_scheduler, step
 
 ANSWER = list(range(40, 60))
 

@@ -9,7 +9,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,12 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from support.documents import WITH_COMMANDS, commands
+from support.documents import PAGES, commands
 from support.engine import RECALL
 from support.server import serving_process
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "serve" / "demo"))
-from recall_task import held_out_prompt  # noqa: E402
+from serve.demo.recall_task import held_out_prompt  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -296,7 +294,7 @@ def test_metrics_and_log_have_no_prompt_and_no_key(server):
 
 
 def test_what_the_documents_ask_is_answered(server):
-    shown = [command for page in WITH_COMMANDS for command in commands(page) if command.words[0] == "curl"]
+    shown = [command for page in PAGES for command in commands(page) if command.words[0] == "curl"]
     assert shown
     for command in shown:
         words = [word.replace("http://127.0.0.1:8000", server.url) for word in command.words]

@@ -20,7 +20,7 @@ with engine(RECALL, enforce_eager=False, enable_prefix_caching=True, max_num_bat
 
 def test_a_compiled_model_answers_the_same(tmp_path):
     # In a process of its own: dynamo reads whether it is disabled when it is imported.
-    environment = os.environ | {"TORCHDYNAMO_DISABLE": "0", "VLLM_CPU_CI_ENV": "1", "PYTHONPATH": "tests"}
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "0", "VLLM_CPU_CI_ENV": "1", "PYTHONPATH": "tests:."}
     environment["VLLM_CACHE_ROOT"] = str(tmp_path)
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT],

@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,7 @@ from support.cuda import SMOOTH, distributions, relative_error
 from support.engine import RECALL, engine, random_prompts
 from support.server import serving
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "demo"))
-from recall_task import held_out_prompt
+from serve.demo.recall_task import held_out_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
@@ -169,7 +167,7 @@ def test_nothing_is_compiled_for_a_request(quantization, tmp_path, record_proper
     record_property("covers", "bfloat16" if quantization is None else "FP8")
     script = tmp_path / "first_requests.py"
     script.write_text(FIRST_REQUESTS)
-    environment = os.environ | {"PYTHONPATH": f"tests:{os.environ.get('PYTHONPATH', '')}"}
+    environment = os.environ | {"PYTHONPATH": f"tests:.:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, str(script), json.dumps(quantization)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     said = [line for line in done.stdout.splitlines() if line.startswith("COMPILED")]

@@ -1,8 +1,6 @@
 """On two GPUs: every kind of parallelism says what one GPU says, from the prefix cache and after preemption too."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +8,7 @@ from openai import OpenAI
 from support.engine import RECALL, check_equal, engine, random_prompts
 from support.server import serving
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "demo"))
-from recall_task import held_out_prompt
+from serve.demo.recall_task import held_out_prompt
 
 pytestmark = [
     pytest.mark.engine,

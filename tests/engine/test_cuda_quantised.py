@@ -1,8 +1,6 @@
 """On a GPU: quantised weights say what transformers says with them dequantised, and weigh what was planned."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +15,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from kimi_vllm.config_hook import planned_costs
 from kimi_vllm.quantization import ONLINE
 from kimi_vllm.weights import packed_modules_mapping
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "demo"))
-from recall_task import held_out_prompt
+from serve.demo.recall_task import held_out_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from support.documents import ROOT, WITH_COMMANDS, code
+from support.documents import PAGES, ROOT, code
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-BLOCKS = [piece for page in WITH_COMMANDS for piece in code(page) if piece.language == "python"]
+BLOCKS = [piece for page in PAGES for piece in code(page) if piece.language == "python"]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

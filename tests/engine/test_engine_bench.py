@@ -1,4 +1,4 @@
-"""serve/bench/engine_bench.py, all of it, with the tiny geometry: every measurement leaves a row that makes sense."""
+"""serve/bench/engine, all of it, with the tiny geometry: every measurement leaves a row that makes sense."""
 
 import subprocess
 import sys
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "bench"))
-from serving.rows import read
+from serve.bench.engine.rows import read
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,8 +17,8 @@ pytestmark = pytest.mark.engine
 def test_every_measurement_leaves_a_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     few = ["--contexts", "128,4K", "--steps", "4", "--prompts", "4K", "--prefills", "128", "--arrivals", "2"]
-    command = [sys.executable, str(ROOT / "serve" / "bench" / "engine_bench.py"), "run", "--json", str(path), *few]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", "serve.bench.engine", "run", "--json", str(path), *few]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read(path)
     assert not [row for row in rows if "error" in row or "error_after" in row]

@@ -1,6 +1,7 @@
-"""serve/load_test.py as users run it: a server of its own, `vllm bench serve`, and a page with pictures."""
+"""serve/load as users run it: a server of its own, `vllm bench serve`, and a page with pictures."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +26,10 @@ parts:
 @pytest.mark.slow
 def test_a_scenario_is_measured_and_reported(tmp_path):
     (tmp_path / "smoke.yaml").write_text(SCENARIO)
-    script, output = ROOT / "serve" / "load_test.py", tmp_path / "out"
-    command = [sys.executable, str(script), "smoke.yaml", "--output", "out", "--goodput", "e2el:100000"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "serve.load", "smoke.yaml", "--output", "out", "--goodput", "e2el:100000"]
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "timeout": 240}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     run = json.loads((output / "run.json").read_text())
     [point] = run["points"]

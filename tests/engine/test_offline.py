@@ -1,4 +1,4 @@
-"""serve/offline.py with a real server: killed in the middle, then run again, no id is lost and none is there twice."""
+"""serve/batch with a real server: killed in the middle, then run again, no id is lost and none is there twice."""
 
 import json
 import os
@@ -13,7 +13,6 @@ import pytest
 from support.engine import RECALL
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "serve" / "demo"))
 
 pytestmark = pytest.mark.engine
 
@@ -25,7 +24,7 @@ def make_input(path):
     """Questions that training never saw; the right answer is the end of each id."""
     import random
 
-    from recall_task import held_out_prompt
+    from serve.demo.recall_task import held_out_prompt
 
     rng = random.Random(0)
     with path.open("w") as lines:
@@ -44,10 +43,11 @@ def make_input(path):
 
 
 def start(folder):
-    command = [sys.executable, str(ROOT / "serve" / "offline.py"), "in.jsonl", "out.jsonl", "--model", str(RECALL)]
+    command = [sys.executable, "-m", "serve.batch", "in.jsonl", "out.jsonl", "--model", str(RECALL)]
     return subprocess.Popen(
         [*command, "--concurrency", "12", "--", *SERVER],
         cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

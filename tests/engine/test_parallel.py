@@ -10,8 +10,7 @@ pytestmark = pytest.mark.engine
 
 SCRIPT = """
 import random, sys
-sys.path.insert(0, "serve/demo")
-from recall_task import held_out_prompt
+from serve.demo.recall_task import held_out_prompt
 from support.engine import RECALL
 
 if __name__ == "__main__":
@@ -40,7 +39,7 @@ def test_two_tensor_parallel_workers(tmp_path, record_property):
     record_property("covers", "TP 2")
     script = tmp_path / "two_workers.py"  # a file, because workers are spawned and import the main module again
     script.write_text(SCRIPT)
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": "tests"}
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": "tests:."}
     environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to send a function to the workers
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -51,8 +50,7 @@ def test_two_tensor_parallel_workers(tmp_path, record_property):
 
 PIPELINE = """
 import random, sys
-sys.path.insert(0, "serve/demo")
-from recall_task import held_out_prompt
+from serve.demo.recall_task import held_out_prompt
 from support.engine import RECALL
 
 if __name__ == "__main__":
@@ -77,7 +75,7 @@ def test_two_pipeline_stages_say_what_one_says(partition, sequences, tmp_path, r
     # vLLM's CPU runner wants its compiled model here: eager, the second stage gets no tensors from the first.
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "PYTHONPATH": "tests",
+        "PYTHONPATH": "tests:.",
         "TORCHDYNAMO_DISABLE": "0",
     }
     answers = []

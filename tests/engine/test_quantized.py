@@ -3,8 +3,6 @@
 import json
 import random
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +12,7 @@ from support.cpus import emulate_amx, emulate_avx512
 from support.engine import RECALL, engine
 from support.quantised import SCHEMES
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "demo"))
-from recall_task import held_out_prompt
+from serve.demo.recall_task import held_out_prompt
 
 pytestmark = pytest.mark.engine
 

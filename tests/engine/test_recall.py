@@ -1,14 +1,11 @@
 """The shipped checkpoint does what it was trained for when it is served: any state mix-up shows as a wrong answer."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 from support.engine import RECALL, engine
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "demo"))
-from recall_task import held_out_prompt
+from serve.demo.recall_task import held_out_prompt
 
 pytestmark = pytest.mark.engine
 

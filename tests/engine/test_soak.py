@@ -1,25 +1,12 @@
-"""The soak of serve/bench/soak.py, short: everything is scarce, nothing leaks, every answer is right."""
-
-import sys
-from pathlib import Path
+"""The soak of serve/soak, short: everything is scarce, nothing leaks, every answer is right."""
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "bench"))
-import soak
+from serve.soak import __main__ as soak
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture
-def _clean_process():
-    yield
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    cleanup_dist_env_and_memory()
-
-
-@pytest.mark.usefixtures("_clean_process")
 def test_nothing_leaks_and_nothing_is_wrong():
     counts = soak.soak(400, seed=1)
     assert counts["finished"] + counts["aborted"] == counts["requests"] == 400
@@ -29,7 +16,6 @@ def test_nothing_leaks_and_nothing_is_wrong():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_clean_process")
 def test_a_lost_state_is_a_wrong_answer(monkeypatch):
     """The soak must be able to fail: states from host memory that are another's do not go unnoticed."""
     from kimi_vllm.cache.pool import StatePool

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import ablations, evaluate, serving
-from synthetic.tasks import TASKS
+from support import ablations
 from typer.testing import CliRunner
+
+from serve.eval import __main__ as evaluate
+from serve.eval import questions as asking
+from serve.eval.tasks import TASKS
 
 pytestmark = pytest.mark.engine
 
@@ -26,18 +29,18 @@ COLLAPSED = {
 
 @pytest.fixture(scope="module")
 def running():
-    with serving.serving(evaluate.MODELS / "palindrome", max(COUNTS)) as started:
+    with asking.serving(evaluate.MODELS / "palindrome", max(COUNTS)) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def questions():
-    return serving.questions_of(TASKS["palindrome"], COUNTS)
+    return asking.questions_of(TASKS["palindrome"], COUNTS)
 
 
 @pytest.fixture(scope="module")
 def plain(running, questions):
-    return serving.one_shot(running, questions)
+    return asking.one_shot(running, questions)
 
 
 def share(questions, run):
@@ -46,9 +49,9 @@ def share(questions, run):
     return right / sum(len(question.positions) for question in asked)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in serving.MODES if mode != "one-shot"])
+@pytest.mark.parametrize("mode", [mode for mode in asking.MODES if mode != "one-shot"])
 def test_the_same_answers_in_every_mode(mode, running, questions, plain):
-    run = serving.MODES[mode](running, questions)
+    run = asking.MODES[mode](running, questions)
     for answers, expected in zip(run.answers, plain.answers, strict=True):
         unsure = [margin < evaluate.NOISE for margin in expected.margins]
         same = [ours == theirs for ours, theirs in zip(answers.tokens, expected.tokens, strict=True)]
@@ -75,7 +78,7 @@ def test_the_command_measures_every_mode(tmp_path: Path):
     found = json.loads(file.read_text())
     modes = found["tasks"]["mqar"]
     rounded = evaluate.ROUNDED if torch.cuda.is_available() else evaluate.ON_CPU
-    assert list(modes) == [evaluate.TRANSFORMERS, *serving.MODES, *rounded]
+    assert list(modes) == [evaluate.TRANSFORMERS, *asking.MODES, *rounded]
     for rows in modes.values():
         assert rows["256"]["right"] >= 0.99 * rows["256"]["asked"] > 300
     picture = tmp_path / "found.png"

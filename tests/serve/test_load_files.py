@@ -1,4 +1,4 @@
-"""serve/load_test.py without a server: scenarios, traces, command lines, metrics, the report, the comparison."""
+"""serve/load without a server: scenarios, traces, command lines, metrics, the report, the comparison."""
 
 import json
 import re
@@ -7,16 +7,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.load import CHAT, TARGET, make_record, result, scenario
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve"))
-import load_test
 import typer
-from load import compare, plots, record, report, scrape, traffic
-from load.generator import GeneratorError, Target, command, guidellm_numbers, run
-from load.scenario import ConversationWorkload, MixedWorkload, ScenarioError, points, read
 from rich.console import Console
+from support.load import CHAT, TARGET, make_record, result, scenario
 from typer.testing import CliRunner
+
+from serve.load import __main__ as load_test
+from serve.load import compare, plots, record, report, scrape, traffic
+from serve.load.generator import GeneratorError, Target, command, guidellm_numbers, run
+from serve.load.scenario import ConversationWorkload, MixedWorkload, ScenarioError, points, read
 
 SHIPPED = sorted((Path(__file__).parents[2] / "serve" / "load" / "scenarios").glob("*.yaml"))
 
@@ -227,7 +226,7 @@ def test_a_generator_that_fails_shows_the_end_of_its_output_and_one_that_is_inte
 
 
 def test_a_record_has_commands_as_one_types_them_and_no_paths_of_the_machine(tmp_path):
-    root = str(Path(load_test.__file__).parents[1])
+    root = str(Path(load_test.__file__).parents[2])
     words = [f"{root}/.venv/bin/vllm", "serve", f"{root}/configs/models/recall", "--port", "1"]
     made = record.new(read(scenario(tmp_path)), TARGET, words)
     assert made.server_command == ["vllm", "serve", "configs/models/recall", "--port", "1"]
@@ -306,10 +305,10 @@ def test_guidellms_numbers_take_the_names_of_vllms():
 
 def test_guidellm_is_asked_for_only_where_it_is_installed(tmp_path, monkeypatch):
     [point, _] = points(read(scenario(tmp_path, CHAT.replace("name: chat", "name: chat, engine: guidellm"))))
-    monkeypatch.setattr("load.generator._guidellm_program", lambda: None)
+    monkeypatch.setattr("serve.load.generator._guidellm_program", lambda: None)
     with pytest.raises(ScenarioError, match="'chat' wants GuideLLM: pip install guidellm"):
         command(point, TARGET, tmp_path)
-    monkeypatch.setattr("load.generator._guidellm_program", lambda: "/bin/guidellm")
+    monkeypatch.setattr("serve.load.generator._guidellm_program", lambda: "/bin/guidellm")
     words = command(point, TARGET, tmp_path)
     assert words[:2] == ["/bin/guidellm", "run"]
     assert option(words, "--profile") == "kind=concurrent,streams=2"
@@ -325,7 +324,7 @@ def test_the_address_of_a_server_may_be_its_apis(url, tmp_path, monkeypatch):
         asked.append(address)
         return httpx.Response(200, json={"data": [{"id": "m"}]}, request=httpx.Request("GET", address))
 
-    monkeypatch.setattr(load_test.httpx, "get", get)
+    monkeypatch.setattr(httpx, "get", get)
     with load_test._target(read(SHIPPED[0]), url, None, (), tmp_path) as (target, _, _):
         assert target.url == "http://there:8000"
     assert asked == ["http://there:8000/v1/models"]

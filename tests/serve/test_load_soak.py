@@ -8,10 +8,9 @@ import psutil
 import pytest
 from support.load import make_record, scenario
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve"))
-import load_test
-from load import record, scrape, soak
-from load.scenario import points, read
+from serve.load import __main__ as load_test
+from serve.load import record, scrape, verdict
+from serve.load.scenario import points, read
 
 SOAK = """
 soak: {part: held}
@@ -56,9 +55,9 @@ def test_the_verdict_names_what_did_not_hold(tmp_path, change, broken):
         {"t": 100.0 + 99 * i / number, "rss_bytes": 2e9 * (1 + (grown - 1) * i / number / 0.9)} for i in range(number)
     ]
     end = change.get("end", {"slots_live": 0.0, "slots_checkpoint": 0.0, "slots_free": 16.0})
-    verdict = soak.judge(made, "held", 0.02, end)
-    assert [check["name"] for check in verdict if not check["passed"]] == ([broken] if broken else [])
-    assert len(verdict) == 4
+    checks = verdict.judge(made, "held", 0.02, end)
+    assert [check["name"] for check in checks if not check["passed"]] == ([broken] if broken else [])
+    assert len(checks) == 4
 
 
 def test_memory_is_that_of_a_process_and_of_those_it_started():
@@ -72,10 +71,10 @@ def test_memory_is_that_of_a_process_and_of_those_it_started():
 
 
 def test_the_committed_soak_passed_and_its_verdict_follows_from_its_numbers():
-    kept = record.load(Path(load_test.__file__).parent / "load" / "results" / "soak-cpu.json")
+    kept = record.load(Path(load_test.__file__).parent / "results" / "soak-cpu.json")
     held = [point for point in kept.points if point.part == kept.scenario["soak"]["part"]]
     assert all(point.ended - point.started >= 1200 for point in held)
     assert kept.complete
     end = {"slots_live": 0.0, "slots_checkpoint": 0.0, "slots_free": 16.0}
-    assert soak.judge(kept, "held", 0.02, end) == kept.verdict
+    assert verdict.judge(kept, "held", 0.02, end) == kept.verdict
     assert all(check["passed"] for check in kept.verdict)

@@ -1,23 +1,20 @@
-"""The files of serve/offline.py: what is read, resumed and written, without a server."""
+"""The files of serve/batch: what is read, resumed and written, without a server."""
 
 import asyncio
 import json
-import sys
 import tracemalloc
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+import typer
 from openai import AsyncOpenAI
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve"))
-import offline
-import typer
-from batch.requests import BadLineError, BatchError, Mark, Rejected, Request, key_of, left_to_do, parse, survey
-from batch.results import Results, answered
-from batch.runner import Outcome, Run, send
+from serve.batch import __main__ as offline
+from serve.batch.requests import BadLineError, BatchError, Mark, Rejected, Request, key_of, left_to_do, parse, survey
+from serve.batch.results import Results, answered
+from serve.batch.runner import Outcome, Run, send
 
 NONE = np.empty(0, dtype=np.uint64)
 
@@ -287,7 +284,7 @@ def test_the_address_of_a_server_may_be_its_apis(url, tmp_path, monkeypatch):
         asked.append(address)
         return httpx.Response(200, json={"data": [{"id": "m"}]}, request=httpx.Request("GET", address))
 
-    monkeypatch.setattr(offline.httpx, "get", get)
+    monkeypatch.setattr(httpx, "get", get)
     found = survey(write_input(tmp_path, line("a", body={"model": "m"})), NONE)
     with offline._server(None, url, [], found, tmp_path / "out.jsonl") as base:
         assert base == "http://there:8000"

@@ -1,4 +1,4 @@
-"""Real vLLM engines, several per process, and a look inside them."""
+"""Engines that complete prompts, answers that must be equal, and slots that a broken request left behind."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-RECALL = Path(__file__).parents[2] / "configs" / "models" / "recall"
+from serve.common import engine as common
+from serve.common.engine import RECALL as RECALL
 
 
 @dataclass(frozen=True)
@@ -22,71 +23,8 @@ class Completion:
     cached: int
 
 
-class Engine:
-    """A vLLM engine in this process, its scheduler and its state slots within reach."""
-
-    def __init__(self, checkpoint: Path, **options: Any) -> None:
-        from vllm import LLM
-
-        defaults = {
-            "dtype": "float32",
-            "max_model_len": 1024,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 1024,
-            "enable_prefix_caching": False,
-            "skip_tokenizer_init": True,
-            "enforce_eager": True,
-            "disable_log_stats": True,
-            "seed": 0,
-        }
-        if torch.cuda.is_available():
-            # Room for several, and nothing that others in the same memory could disturb by measuring.
-            defaults |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}
-            # Half a minute of compiling for each geometry, most of it for steps that a test does not make.
-            defaults |= {"kernel_config": {"enable_jit_warmup": False}}
-        self.llm = LLM(str(checkpoint), **(defaults | options))
-        core = self.llm.llm_engine.engine_core.engine_core
-        self.scheduler = core.scheduler
-        self._executor = core.model_executor
-        self.num_preemptions = 0
-        preempt = self.scheduler._preempt_request
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.num_preemptions += 1
-            return preempt(*args, **kwargs)
-
-        self.scheduler._preempt_request = counted
-
-    @property
-    def worker(self) -> Any:
-        """The worker, where there is one; several have processes of their own."""
-        return self._executor.driver_worker.worker
-
-    @property
-    def model(self) -> Any:
-        """The model as constructed by vLLM."""
-        return self.worker.model_runner.get_model()
-
-    @property
-    def manager(self) -> Any:
-        """The KDA state manager in the scheduler."""
-        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        return next(manager for manager in managers if type(manager).__name__ == "KDAStateManager")
-
-    @property
-    def slots(self) -> Any:
-        """The slot allocator behind it."""
-        return self.manager.block_pool.slots
-
-    @property
-    def counts(self) -> Any:
-        """Evictions and swaps so far."""
-        return self.manager.block_pool.counts
-
-    @property
-    def pool(self) -> Any:
-        """The worker's state tensors."""
-        return self.model.model.state_home.pool
+class Engine(common.Engine):
+    """One that answers token ids with token ids."""
 
     def complete(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **sampling: Any) -> list[Completion]:
         """Answer prompts of token ids greedily, all at once, and check that every slot came back."""
@@ -111,39 +49,19 @@ class Engine:
             for output in outputs
         ]
 
-    def check_idle(self) -> None:
-        """No request is left, so no slot may be live and none may be lost."""
-        self.slots.check()
-        self.manager.block_pool.host.check()
-        assert self.slots.num_live == 0, f"{self.slots.num_live} slots leaked"
-        assert self.slots.num_free + self.slots.num_idle == self.slots.num_slots - 1
-        assert not self.manager.req_to_blocks
-
 
 @contextmanager
 def engine(checkpoint: Path, **options: Any) -> Iterator[Engine]:
-    """An engine that is shut down again, so that the next one finds a clean process."""
+    """See `serve.common.engine`."""
     with engines(checkpoint, {"": options}) as started:
         yield started[""]
 
 
 @contextmanager
 def engines(checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -> Iterator[dict[Any, Engine]]:
-    """Several engines at once, by name. They share vLLM's process groups, so they go together."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.platforms import current_platform
-
-    started: dict[Any, Engine] = {}
-    try:
-        for name, options in configurations.items():
-            started[name] = Engine(checkpoint, **options)
+    """See `serve.common.engine`."""
+    with common.engines(Engine, checkpoint, configurations) as started:
         yield started
-    finally:
-        for running in started.values():
-            running.llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
-        # The graphs in it are gone, and torch 2.11 fails where the next engine's name a pool without graphs.
-        type(current_platform)._global_graph_pool = None
 
 
 def check_equal(completion: Completion, plain: Completion) -> None:

@@ -1,13 +1,11 @@
 """Scenarios and records of load tests that never ran."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve"))
-from load import record
-from load.generator import Target
-from load.scenario import points, read
+from serve.load import record
+from serve.load.generator import Target
+from serve.load.scenario import points, read
 
 TARGET = Target("http://127.0.0.1:1", "kimi", "some/folder")
 CHAT = "parts: [{name: chat, workload: {kind: random, prompt: 64, output: 8}, concurrency: [2, 4]}]"

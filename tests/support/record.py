@@ -1,4 +1,4 @@
-"""Which combinations of vLLM, device and feature a test run has covered: written by tests, read by README's table.
+"""Which vLLM, device and feature a test run has covered: written by tests, read by the tables of docs/compatibility.md.
 
 A test says what it covers with pytest's `record_property`: ``record_property("covers", "bfloat16")``, or ``"refuses"``
 where it shows that a combination is refused by name. With ``--record FILE`` the outcome is merged into that file. Run

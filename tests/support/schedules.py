@@ -10,9 +10,9 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.v1.request import RequestStatus
 
-from kimi_vllm.bench import replay
-from kimi_vllm.bench.replay import Memory
 from kimi_vllm.cache.scheduler import KimiScheduler
+from serve.bench.cache import replay
+from serve.bench.cache.replay import Memory
 from support.arrivals import BLOCK, Arrival
 from support.hash_worker import SICK, HashWorker
 

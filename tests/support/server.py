@@ -1,16 +1,13 @@
 """`vllm serve` as users start it, in processes of its own."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
 
-import httpx
+from serve.common.server import Server, free_port
+
+__all__ = ["free_port", "serving", "serving_process", "start"]
 
 START_SECONDS = 240
 SMALL = [
@@ -19,24 +16,16 @@ SMALL = [
 ]
 
 
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _server(checkpoint: Path, log: Path, *options: str, port: int = 0) -> Server:
+    """Small unless `options` bring a ``--config``, which the command line would overrule."""
+    words = [*([] if "--config" in options else SMALL), *options]
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    return Server(checkpoint, log, *words, name="recall", port=port, environment=environment)
 
 
-def start(checkpoint: Path, port: int, log: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
-    """Start a server in a session of its own, writing to `log`; small unless `options` bring a ``--config``."""
-    beside = Path(sys.executable).with_name("vllm")
-    command = [str(beside) if beside.exists() else "vllm", "serve", str(checkpoint), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", "recall"]
-    # The command line wins over a --config, which would then not be what is tested.
-    command += [*([] if "--config" in options else SMALL), *options]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"} | environment
-    return subprocess.Popen(
-        command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
-    )
+def start(checkpoint: Path, port: int, log: Path, *options: str) -> Popen[bytes]:
+    """Start a server, whoever has the port."""
+    return _server(checkpoint, log, *options, port=port).start()
 
 
 @contextmanager
@@ -47,25 +36,8 @@ def serving(checkpoint: Path, log: Path, *options: str) -> Iterator[int]:
 
 
 @contextmanager
-def serving_process(checkpoint: Path, log: Path, *options: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+def serving_process(checkpoint: Path, log: Path, *options: str) -> Iterator[tuple[int, Popen[bytes]]]:
     """Like `serving`, with the process too, for tests that end it themselves."""
-    port = free_port()
-    process = start(checkpoint, port, log, *options)
-    deadline = time.monotonic() + START_SECONDS
-    try:
-        while True:
-            assert process.poll() is None, log.read_text()[-5000:]
-            assert time.monotonic() < deadline, log.read_text()[-5000:]
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.2)
-        yield port, process
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    with _server(checkpoint, log, *options) as server:
+        server.wait_ready(START_SECONDS)
+        yield server.port, server.process

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from synthetic import checkpoint, fast_kda
-from synthetic.fast_kda import MIN_LOG_DECAY, chunk_kda, modeling
-from synthetic.tasks import TASKS
-from synthetic.training import forward
+from serve.eval import checkpoint, fast_kda
+from serve.eval.fast_kda import MIN_LOG_DECAY, chunk_kda, modeling
+from serve.eval.tasks import TASKS
+from serve.eval.training import forward
 
 
 def inputs(length: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from synthetic.tasks import BOS, FIRST_FILLER, NOT_SCORED, PAD, TASKS, Batch, Task, checksum, needle_at, sample_needle
+from serve.eval.tasks import BOS, FIRST_FILLER, NOT_SCORED, PAD, TASKS, Batch, Task, checksum, needle_at, sample_needle
 
 LENGTHS = (32, 65, 256)
 

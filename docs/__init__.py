@@ -1,0 +1,1 @@
+"""Tables and pictures of README.md and docs/*.md, made from results, options and profiles: `python -m docs`."""

@@ -1,0 +1,283 @@
+"""Traces through vLLM's scheduler without a model: real scheduler, real cache managers, answers made up.
+
+What is not there is the executor: a step's tokens are taken from the trace. So what is counted here, hits and tokens
+to compute, is exactly what a server would count, and nothing in it depends on a clock.
+
+Beside our scheduler, vLLM's own with the rules it has for states in pages ("align"). That model cannot be built on
+vLLM's CPU package, but its scheduler and `MambaManager` can: they get the cache configuration that vLLM derives for
+one attention block per state, of 1920 tokens for the 48B model with float32 states and one GPU.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_request_block_hasher,
+    init_none_hash,
+    resolve_kv_cache_block_sizes,
+)
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, MambaSpec, MLAAttentionSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
+from kimi_vllm.cache.scheduler import KimiScheduler
+from kimi_vllm.cache.spec import SlotLayout
+from kimi_vllm.config_hook import geometry_of
+from serve.bench.cache.traces import BLOCK, Tokens, Turn, prompt_of
+
+CHECKPOINT = Path(__file__).parents[3] / "configs" / "models" / "recall"
+ALIGN_BLOCK = 1920
+"""Tokens of vLLM's attention block for the 48B model: as many as make a page as large as a layer's float32 state."""
+LONGEST = 8192
+"""Tokens of the tiny checkpoint's longest sequence, and so of a trace's."""
+_ROOM = 2**40
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a scheduler may hand out.
+
+    Attributes:
+        concurrency: requests at a time.
+        pages: of our attention block, or of vLLM's where states live in them too.
+        slots: of states, beside the null slot; vLLM's own has none.
+        step_tokens: tokens per step.
+        longest: tokens of the longest sequence.
+    """
+
+    concurrency: int
+    pages: int
+    slots: int
+    step_tokens: int = 8192
+    longest: int = LONGEST
+
+
+def our_scheduler(memory: Memory, eviction: str = "value") -> Any:
+    """`KimiScheduler` with the cache configuration that the engine would give it."""
+    config = configuration(memory, eviction)
+    return build(KimiScheduler, config, our_specs(config, memory.slots, eviction))
+
+
+def our_specs(config: VllmConfig, slots: int, eviction: str = "value", **more: int) -> dict[str, KVCacheSpec]:
+    """What our worker tells the engine about its caches: so many slots beside the null slot, and `more` of the spec."""
+    geometry = geometry_of(config.model_config)
+    layout = SlotLayout.of(geometry, sum(geometry.kda))
+    specs: dict[str, KVCacheSpec] = {}
+    for layer in _mla_layers(config):
+        attention = attention_spec(config, BLOCK)
+        specs[f"model.layers.{layer}.self_attn.attn"] = attention
+        specs[f"model.layers.{layer}.kda_state"] = KDAStateSpec.beside(
+            attention, num_slots=1 + slots, slot_bytes=layout.slot_bytes, eviction=eviction, **more
+        )
+    return specs
+
+
+def align_scheduler(memory: Memory, match_unit: int | None = None) -> Any:
+    """VLLM's scheduler and managers, with states in pages.
+
+    Args:
+        memory: without slots.
+        match_unit: --prefix-match-unit, tokens. A hit may end at each multiple of it instead of each block of 1920, and
+            the state at the last such place in a prompt is kept too.
+    """
+    config = configuration(memory, "lru")
+    config.scheduler_config.scheduler_cls = None
+    config.cache_config.block_size = config.cache_config.mamba_block_size = ALIGN_BLOCK
+    config.cache_config.mamba_cache_mode = "align"
+    config.cache_config.prefix_match_unit = match_unit
+    geometry = geometry_of(config.model_config)
+    layout = SlotLayout.of(geometry, 1)
+    attention = attention_spec(config, ALIGN_BLOCK)
+    state = MambaSpec(
+        block_size=ALIGN_BLOCK,
+        shapes=(layout.state_shape[1:], layout.conv_shape[1:]),
+        dtypes=(layout.state_dtype, layout.conv_dtype),
+        page_size_padded=attention.page_size_bytes,
+        mamba_cache_mode="align",
+    )
+    specs: dict[str, KVCacheSpec] = {
+        f"model.layers.{layer}.self_attn": state if is_kda else attention for layer, is_kda in enumerate(geometry.kda)
+    }
+    return build(Scheduler, config, specs)
+
+
+def configuration(memory: Memory, eviction: str, **engine: Any) -> VllmConfig:
+    """What the engine would have; `engine`, other options of vLLM."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    config = EngineArgs(
+        model=str(CHECKPOINT),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        async_scheduling=False,
+        hf_overrides={"model_max_length": memory.longest},
+        max_model_len=memory.longest,
+        max_num_seqs=memory.concurrency,
+        max_num_batched_tokens=memory.step_tokens,
+        additional_config={"kimi": {"state_slots": max(memory.slots, memory.concurrency + 1), "eviction": eviction}},
+        **engine,
+    ).create_engine_config()
+    # What the hook has sized from this machine's memory gives way to what was asked for.
+    config.scheduler_config.max_num_seqs = memory.concurrency
+    config.cache_config.kv_cache_memory_bytes = None
+    config.cache_config.num_gpu_blocks_override = memory.pages
+    return config
+
+
+def _mla_layers(config: VllmConfig) -> list[int]:
+    return [layer for layer, is_kda in enumerate(geometry_of(config.model_config).kda) if not is_kda]
+
+
+def attention_spec(config: VllmConfig, block_size: int) -> MLAAttentionSpec:
+    """An MLA layer's pages, of so many tokens."""
+    return MLAAttentionSpec(
+        block_size=block_size,
+        num_kv_heads=1,
+        max_tp_shards=1,
+        head_size=geometry_of(config.model_config).latent_dim,
+        dtype=config.model_config.dtype,
+    )
+
+
+def build(scheduler_class: Any, config: VllmConfig, *specs: dict[str, KVCacheSpec], available: int = _ROOM) -> Any:
+    """The scheduler that the engine would build for workers with these caches, each so many bytes for its pages."""
+    layouts = [[layout.name for layout in get_supported_kv_cache_layouts([])]]
+    resolve_kv_cache_layout(config, layouts, [spec for worker in specs for spec in worker.values()])
+    caches = generate_scheduler_kv_cache_config(_cache_configs(config, list(specs), available))
+    config.cache_config.num_gpu_blocks = caches.num_blocks
+    block_size, hash_block_size = resolve_kv_cache_block_sizes(caches, config)
+    return scheduler_class(
+        vllm_config=config,
+        kv_cache_config=caches,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=block_size,
+        hash_block_size=hash_block_size,
+        log_stats=False,
+    )
+
+
+def _cache_configs(config: VllmConfig, specs: list[dict[str, KVCacheSpec]], available: int) -> list[KVCacheConfig]:
+    """What the engine makes of the workers' caches. vLLM 0.33 groups them in a call of its own, in another module."""
+    memory = [available] * len(specs)
+    if hasattr(kv_cache_utils, "get_kv_cache_configs"):
+        return list(kv_cache_utils.get_kv_cache_configs(config, specs, memory))
+    from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups, get_kv_cache_configs
+
+    return list(get_kv_cache_configs(config, specs, memory, get_global_kv_cache_groups(config, specs)))
+
+
+@cache
+def _hash_function(name: str) -> Any:
+    function = get_hash_fn_by_name(name)
+    init_none_hash(function)
+    return function
+
+
+def make_request(scheduler: Any, name: str, prompt: Tokens, num_answer: int) -> Request:
+    """A request as the engine hands it to the scheduler."""
+    function = _hash_function(scheduler.cache_config.prefix_caching_hash_algo)
+    return Request(
+        request_id=name,
+        prompt_token_ids=prompt,
+        sampling_params=SamplingParams(temperature=0, max_tokens=num_answer, ignore_eos=True),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(scheduler.hash_block_size, function),
+    )
+
+
+def step(scheduler: Any, answers: dict[str, Tokens]) -> Any:
+    """One step: schedule, and hand back the next token of every request whose prompt is through."""
+    output = scheduler.schedule()
+    names = list(output.num_scheduled_tokens)
+    sampled = []
+    for name in names:
+        request = scheduler.requests[name]
+        due = request.num_computed_tokens >= request.num_tokens
+        sampled.append([answers[name][request.num_output_tokens]] if due else [])
+    scheduler.update_from_output(
+        output,
+        ModelRunnerOutput(
+            req_ids=names, req_id_to_index={name: i for i, name in enumerate(names)}, sampled_token_ids=sampled
+        ),
+    )
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a replay counted.
+
+    Attributes:
+        hits: per turn, tokens that did not have to be computed.
+        prompts: per turn, length of the prompt.
+        computed: tokens of all steps together; with preemptions some are computed twice.
+        preemptions: requests thrown out for want of memory.
+        most_slots: most slots in use at a time, by requests or as checkpoints; 0 where there are none.
+        live_slots: slots that requests still hold at the end: none, or one is lost.
+    """
+
+    hits: list[int]
+    prompts: list[int]
+    computed: int
+    preemptions: int
+    most_slots: int
+    live_slots: int
+
+
+def replay(scheduler: Any, turns: Sequence[Turn]) -> Outcome:
+    """Run a trace to its end. Turns start in their order, as soon as there is room and the one they follow is done."""
+    slots = next(
+        (
+            manager.block_pool.slots
+            for manager in scheduler.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, KDAStateManager)
+        ),
+        None,
+    )
+    spoken = [turn.answer for turn in turns]
+    answers = {str(index): answer for index, answer in enumerate(spoken)}
+    requests: list[Request] = []
+    hits = [0] * len(turns)
+    computed = most = 0
+    while len(requests) < len(turns) or scheduler.requests:
+        while len(requests) < len(turns) and len(scheduler.requests) < scheduler.max_num_running_reqs:
+            index = len(requests)
+            follows = turns[index].follows
+            if follows is not None and not requests[follows].is_finished():
+                break
+            prompt = prompt_of(turns, index, spoken)
+            requests.append(make_request(scheduler, str(index), prompt, len(spoken[index])))
+            scheduler.add_request(requests[-1])
+        output = step(scheduler, answers)
+        if not output.total_num_scheduled_tokens:
+            raise RuntimeError(f"the scheduler is stuck with {len(scheduler.requests)} requests: too little memory")
+        for new in output.scheduled_new_reqs:
+            hits[int(new.req_id)] = new.num_computed_tokens
+        computed += output.total_num_scheduled_tokens
+        if slots is not None:
+            most = max(most, slots.num_live + slots.num_idle)
+    scheduler.schedule()  # tells nobody anything any more, but frees what waited for the last step
+    if slots is not None:
+        slots.check()
+    return Outcome(
+        hits=hits,
+        prompts=[request.num_prompt_tokens for request in requests],
+        computed=computed,
+        preemptions=sum(request.num_preemptions for request in requests),
+        most_slots=most,
+        live_slots=0 if slots is None else slots.num_live,
+    )

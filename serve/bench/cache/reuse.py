@@ -1,0 +1,151 @@
+"""What the state cache spares on traces with prefixes to reuse, by eviction policy and by memory.
+
+Two amounts of memory. *Everything fits*: nothing is ever evicted. *A third*: slots for the running requests and for a
+third of the working set, which is the most states that have a use still to come at any time (`traces.working_set`).
+Pages of the KV cache are ample in both, so that states are what is scarce. vLLM's "align" has no slots; it gets pages
+of as many bytes as our slots and pages have together, at the sizes of the 48B model, and may use all of them for
+states. Its hits end at blocks of 1920 tokens, or with --prefix-match-unit at every 64th or 128th token.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from serve.bench.cache.concurrency import costs
+from serve.bench.cache.replay import ALIGN_BLOCK, LONGEST, Memory, Outcome, align_scheduler, our_scheduler, replay
+from serve.bench.cache.traces import BLOCK, TRACES, Turn, block_keys, prompt_of, reusable_tokens, working_set
+from serve.common.rows import Row
+from serve.common.tables import ResultTable
+
+ALIGNED: dict[str, int | None] = {"align": None, "align-64": 64, "align-128": 128}
+"""VLLM's own, by --prefix-match-unit."""
+POLICIES = ("value", "lru", *ALIGNED)
+FITS, THIRD = "everything fits", "a third"
+CONCURRENCY = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """One policy on one trace with one amount of memory; tokens summed over all turns.
+
+    Attributes:
+        reusable: see `traces.reusable_tokens`.
+        hit: tokens of prompts that were not computed.
+        computed: all that was computed, answers included.
+        slots, pages: memory; for "align" slots is 0 and pages are of 1920 tokens.
+    """
+
+    trace: str
+    seed: int
+    memory: str
+    policy: str
+    turns: int
+    prompt: int
+    reusable: int
+    hit: int
+    computed: int
+    preemptions: int
+    slots: int
+    pages: int
+    working_set: int
+
+    @property
+    def share(self) -> float:
+        """Of what can be reused, how much was."""
+        return self.hit / self.reusable
+
+    def as_row(self) -> Row:
+        """For a file."""
+        return {"bench": "cache", **asdict(self), "share": round(self.share, 4)}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A trace, what can be reused in it, and how much memory that takes."""
+
+    name: str
+    seed: int
+    turns: Sequence[Turn]
+    prompts: Sequence[list[int]]
+    reusable: int
+    pages: int
+    working_set: int
+    concurrency: int
+    fits: Outcome
+
+    @classmethod
+    def of(cls, name: str, seed: int, concurrency: int = CONCURRENCY, **sizes: int) -> "Workload":
+        """Draw a trace, and replay it once with room for everything to learn its working set."""
+        turns = TRACES[name](seed, **sizes)
+        answers = [turn.answer for turn in turns]
+        prompts = [prompt_of(turns, index, answers) for index in range(len(turns))]
+        blocks = {key for p, a in zip(prompts, answers, strict=True) for key in block_keys(p + a, BLOCK)}
+        # Requests that run side by side hold pages of their own until one of them is done.
+        pages = len(blocks) + concurrency * (max(map(len, prompts)) // BLOCK + 8) + 1
+        pages = max(pages, LONGEST // BLOCK + 1)  # vLLM refuses less than its longest sequence
+        fits = replay(our_scheduler(Memory(concurrency, pages, 4 * len(turns))), turns)
+        needed = working_set(prompts, answers, fits.hits)
+        reusable = sum(reusable_tokens(prompts, answers))
+        return cls(name, seed, turns, prompts, reusable, pages, needed, concurrency, fits)
+
+    def memory(self, regime: str) -> Memory:
+        """Of our scheduler."""
+        slots = 4 * len(self.turns) if regime == FITS else self.concurrency + self.working_set // 3
+        return Memory(self.concurrency, self.pages, slots)
+
+    def run(self, regime: str, policy: str) -> Reuse:
+        """Replay it."""
+        memory = self.memory(regime)
+        if policy in ALIGNED:
+            memory = aligned_memory(memory)
+            outcome = replay(align_scheduler(memory, ALIGNED[policy]), self.turns)
+        else:
+            outcome = replay(our_scheduler(memory, policy), self.turns)
+        return Reuse(
+            trace=self.name,
+            seed=self.seed,
+            memory=regime,
+            policy=policy,
+            turns=len(self.turns),
+            prompt=sum(map(len, self.prompts)),
+            reusable=self.reusable,
+            hit=sum(outcome.hits),
+            computed=outcome.computed,
+            preemptions=outcome.preemptions,
+            slots=memory.slots,
+            pages=memory.pages,
+            working_set=self.working_set,
+        )
+
+
+def aligned_memory(ours: Memory) -> Memory:
+    """As many bytes as our slots and pages have in the 48B model, in pages of 1920 tokens."""
+    num_bytes = ours.slots * costs().slot + ours.pages * costs().page
+    return Memory(ours.concurrency, num_bytes // (ALIGN_BLOCK // BLOCK * costs().page), 0)
+
+
+def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[Reuse]:
+    """Every trace with both amounts of memory under every policy."""
+    for name in names:
+        workload = Workload.of(name, seed)
+        for regime in (FITS, THIRD):
+            for policy in policies:
+                yield workload.run(regime, policy)
+
+
+def report(found: Sequence[Reuse], env: Row) -> None:
+    """Print a table."""
+    recency = {(row.trace, row.memory): row.hit for row in found if row.policy == "lru"}
+    cells = []
+    for row in found:
+        base = recency.get((row.trace, row.memory))
+        numbers = (f"{number:,}" for number in (row.prompt, row.reusable, row.hit))
+        cells.append(
+            [
+                *(row.trace, row.memory, row.policy, *numbers, f"{row.share:.1%}", f"{row.prompt - row.hit:,}"),
+                f"{row.hit / base:.2f}x" if base else "",
+                f"{row.slots:,}" if row.slots else f"{row.pages:,} p.",
+            ]
+        )
+    columns = ["trace", "memory", "policy", "prompt tokens", "reusable", "hit", "of reusable", "computed", "hit / lru"]
+    title = f"replayed through {env['vllm']}'s scheduler, commit {env['commit']}"
+    ResultTable(title, [*columns, "slots"], cells, words=3).show()

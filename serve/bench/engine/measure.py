@@ -1,0 +1,247 @@
+"""The measurements, each a function from an engine to the fields of one row."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kimi_vllm.config_hook import weight_format
+from serve.bench.engine.engine import BenchEngine
+from serve.bench.engine.floor import floor_ms, peak_tbps, step_bytes
+from serve.bench.engine.plan import Plan
+from serve.bench.engine.profile_steps import profile_kernels, summarise
+from serve.bench.engine.step_clock import StepClock, percentile, summary_ms
+
+Point = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
+"""What is measured, at which case, and how."""
+
+
+def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
+    """All points of a plan, those that matter most first; what an engine does once it is ready comes before all."""
+    if "ready" in plan.measurements:
+        for run in ("first", "second"):
+            yield "ready", {"prompts": plan.ready_prompts, "run": run}, lambda: ready(engine, plan)
+    if "tpot" in plan.measurements:
+        for batch in ("1", "largest"):
+            for context in plan.contexts:
+                most = 1 if batch == "1" else min(plan.batch_cap, engine.max_running)
+                case = {"context": context, "batch": batch}
+                yield "tpot", case, lambda c=context, m=most: tpot(engine, plan, c, m, cuda=cuda)
+    if "concurrency" in plan.measurements:
+        for prompt in plan.prompts:
+            yield "concurrency", {"prompt": prompt}, lambda p=prompt: concurrency(engine, p)
+    if "mixed" in plan.measurements:
+        case = {"decoders": plan.decoders, "context": plan.decoder_context, "prompt": plan.arrival}
+        yield "mixed", case, lambda: mixed(engine, plan)
+    if "prefill" in plan.measurements:
+        for prompt in plan.prefills:
+            yield "prefill", {"prompt": prompt}, lambda p=prompt: prefill(engine, plan, p)
+    if "throughput" in plan.measurements:
+        for requests, prompt, output in plan.loads:
+            case = {"requests": requests, "prompt": prompt, "output": output}
+            yield "throughput", case, lambda r=requests, p=prompt, o=output: throughput(engine, plan, r, p, o)
+
+
+def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool) -> dict[str, Any]:
+    """Time per output token with up to `most` requests of `context` tokens each, and where it goes."""
+    names = engine.fill(context, most, plan.growth)
+    if not names:
+        return {"skipped": f"not even one request of {context} tokens fits"}
+    if most > 1 and len(names) == 1:
+        return {"skipped": "no second request fits, so this is batch 1"}
+    preempted = engine.num_preemptions
+    first = StepClock()
+    first.run(engine.step, 1, time.perf_counter() + plan.budget_s)
+    if not first.arrivals:
+        return {"skipped": f"no token in {plan.budget_s:g} s"}
+    engine.make_noise()
+    # Kernels may be compiled here, which is not to come out of the time for the steps themselves.
+    StepClock().run(engine.step, plan.warmup, time.perf_counter() + 2 * plan.budget_s)
+    clock = StepClock()
+    clock.run(engine.step, plan.steps + 1, time.perf_counter() + plan.budget_s)
+    if len(clock.arrivals) < 2:
+        return {"skipped": f"no two steps in {plan.budget_s:g} s"}
+    seconds = summary_ms(clock.intervals())
+    requests = len(engine.scheduler.running)
+    full = sum(len(tokens) == requests for _, tokens in clock.arrivals)
+    geometry, itemsize = plan.geometry(), engine.config.model_config.dtype.itemsize
+    ranks = engine.config.parallel_config.tensor_parallel_size
+    moved = step_bytes(
+        geometry, requests, context, itemsize, engine.state_itemsize, ranks, weight_format(engine.config)
+    )
+    peak = plan.bandwidth_tbps or peak_tbps()
+    fields: dict[str, Any] = {
+        "context": "synthetic",
+        "requests": requests,
+        "tpot": seconds,
+        "tokens_per_s": round(requests / seconds["p50_ms"] * 1e3, 1),
+        "steps_with_all_requests": f"{full}/{len(clock.arrivals)}",
+        "preemptions": engine.num_preemptions - preempted,
+        "floor_ms": None if not peak else round(floor_ms(moved, peak), 4),
+        "floor_bytes": {"weights": moved.weights, "kv": moved.kv, "state": moved.state},
+    }
+    if not plan.profiled:
+        return fields | {"profile": {"skipped": "not asked for"}}
+    if not cuda:
+        return fields | {"profile": {"skipped": "kernels are profiled on CUDA devices only"}}
+    if not engine.in_process:
+        return fields | {"profile": {"skipped": "kernels are profiled with one GPU only"}}
+    try:
+        kernels = profile_kernels(engine.step, plan.profiled)
+        profile = summarise(kernels, plan.profiled, seconds["p50_ms"])
+    except Exception as error:  # the times are measured; they must not be lost with the profile
+        profile = {"error": repr(error)}
+    return fields | {"profile": profile}
+
+
+def concurrency(engine: BenchEngine, prompt: int) -> dict[str, Any]:
+    """How many requests with such prompts the scheduler runs at once, none of them losing its memory again."""
+    quiet_steps, growth = 8, 64
+    preempted = engine.num_preemptions
+    queued = len(engine.fill(prompt, engine.max_running, growth))
+    quiet, running = 0, -1
+    for _ in range(growth):
+        engine.step()
+        before = running
+        running = len(engine.scheduler.running)
+        quiet = quiet + 1 if running == before else 0
+        if quiet == quiet_steps:
+            break
+    free = engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    return {
+        "context": "synthetic",
+        "running": running,
+        "queued": queued,
+        "limited_by": "max_num_seqs" if running == engine.max_running else "memory",
+        "max_num_seqs": engine.max_running,
+        "free_pages": free,
+        "preemptions": engine.num_preemptions - preempted,
+    }
+
+
+def mixed(engine: BenchEngine, plan: Plan) -> dict[str, Any]:
+    """What decoding requests feel of prompts that arrive, and how long those wait for their first token."""
+    deadline = time.perf_counter() + 3 * plan.budget_s
+    _first_token(engine, plan.arrival, deadline)  # compiles what a step of this shape needs
+    engine.clear()
+    preempted = engine.num_preemptions
+    growth = 1024
+    decoders = engine.fill(plan.decoder_context, plan.decoders, growth)
+    quiet = StepClock()
+    quiet.run(engine.step, plan.warmup, deadline)
+    engine.make_noise()
+    quiet.run(engine.step, plan.warmup, deadline)
+    quiet = StepClock()
+    quiet.run(engine.step, plan.steps, deadline)
+    clock, started = StepClock(), time.perf_counter()
+    due = [started + index * plan.every_s for index in range(plan.arrivals)]
+    asked: dict[str, float] = {}
+    first: dict[str, float] = {}
+    while len(first) < plan.arrivals and time.perf_counter() < deadline:
+        while due and due[0] <= time.perf_counter():
+            # Time waits for nobody: a prompt that was due during a step has been waiting since then.
+            asked[engine.add(plan.arrival, 1)] = due.pop(0)
+        now, tokens = engine.step()
+        if tokens:
+            clock.arrivals.append((now, tokens))
+        first |= {name: now - asked[name] for name in tokens.keys() & asked.keys()}
+    return {
+        "context": "synthetic for decoding requests, real for prompts",
+        "running_decoders": len(decoders),
+        "itl": summary_ms(clock.inter_token_latencies(decoders)),
+        "itl_undisturbed": summary_ms(quiet.inter_token_latencies(decoders)),
+        "ttft": summary_ms(list(first.values())),
+        "arrived": len(asked),
+        "answered": len(first),
+        "every_s": plan.every_s,
+        "seconds": round(time.perf_counter() - started, 3),
+        "max_num_batched_tokens": engine.facts["max_num_batched_tokens"],
+        "preemptions": engine.num_preemptions - preempted,
+    }
+
+
+def prefill(engine: BenchEngine, plan: Plan, prompt: int) -> dict[str, Any]:
+    """Time to the first token of one prompt, nothing else running; the first of two or more runs is discarded."""
+    deadline = time.perf_counter() + plan.budget_s
+    warmup = _first_token(engine, prompt, deadline)
+    if warmup is None:
+        return {"context": "real", "skipped": f"took longer than {plan.budget_s:g} s"}
+    times: list[float] = []
+    while len(times) < 3 and time.perf_counter() + (times or [warmup])[-1] < deadline:
+        seconds = _first_token(engine, prompt, deadline)
+        if seconds is None:
+            break
+        times.append(seconds)
+    kept = times or [warmup]
+    ttft = summary_ms(kept)
+    return {
+        "context": "real",
+        "ttft": ttft,
+        "tokens_per_s": round(prompt / ttft["p50_ms"] * 1e3, 1),
+        "warmup_s": round(warmup, 4),
+        "warmup_only": not times,
+        "max_num_batched_tokens": engine.facts["max_num_batched_tokens"],
+    }
+
+
+def throughput(engine: BenchEngine, plan: Plan, requests: int, prompt: int, output: int) -> dict[str, Any]:
+    """Tokens read and written per second by requests that come at once; every prompt is computed."""
+    preempted = engine.num_preemptions
+    seconds = []
+    for _ in range(1 + plan.repeats):
+        started = time.perf_counter()
+        for _ in range(requests):
+            engine.add(prompt, output)
+        engine.finish()
+        seconds.append(time.perf_counter() - started)
+    tokens = requests * (prompt + output)
+    timed = seconds[1:] or seconds
+    return {
+        "context": "real",
+        "seconds": [round(second, 3) for second in timed],
+        "first_s": round(seconds[0], 3),
+        "tokens_per_s": round(tokens / percentile(timed, 0.5), 1),
+        "preemptions": engine.num_preemptions - preempted,
+    }
+
+
+def ready(engine: BenchEngine, plan: Plan) -> dict[str, Any]:
+    """Prompts of mixed lengths, as an engine's first requests and once more: steps beside others of their kind.
+
+    A step's kind is its number of new prompt tokens and of decoding requests, each to the next power of two. A kind
+    that is rare has its like in the second run, so both runs count for its median.
+    """
+    rng = random.Random(0)
+    longest = min(3000, engine.max_model_len - 65)
+    for _ in range(plan.ready_prompts):
+        engine.add(rng.randint(min(20, longest), longest), 64)
+    started = time.perf_counter()
+    steps = engine.kinds_of_steps()
+    seconds = time.perf_counter() - started
+    engine.seen_steps += steps
+    slow = {}
+    for kind in {kind for kind, _ in engine.seen_steps}:
+        times = [time for other, time in engine.seen_steps if other == kind]
+        if (ratio := max(times) / percentile(times, 0.5)) > 3:
+            slow[kind] = round(ratio, 2)
+    return {
+        "context": "real",
+        "seconds": round(seconds, 3),
+        "steps": len(steps),
+        "worst_step_s": round(max(time for _, time in steps), 4),
+        "beyond_three_medians": slow,
+    }
+
+
+def _first_token(engine: BenchEngine, prompt: int, deadline: float) -> float | None:
+    """Seconds until a new request has its first token, or None if that takes too long."""
+    prompt = min(prompt, engine.max_model_len - 1)
+    started = time.perf_counter()
+    name = engine.add(prompt, 1)
+    while True:
+        now, tokens = engine.step()
+        if name in tokens:
+            return now - started
+        if now > deadline:
+            engine.clear()
+            return None

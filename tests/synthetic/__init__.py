@@ -1,1 +1,0 @@
-"""The synthetic tasks of the Kimi Linear report: generators, training."""
