@@ -1,7 +1,6 @@
 """What a batch shows while it runs: a bar with tokens/s and the time left, or a line from time to time in a log."""
 
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -68,9 +67,7 @@ class BatchProgress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *reason: object) -> None:
         """Leave its last state on the screen."""
         self._bar.stop()
 

@@ -11,7 +11,6 @@ import os
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
@@ -78,9 +77,7 @@ class Results:
         os.close(folder)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *reason: object) -> None:
         """Close both files; an empty one for errors goes."""
         self._output.close()
         self._errors.close()

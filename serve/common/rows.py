@@ -3,22 +3,16 @@
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from serve.common.machine import facts
 
 Row = dict[str, Any]
 
 
-class Measured(Protocol):
-    """What a benchmark measured at one point."""
-
-    def as_row(self) -> Row:
-        """The fields of its row, the benchmark's name first."""
-
-
-M = TypeVar("M", bound=Measured)
+T = TypeVar("T")
 
 
 def append(path: Path, row: Row) -> None:
@@ -44,13 +38,13 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def take(found: Iterable[M], environment: Row, path: Path | None) -> list[M]:
-    """Collect what is measured; append each to the file, if one is given, with the environment."""
+def take(bench: str, found: Iterable[T], environment: Row, path: Path | None) -> list[T]:
+    """Collect the dataclasses that a benchmark finds; append each with the environment to the file, if one is given."""
     taken = []
     for one in found:
         taken.append(one)
         if path is not None:
-            append(path, one.as_row() | {"env": environment})
+            append(path, {"bench": bench, **asdict(one), "env": environment})
     return taken
 
 

@@ -6,7 +6,6 @@ against the median over its first tenth; the parts before have filled caches and
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -20,21 +19,9 @@ KEPT = 0.95  # of the arrivals per second; what is short of that waits ever long
 TENTH = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One condition.
-
-    Attributes:
-        name: what must hold.
-        found: what was seen.
-        limit: what was allowed.
-        passed: whether it held.
-    """
-
-    name: str
-    found: str
-    limit: str
-    passed: bool
+def check(name: str, found: str, limit: str, passed: bool) -> dict[str, Any]:
+    """A condition: what must hold, what was seen, what was allowed, whether it held."""
+    return {"name": name, "found": found, "limit": limit, "passed": passed}
 
 
 def empty_cache(url: str) -> None:
@@ -86,20 +73,20 @@ def judge(record: Record, judged: str, allowed: float, end: Sample) -> list[dict
     errors = sum(int(point.get("failed") or 0) for point in record.points)
     unmeasured = [point.label for point in record.points if point.error]
     checks = [
-        Check("no errors", f"{errors} requests, {len(unmeasured)} points failed", "0", not errors + len(unmeasured))
+        check("no errors", f"{errors} requests, {len(unmeasured)} points failed", "0", not errors + len(unmeasured))
     ]
     for point in record.points:
         if point.part != judged or point.error or not point.rate:
             continue
         reached = point.get("request_throughput") or 0.0
         limit = f"at least {KEPT:.0%} of {point.rate:g}/s"
-        checks.append(Check("the rate was kept", f"{reached:.3g}/s", limit, reached >= KEPT * point.rate))
+        checks.append(check("the rate was kept", f"{reached:.3g}/s", limit, reached >= KEPT * point.rate))
         first, last = resident(record.samples, point)
         growth = last / first - 1 if first else float("nan")
         found = f"{growth:+.2%}, {first / 2**20:.0f} MiB to {last / 2**20:.0f} MiB"
-        checks.append(Check("memory stayed", found, f"{allowed:+.0%}", growth <= allowed))
+        checks.append(check("memory stayed", found, f"{allowed:+.0%}", growth <= allowed))
     slots = {name: value for name, value in end.items() if name in ("slots_live", "slots_checkpoint", "slots_free")}
     total = sum(slots.values())
     found = f"{slots.get('slots_free', 0):.0f} of {total:.0f}"
-    checks.append(Check("all slots are free", found, "all", bool(total) and slots["slots_free"] == total))
-    return [asdict(check) for check in checks]
+    checks.append(check("all slots are free", found, "all", bool(total) and slots["slots_free"] == total))
+    return checks

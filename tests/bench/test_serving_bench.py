@@ -11,7 +11,6 @@ from serve.bench.engine.profile_steps import Kernel, categorise, summarise
 from serve.bench.engine.rows import Rows, latest, read
 from serve.bench.engine.step_clock import StepClock, percentile, summary_ms
 from serve.bench.engine.tables import tables
-from serve.common.tables import tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,10 +135,6 @@ def test_plots_are_drawn(two_providers, tmp_path):
 
     drawn = plot(read(two_providers), tmp_path / "plots")
     assert {path.name for path in drawn} == {"tpot.png", "tpot-amortised.png", "concurrency.png"}
-
-
-def test_lengths_are_written_as_people_write_them():
-    assert [tokens(count) for count in (512, 4096, 131072, 1 << 20)] == ["512", "4K", "128K", "1M"]
 
 
 def test_a_profile_written_before_a_kernel_was_known_is_sorted_again():

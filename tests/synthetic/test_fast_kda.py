@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from serve.common.training import switched_off
 from serve.eval import checkpoint, fast_kda
 from serve.eval.fast_kda import MIN_LOG_DECAY, chunk_kda, modeling
 from serve.eval.tasks import TASKS
@@ -73,7 +74,7 @@ def test_layers_are_dropped_in_training_only_and_for_whole_sequences() -> None:
     model = checkpoint.build_model(TASKS["needle"])
     tokens = torch.randint(len(TASKS["needle"].vocabulary), (24, 6))
     whole = forward(model, tokens).detach()
-    with fast_kda.switched_off(model, "full_attention"):
+    with switched_off(model, "full_attention"):
         without = forward(model, tokens).detach()
     assert not torch.allclose(whole, without, atol=1e-4)
     fast_kda.drop(model, "full_attention", 0.5)

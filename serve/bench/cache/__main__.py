@@ -50,9 +50,9 @@ def reuse(
     if engine:
         from serve.bench.cache import first_token as real
 
-        real.report(take(real.rows(traces, policies, seed), env, json), env)
+        real.report(take("engine", real.rows(traces, policies, seed), env, json), env)
     else:
-        bench.report(take(bench.rows(traces, policies, seed), env, json), env)
+        bench.report(take("cache", bench.rows(traces, policies, seed), env, json), env)
 
 
 @app.command()
@@ -79,7 +79,7 @@ def concurrency(
 
     env = facts(*PACKAGES)
     ours, in_tree = (int((cache_gib if own is None else own) * 2**30) for own in (ours_gib, in_tree_gib))
-    bench.report(take(bench.rows(prompts, ours, in_tree), env, json), env)
+    bench.report(take("concurrency", bench.rows(prompts, ours, in_tree), env, json), env)
 
 
 @app.command()
@@ -89,7 +89,8 @@ def scheduler(json: Json = None) -> None:
     from serve.bench.cache.age import age_rows
 
     env = facts(*PACKAGES)
-    bench.report(take([*bench.scheduler_rows(), *bench.metadata_rows(), *age_rows()], env, json), env)
+    rows = [*bench.scheduler_rows(), *bench.metadata_rows(), *age_rows()]
+    bench.report(take("scheduler", rows, env, json), env)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -72,10 +72,6 @@ class Admission:
     slots: int
     pages: int
     page_tokens: int
-
-    def as_row(self) -> Row:
-        """For a file."""
-        return {"bench": "concurrency", **asdict(self)}
 
 
 class _Endless(list[int]):

@@ -7,7 +7,7 @@ the turns that follow contain them. vLLM's own "align" is not here: its model ca
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
@@ -43,10 +43,6 @@ class FirstToken:
     replayed: int
     ttft_mean_ms: float
     ttft_median_ms: float
-
-    def as_row(self) -> Row:
-        """For a file."""
-        return {"bench": "engine", **asdict(self)}
 
 
 def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[FirstToken]:

@@ -7,7 +7,7 @@ us or vLLM; its own cost, some tenths of a microsecond per call, is charged to u
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any
 
@@ -37,10 +37,6 @@ class Overhead:
     median_us: float
     p90_us: float
     limit_us: float | None = None
-
-    def as_row(self) -> Row:
-        """For a file."""
-        return {"bench": "scheduler", **asdict(self)}
 
 
 class Stopwatch:

@@ -8,7 +8,7 @@ states. Its hits end at blocks of 1920 tokens, or with --prefix-match-unit at ev
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from serve.bench.cache.concurrency import costs
 from serve.bench.cache.replay import ALIGN_BLOCK, LONGEST, Memory, Outcome, align_scheduler, our_scheduler, replay
@@ -31,6 +31,7 @@ class Reuse:
         reusable: see `traces.reusable_tokens`.
         hit: tokens of prompts that were not computed.
         computed: all that was computed, answers included.
+        share: how much of what can be reused was.
         slots, pages: memory; for "align" slots is 0 and pages are of 1920 tokens.
     """
 
@@ -47,15 +48,7 @@ class Reuse:
     slots: int
     pages: int
     working_set: int
-
-    @property
-    def share(self) -> float:
-        """Of what can be reused, how much was."""
-        return self.hit / self.reusable
-
-    def as_row(self) -> Row:
-        """For a file."""
-        return {"bench": "cache", **asdict(self), "share": round(self.share, 4)}
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +107,7 @@ class Workload:
             slots=memory.slots,
             pages=memory.pages,
             working_set=self.working_set,
+            share=round(sum(outcome.hits) / self.reusable, 4),
         )
 
 
