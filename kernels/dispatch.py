@@ -60,9 +60,9 @@ def load_backend(device_type: str) -> Backend:
         )
     if importlib.util.find_spec("numba") is None:
         raise RuntimeError("the KDA kernels on cpu need numba: pip install 'kimi-vllm[cpu]'")
-    from kimi_vllm.kernels import cpu
+    from kimi_vllm.kernels.cpu import host
 
-    return Backend(cpu.describe(), cpu.kda_decode, cpu.kda_prefill, cpu.prepare)
+    return Backend(host.describe(), host.kda_decode, host.kda_prefill, host.prepare)
 
 
 def _cuda_backend() -> Backend:
@@ -73,7 +73,7 @@ def _cuda_backend() -> Backend:
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"the KDA kernels on cuda need Triton: pip install triton. {_OTHERWISE}")
-    # AMD's devices are of type "cuda" as well; some instructions in triton_math.py are NVIDIA's.
+    # AMD's devices are of type "cuda" as well; some instructions in cuda/math.py are NVIDIA's.
     if torch.version.hip is not None or not torch.cuda.is_available():
         raise RuntimeError(f"the KDA kernels on cuda need an NVIDIA device and found none. {_OTHERWISE}")
     capability = torch.cuda.get_device_capability()
@@ -84,7 +84,7 @@ def _cuda_backend() -> Backend:
         )
     import triton
 
-    from kimi_vllm.kernels import decode, prefill
+    from kimi_vllm.kernels.cuda import decode, prefill
 
     def prepare(head_dim: int) -> None:
         # A head's size alone compiles nothing: Triton needs the number of heads, the dtypes and the ring too, which a

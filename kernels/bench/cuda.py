@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kimi_vllm.kernels import decode, prefill, reference
+from kimi_vllm.kernels import reference
 from kimi_vllm.kernels.bench import gpu, peers
 from kimi_vllm.kernels.bench.common import Row, WrongResult
+from kimi_vllm.kernels.cuda import decode, prefill
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = ((64,), (128,), (256,), (512,), (2048,), (8192,), (32768,), (65536,))

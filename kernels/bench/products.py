@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kimi_vllm.kernels import launch
 from kimi_vllm.kernels.bench import gpu
 from kimi_vllm.kernels.bench.common import Row, WrongResult
-from kimi_vllm.kernels.skinny import skinny_linear
-from kimi_vllm.kernels.skinny_experts import choose_experts, skinny_experts
+from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.skinny import skinny_linear
+from kimi_vllm.kernels.cuda.skinny_experts import choose_experts, skinny_experts
 
 SHAPES = {
     "router": (256, 2304),

@@ -169,7 +169,7 @@ class _RowBuffers:
         self, table: Tensor, seq_lens: Tensor, starts: Tensor, num_decodes: int, block_size: int, num_slots: int
     ) -> tuple[DecodeRows | None, PrefillRows | None]:
         """Write the step's rows, in one launch, and return them. Prefill kernels bound the table's slots themselves."""
-        from kimi_vllm.kernels.rows import step_rows
+        from kimi_vllm.kernels.cuda.rows import step_rows
 
         read_slot, write_slot = self._slots
         rows = (read_slot, write_slot, self._position, self._cu_seqlens, self._context_len)

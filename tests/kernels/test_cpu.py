@@ -26,7 +26,7 @@ from kda_case import (
 )
 from numba import cfunc, njit
 
-from kimi_vllm.kernels import cpu_math, cpu_simd, cpu_worker
+from kimi_vllm.kernels.cpu import math, simd, worker
 
 LENGTHS = (1, 3, 15, 16, 17, 63, 64, 65, 129, 200)
 HEADS = [(1, 64), (2, 128), (3, 64), (32, 128)]
@@ -311,19 +311,19 @@ def test_empty_steps_do_nothing() -> None:
 @njit
 def _apply_exp(source, target, count):  # type: ignore[no-untyped-def]
     for i in range(0, 4 * count, 64):
-        cpu_simd.store(target + i, cpu_math.exp(cpu_simd.load(source + i)))
+        simd.store(target + i, math.exp(simd.load(source + i)))
 
 
 @njit
 def _apply_softplus(source, target, count):  # type: ignore[no-untyped-def]
     for i in range(0, 4 * count, 64):
-        cpu_simd.store(target + i, cpu_math.softplus(cpu_simd.load(source + i)))
+        simd.store(target + i, math.softplus(simd.load(source + i)))
 
 
 @njit
 def _apply_sigmoid(source, target, count):  # type: ignore[no-untyped-def]
     for i in range(0, 4 * count, 64):
-        cpu_simd.store(target + i, cpu_math.sigmoid(cpu_simd.load(source + i)))
+        simd.store(target + i, math.sigmoid(simd.load(source + i)))
 
 
 @pytest.mark.parametrize(
@@ -376,8 +376,8 @@ def test_without_a_folder_for_its_cache_numba_still_compiles(monkeypatch: pytest
 
         return decorate
 
-    monkeypatch.setattr(cpu_worker, "cfunc", refuse)
-    assert cpu_worker.compile_worker(True, 64) > 0
+    monkeypatch.setattr(worker, "cfunc", refuse)
+    assert worker.compile_worker(True, 64) > 0
 
 
 @pytest.mark.parametrize("T", [1, 5, 130])

@@ -19,8 +19,8 @@ from triton_case import (
     triton_case,
 )
 
-from kimi_vllm.kernels import launch
-from kimi_vllm.kernels.triton_math import INTERPRETED
+from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.math import INTERPRETED
 
 pytestmark = pytest.mark.triton
 

@@ -148,7 +148,7 @@ def cuda_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 
 
 def test_cuda_has_the_triton_kernels(cuda_device: pytest.MonkeyPatch) -> None:
-    from kimi_vllm.kernels import decode, prefill
+    from kimi_vllm.kernels.cuda import decode, prefill
 
     backend = dispatch.load_backend("cuda")
     assert backend.name.startswith("triton 3")
@@ -176,7 +176,7 @@ def test_cuda_is_refused_with_what_is_missing(
 
 def test_import_is_light_and_knows_nobody() -> None:
     code = (
-        "import sys; import kimi_vllm.kernels.dispatch; import kimi_vllm.kernels.cpu;"
+        "import sys; import kimi_vllm.kernels.dispatch; import kimi_vllm.kernels.cpu.host;"
         "print([m for m in sys.modules if m.split('.')[0] in ('vllm', 'triton', 'jaxtyping', 'transformers')"
         " or m.startswith('kimi_vllm.') and not m.startswith('kimi_vllm.kernels')])"
     )
@@ -258,16 +258,16 @@ def test_the_op_itself_refuses_what_would_corrupt_memory(name: str) -> None:
 
 
 def test_prepare_leaves_nothing_to_compile(monkeypatch):
-    from kimi_vllm.kernels import cpu
+    from kimi_vllm.kernels.cpu import host
 
     dispatch.prepare("cpu", 64)
 
     def compile_worker(*args):
         raise AssertionError("compiled while serving")
 
-    monkeypatch.setattr(cpu, "compile_worker", compile_worker)
-    cpu._worker(True, 64)
-    cpu._worker(False, 64)
+    monkeypatch.setattr(host, "compile_worker", compile_worker)
+    host._worker(True, 64)
+    host._worker(False, 64)
 
 
 def test_both_null_slots_are_one():

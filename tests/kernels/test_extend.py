@@ -7,7 +7,7 @@ import torch
 from kda_case import Case, check_prefill, relative_error
 from triton_case import DTYPES, HEAD_IDS, HEADS, tolerance_of, triton_case
 
-from kimi_vllm.kernels import launch
+from kimi_vllm.kernels.cuda import launch
 
 pytestmark = pytest.mark.triton
 

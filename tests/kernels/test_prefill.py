@@ -28,7 +28,7 @@ from triton_case import (
     triton_case,
 )
 
-from kimi_vllm.kernels import launch
+from kimi_vllm.kernels.cuda import launch
 
 pytestmark = pytest.mark.triton
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_case import DEVICE
 
-from kimi_vllm.kernels.rows import step_rows
+from kimi_vllm.kernels.cuda.rows import step_rows
 
 pytestmark = pytest.mark.triton
 

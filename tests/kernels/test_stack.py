@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from triton_case import DEVICE, ON_GPU
 
-from kimi_vllm.kernels import decode, prefill, reference
+from kimi_vllm.kernels import reference
+from kimi_vllm.kernels.cuda import decode, prefill
 
 pytestmark = pytest.mark.triton
 

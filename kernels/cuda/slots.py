@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_vllm.kernels.triton_math import everywhere
+from kimi_vllm.kernels.cuda.math import everywhere
 
 
 @triton.jit

@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_vllm.kernels.prefill_features import BLOCK, CHUNK, find_chunk
-from kimi_vllm.kernels.triton_math import exp2, narrow, sigmoid
+from kimi_vllm.kernels.cuda.math import exp2, narrow, sigmoid
+from kimi_vllm.kernels.cuda.prefill_features import BLOCK, CHUNK, find_chunk
 
 
 @triton.jit

@@ -80,7 +80,7 @@ class SkinnyExperts:
 @cache
 def _table() -> dict[str, list[dict[str, Any]]]:
     """Return the rules by kernel; of each list the first that fits counts."""
-    table: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "tuned" / "sm90.json").read_text())
+    table: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parents[1] / "tuned" / "sm90.json").read_text())
     return table
 
 

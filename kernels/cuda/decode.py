@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_vllm.kernels import launch
-from kimi_vllm.kernels.triton_math import (
+from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.math import (
     LOG2E,
     add3,
     everywhere,

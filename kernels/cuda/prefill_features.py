@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_vllm.kernels.triton_math import LOG2E, exp2, inverse_norm, log2_decay, narrow, sigmoid, silu
-from kimi_vllm.kernels.triton_slots import slot_or_null
+from kimi_vllm.kernels.cuda.math import LOG2E, exp2, inverse_norm, log2_decay, narrow, sigmoid, silu
+from kimi_vllm.kernels.cuda.slots import slot_or_null
 
 CHUNK = tl.constexpr(64)
 BLOCK = tl.constexpr(16)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_vllm.kernels.triton_math import (
+from kimi_vllm.kernels.cuda.math import (
     LOG2E,
     add3,
     everywhere,
@@ -23,7 +23,7 @@ from kimi_vllm.kernels.triton_math import (
     sigmoid,
     silu,
 )
-from kimi_vllm.kernels.triton_slots import export_history, slot_or_null
+from kimi_vllm.kernels.cuda.slots import export_history, slot_or_null
 
 
 @triton.jit

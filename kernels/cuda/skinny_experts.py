@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_vllm.kernels import launch
+from kimi_vllm.kernels.cuda import launch
 
 
 @triton.jit(do_not_specialize_on_alignment=["logits", "weights", "ids"])

@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_vllm.kernels import launch
-from kimi_vllm.kernels.extend import extend
-from kimi_vllm.kernels.prefill_features import BLOCK, CHUNK, SLACK, chunk_features, first_chunk
-from kimi_vllm.kernels.prefill_intra import intra_chunk
-from kimi_vllm.kernels.triton_math import everywhere, gated_rms_norm
-from kimi_vllm.kernels.triton_slots import export_history, slot_or_null
+from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.extend import extend
+from kimi_vllm.kernels.cuda.math import everywhere, gated_rms_norm
+from kimi_vllm.kernels.cuda.prefill_features import BLOCK, CHUNK, SLACK, chunk_features, first_chunk
+from kimi_vllm.kernels.cuda.prefill_intra import intra_chunk
+from kimi_vllm.kernels.cuda.slots import export_history, slot_or_null
 
 _CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_vllm.kernels.cpu_head import NUM_FIELDS, Field, scratch_bytes
-from kimi_vllm.kernels.cpu_math import BF16, FP16, FP32
-from kimi_vllm.kernels.cpu_worker import compile_worker
+from kimi_vllm.kernels.cpu.head import NUM_FIELDS, Field, scratch_bytes
+from kimi_vllm.kernels.cpu.math import BF16, FP16, FP32
+from kimi_vllm.kernels.cpu.worker import compile_worker
 
 _DTYPES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
