@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_vllm.kernels import contract
+from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
 from kimi_vllm.kernels.cpu.head import NUM_FIELDS, Field, scratch_bytes
 from kimi_vllm.kernels.cpu.math import BF16, FP16, FP32
 from kimi_vllm.kernels.cpu.worker import compile_worker
@@ -41,172 +43,84 @@ def prepare(head_dim: int) -> None:
         _worker(decode, head_dim)
 
 
-def kda_decode(
-    qkv: Tensor,
-    gate: Tensor,
-    beta: Tensor,
-    out_gate: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    norm_eps: float,
-    conv_pool: Tensor,
-    state_pool: Tensor,
-    read_slot: Tensor,
-    write_slot: Tensor,
-    position: Tensor,
-    out: Tensor,
-    nonfinite: Tensor | None = None,
-) -> None:
-    """Advance every row by one token; arguments as `dispatch.kda_decode`."""
-    N = qkv.shape[0]
+def kda_decode(x: Activations, weights: Weights, pools: Pools, rows: DecodeRows, out: Tensor) -> None:
+    """Advance every row by one token; see `contract.KdaDecode`."""
+    N = x.qkv.shape[0]
     if N == 0:
         return
-    if read_slot.dtype != torch.int32 or write_slot.dtype != torch.int32 or position.dtype != torch.int64:
-        raise ValueError("read_slot and write_slot must be int32, position int64")
-    fields = _shared_fields(
-        qkv,
-        gate,
-        beta,
-        out_gate,
-        conv_weight,
-        A_log,
-        dt_bias,
-        norm_weight,
-        norm_eps,
-        conv_pool,
-        state_pool,
-        nonfinite,
-        out,
-        N,
-    )
-    fields += (read_slot.data_ptr(), write_slot.data_ptr(), position.data_ptr())
-    H, D = state_pool.shape[1], state_pool.shape[3]
-    _launch(True, D, fields, N * H * D * D)
+    if not _as_compiled(x, pools, out):
+        contract.check_decode(x, weights, pools, rows, out)
+    addresses = (rows.read_slot.data_ptr(), rows.write_slot.data_ptr(), rows.position.data_ptr())
+    _launch(True, pools, _layer_fields(x, weights, pools, out, N) + addresses, N)
 
 
-def kda_prefill(
-    qkv: Tensor,
-    gate: Tensor,
-    beta: Tensor,
-    out_gate: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    norm_eps: float,
-    conv_pool: Tensor,
-    state_pool: Tensor,
-    cu_seqlens: Tensor,
-    context_len: Tensor,
-    slot_table: Tensor,
-    block_size: int,
-    out: Tensor,
-    nonfinite: Tensor | None = None,
-) -> None:
-    """Run every sequence over its new tokens; arguments as `dispatch.kda_prefill`."""
-    T, N = qkv.shape[0], context_len.shape[0]
+def kda_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
+    """Run every sequence over its new tokens; see `contract.KdaPrefill`."""
+    T, N = x.qkv.shape[0], rows.context_len.shape[0]
     if T == 0:
         return
-    for name, tensor in (
-        ("cu_seqlens", cu_seqlens),
-        ("context_len", context_len),
-        ("slot_table", slot_table),
-    ):
-        if tensor.dtype != torch.int32:
-            raise ValueError(f"{name} is {tensor.dtype}; it must be torch.int32")
-    fields = _shared_fields(
-        qkv,
-        gate,
-        beta,
-        out_gate,
-        conv_weight,
-        A_log,
-        dt_bias,
-        norm_weight,
-        norm_eps,
-        conv_pool,
-        state_pool,
-        nonfinite,
-        out,
-        N,
+    if not _as_compiled(x, pools, out):
+        contract.check_prefill(x, weights, pools, rows, out)
+    table = rows.slot_table
+    fields = _layer_fields(x, weights, pools, out, N)
+    fields += (0, 0, 0, rows.cu_seqlens.data_ptr(), rows.context_len.data_ptr())
+    fields += (table.data_ptr(), 4 * table.stride(0), table.shape[1], rows.block_size, T)
+    _launch(False, pools, fields, T)
+
+
+def _as_compiled(x: Activations, pools: Pools, out: Tensor) -> bool:
+    """Return whether elements have the sizes that the loops count in.
+
+    The loops know addresses only and would run past the end of a tensor of narrower elements, so this is asked on
+    every call. Nothing else can change between calls: shapes follow from the model, and rows check their dtypes.
+    """
+    dtype = x.qkv.dtype
+    return bool(
+        x.gate.dtype == x.beta.dtype == x.out_gate.dtype == out.dtype == dtype
+        and pools.conv.dtype == pools.state.dtype == torch.float32
+        and (pools.nonfinite is None or pools.nonfinite.dtype == torch.int32)
     )
-    table_row, table_width = slot_table.stride(0), slot_table.shape[1]
-    fields += (0, 0, 0, cu_seqlens.data_ptr(), context_len.data_ptr())
-    fields += (slot_table.data_ptr(), 4 * table_row, table_width, block_size, T)
-    H, D = state_pool.shape[1], state_pool.shape[3]
-    _launch(False, D, fields, T * H * D * D)
 
 
-def _shared_fields(
-    qkv: Tensor,
-    gate: Tensor,
-    beta: Tensor,
-    out_gate: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    norm_eps: float,
-    conv_pool: Tensor,
-    state_pool: Tensor,
-    nonfinite: Tensor | None,
-    out: Tensor,
-    N: int,
-) -> tuple[int, ...]:
+def _layer_fields(x: Activations, weights: Weights, pools: Pools, out: Tensor, N: int) -> tuple[int, ...]:
     """Return the parameters both operations share, in the order of `Field`."""
-    if conv_pool.dtype != torch.float32 or state_pool.dtype != torch.float32:
-        raise ValueError(
-            f"conv_pool and state_pool are {conv_pool.dtype} and {state_pool.dtype}; the CPU kernels keep "
-            "both in float32: set state_dtype to float32"
-        )
-    if out.dtype != qkv.dtype:
-        raise ValueError(f"out is {out.dtype} and qkv {qkv.dtype}; they must be equal")
-    if nonfinite is not None and nonfinite.dtype != torch.int32:
-        raise ValueError(f"nonfinite is {nonfinite.dtype}; it must be torch.int32")
-    size = qkv.element_size()
-    S, H, _, D = state_pool.shape
+    size = x.qkv.element_size()
+    S, H, _, D = pools.state.shape
+    activations = [
+        y for tensor in (x.qkv, x.gate, x.beta, x.out_gate, out) for y in (tensor.data_ptr(), tensor.stride(0) * size)
+    ]
     return (
-        qkv.data_ptr(),
-        qkv.stride(0) * size,
-        gate.data_ptr(),
-        gate.stride(0) * size,
-        beta.data_ptr(),
-        beta.stride(0) * size,
-        out_gate.data_ptr(),
-        out_gate.stride(0) * size,
-        out.data_ptr(),
-        out.stride(0) * size,
-        _DTYPES[qkv.dtype],
-        conv_weight.data_ptr(),
-        conv_weight.shape[0],
-        A_log.data_ptr(),
-        dt_bias.data_ptr(),
-        norm_weight.data_ptr(),
-        _float_bits(norm_eps),
+        *activations,
+        _DTYPES[x.qkv.dtype],
+        weights.conv_weight.data_ptr(),
+        weights.conv_weight.shape[0],
+        weights.A_log.data_ptr(),
+        weights.dt_bias.data_ptr(),
+        weights.norm_weight.data_ptr(),
+        _float_bits(weights.norm_eps),
         H,
         D,
         N,
-        conv_pool.data_ptr(),
-        conv_pool.stride(0) * 4,
-        conv_pool.stride(1) * 4,
-        conv_pool.shape[1],
-        state_pool.data_ptr(),
-        state_pool.stride(0) * 4,
-        state_pool.stride(1) * 4,
+        pools.conv.data_ptr(),
+        pools.conv.stride(0) * 4,
+        pools.conv.stride(1) * 4,
+        pools.conv.shape[1],
+        pools.state.data_ptr(),
+        pools.state.stride(0) * 4,
+        pools.state.stride(1) * 4,
         S,
-        0 if nonfinite is None else nonfinite.data_ptr(),
+        0 if pools.nonfinite is None else pools.nonfinite.data_ptr(),
     )
 
 
-def _launch(decode: bool, D: int, fields: tuple[int, ...], state_elements: int) -> None:
+def _launch(decode: bool, pools: Pools, fields: tuple[int, ...], tokens: int) -> None:
     """Run one worker per thread on a parameter block.
 
     Raises:
         IndexError: a task met a slot outside the pools or the table.
     """
-    threads = torch.get_num_threads() if state_elements > _SERIAL_ELEMENTS else 1
+    S, H, D, _ = pools.state.shape
+    threads = torch.get_num_threads() if tokens * H * D * D > _SERIAL_ELEMENTS else 1
     scratch, stride = _scratch(threads, D)
     head = Field.SCRATCH.value
     params = _Params(*fields[:head], scratch, stride, *fields[head:])
@@ -217,13 +131,11 @@ def _launch(decode: bool, D: int, fields: tuple[int, ...], state_elements: int) 
     else:
         parallel(address, params, threads, 0)
     if params[_BAD_SLOT]:
-        raise IndexError(
-            f"a slot is not among the {fields[_SLOTS]} of the pools, or a sequence outgrows its slot table"
-        )
+        raise IndexError(f"a slot is not among the {S} of the pools, or a sequence outgrows its slot table")
 
 
 _Params = ctypes.c_int64 * NUM_FIELDS
-_BAD_SLOT, _SLOTS = Field.BAD_SLOT.value, Field.S.value
+_BAD_SLOT = Field.BAD_SLOT.value
 
 
 @cache

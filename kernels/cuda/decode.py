@@ -17,11 +17,11 @@ ahead has ended. They must not be what that one kernel writes; activations may.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, Weights
 from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.kernels.cuda.math import (
     LOG2E,
@@ -183,45 +183,30 @@ def _decode(
 
 
 def kda_decode(
-    qkv: Tensor,
-    gate: Tensor,
-    beta: Tensor,
-    out_gate: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    norm_eps: float,
-    conv_pool: Tensor,
-    state_pool: Tensor,
-    read_slot: Tensor,
-    write_slot: Tensor,
-    position: Tensor,
+    x: Activations,
+    weights: Weights,
+    pools: Pools,
+    rows: DecodeRows,
     out: Tensor,
-    nonfinite: Tensor | None = None,
     config: launch.Decode | None = None,
 ) -> None:
-    """Advance every row by one token; arguments as `dispatch.kda_decode`.
+    """Advance every row by one token; see `contract.KdaDecode`.
 
     Args:
-        nonfinite: ``[S]`` int32 or None. Set to 1 at the write slot of a row whose output is not finite before
-            its norm; never cleared here.
-        config: Launch parameters; from the checked-in table if None.
+        x, weights, pools, rows, out: as there.
+        config: launch parameters; from the checked-in table if None.
     """
-    N, (S, H, _, D) = qkv.shape[0], state_pool.shape
+    N, (S, H, _, D) = x.qkv.shape[0], pools.state.shape
     if N == 0:
         return
-    launch.require_dtype(torch.int32, read_slot=read_slot, write_slot=write_slot)
-    launch.require_dtype(torch.int64, position=position)
-    launch.require_dtype(qkv.dtype, gate=gate, beta=beta, out_gate=out_gate, out=out)
-    config = config or launch.decode(N * H, D, state_pool.dtype)
+    config = config or launch.decode(N * H, D, pools.state.dtype)
     _decode[(N * H,)](
-        qkv, gate, beta, out_gate, out,
-        conv_weight, A_log, dt_bias, norm_weight, norm_eps,
-        conv_pool, state_pool, read_slot, write_slot, position, nonfinite,
-        S, qkv.stride(0), gate.stride(0), beta.stride(0), out_gate.stride(0), out.stride(0),
-        conv_pool.stride(0), conv_pool.stride(1), state_pool.stride(0), state_pool.stride(1),
-        H=H, D=D, W=conv_weight.shape[0], R=conv_pool.shape[1],
+        x.qkv, x.gate, x.beta, x.out_gate, out,
+        weights.conv_weight, weights.A_log, weights.dt_bias, weights.norm_weight, weights.norm_eps,
+        pools.conv, pools.state, rows.read_slot, rows.write_slot, rows.position, pools.nonfinite,
+        S, x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), x.out_gate.stride(0), out.stride(0),
+        *pools.conv.stride()[:2], *pools.state.stride()[:2],
+        H=H, D=D, W=weights.conv_weight.shape[0], R=pools.conv.shape[1],
         ROWS=config.rows, FOLD=config.fold,
-        num_warps=config.warps, num_stages=1, **launch.pdl(qkv.device),
+        num_warps=config.warps, num_stages=1, **launch.pdl(x.qkv.device),
     )  # fmt: skip

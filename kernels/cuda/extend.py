@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from kimi_vllm.kernels.contract import Activations, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.kernels.cuda.math import (
     LOG2E,
     add3,
@@ -121,3 +124,20 @@ def extend(
                     if state_pool.dtype.element_ty == tl.float16:
                         sick = sick | (tl.max(largest(stored.to(tl.float32)), axis=0) == float("inf"))
                     tl.store(nonfinite + slot, 1, mask=sick)
+
+
+def extend_sequences(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
+    """Run every sequence over its few new tokens; see `contract.KdaPrefill`."""
+    T, N = x.qkv.shape[0], rows.context_len.shape[0]
+    S, H, _, D = pools.state.shape
+    table = rows.slot_table
+    extend[((N + 1) * H,)](
+        x.qkv, x.gate, x.beta, x.out_gate, out,
+        weights.conv_weight, weights.A_log, weights.dt_bias, weights.norm_weight, weights.norm_eps,
+        pools.conv, pools.state, rows.cu_seqlens, rows.context_len, table, rows.block_size, pools.nonfinite,
+        N, T, S, table.stride(0), table.shape[1],
+        x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), x.out_gate.stride(0), out.stride(0),
+        *pools.conv.stride()[:2], *pools.state.stride()[:2],
+        H=H, D=D, W=weights.conv_weight.shape[0], R=pools.conv.shape[1], FOLD=2,
+        num_warps=4, num_stages=1, **launch.pdl(x.qkv.device),
+    )  # fmt: skip

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_vllm.kernels.contract import Activations, Pools, PrefillRows, Weights
 from kimi_vllm.kernels.cuda import launch
-from kimi_vllm.kernels.cuda.extend import extend
+from kimi_vllm.kernels.cuda.extend import extend_sequences
 from kimi_vllm.kernels.cuda.math import everywhere, gated_rms_norm
 from kimi_vllm.kernels.cuda.prefill_features import BLOCK, CHUNK, SLACK, chunk_features, first_chunk
 from kimi_vllm.kernels.cuda.prefill_intra import intra_chunk
@@ -145,98 +146,85 @@ def _norm(
 
 
 def kda_prefill(
-    qkv: Tensor,
-    gate: Tensor,
-    beta: Tensor,
-    out_gate: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    norm_eps: float,
-    conv_pool: Tensor,
-    state_pool: Tensor,
-    cu_seqlens: Tensor,
-    context_len: Tensor,
-    slot_table: Tensor,
-    block_size: int,
+    x: Activations,
+    weights: Weights,
+    pools: Pools,
+    rows: PrefillRows,
     out: Tensor,
-    nonfinite: Tensor | None = None,
     exact: bool | None = None,
     config: launch.Prefill | None = None,
 ) -> None:
-    """Run every sequence over its new tokens; arguments as `dispatch.kda_prefill`.
+    """Run every sequence over its new tokens; see `contract.KdaPrefill`.
 
     Args:
-        nonfinite: ``[S]`` int32 or None. Set to 1 at every written slot whose state, or an output of the step up to
-            it, is not finite; never cleared here.
+        x, weights, pools, rows, out: as there.
         exact: True: float32 operands, every exponent taken, decays of at least e^-25 per token, error below 1e-5 of
             the largest output (1e-6 with the gates of trained models). False: bfloat16 operands and decays of at
             least e^-10 per token, error about 3e-3. None: exact for float32 activations.
-        config: Launch parameters; from the checked-in table if None.
+        config: launch parameters; from the checked-in table if None.
 
     Raises:
-        ValueError: `block_size` is not a multiple of 64: states exist at ends of chunks.
+        ValueError: the block size is not a multiple of 64: states exist at ends of chunks.
     """
-    T, N = qkv.shape[0], context_len.shape[0]
-    S, H, _, D = state_pool.shape
+    T, N, device = x.qkv.shape[0], rows.context_len.shape[0], x.qkv.device
     if N == 0:
-        out.zero_()  # launches below look up each row's sequence
+        out.zero_()  # the kernels look up each row's sequence
         return
     if T == 0:
         return
-    if block_size % _CHUNK:
+    if rows.block_size % _CHUNK:
         raise ValueError(
-            f"block_size is {block_size}; on {qkv.device.type} it must be a multiple of {_CHUNK}: set --block-size"
+            f"block_size is {rows.block_size}; on {device.type} it must be a multiple of {_CHUNK}: set --block-size"
         )
-    launch.require_dtype(torch.int32, cu_seqlens=cu_seqlens, context_len=context_len, slot_table=slot_table)
-    launch.require_dtype(qkv.dtype, gate=gate, beta=beta, out_gate=out_gate, out=out)
-    pdl = launch.pdl(qkv.device)
-    conv_shape = {"W": conv_weight.shape[0], "R": conv_pool.shape[1]}
     if T <= launch.EXTEND_TOKENS and exact is None and config is None:
-        extend[((N + 1) * H,)](
-            qkv, gate, beta, out_gate, out, conv_weight, A_log, dt_bias, norm_weight, norm_eps, conv_pool, state_pool,
-            cu_seqlens, context_len, slot_table, block_size, nonfinite,
-            N, T, S, slot_table.stride(0), slot_table.shape[1],
-            qkv.stride(0), gate.stride(0), beta.stride(0), out_gate.stride(0), out.stride(0),
-            conv_pool.stride(0), conv_pool.stride(1), state_pool.stride(0), state_pool.stride(1),
-            H=H, D=D, FOLD=2, **conv_shape, **pdl, num_warps=4, num_stages=1,
-        )  # fmt: skip
+        extend_sequences(x, weights, pools, rows, out)
         return
-    exact = qkv.dtype == torch.float32 if exact is None else exact
+    exact = x.qkv.dtype == torch.float32 if exact is None else exact
+    S, H, _, D = pools.state.shape
     config = config or launch.prefill(N * H, D, exact)
     chunks = (T + _SLACK * N) // _CHUNK
-    # Triton's interpreter, the only way to run this on a CPU, multiplies the bits of bfloat16 as integers.
-    operand = torch.float32 if exact or qkv.device.type == "cpu" else torch.bfloat16
-    # One piece for all, so that the allocator is asked once.
-    tiles, scores = chunks * H * _CHUNK * D, chunks * H * _CHUNK * _CHUNK
-    q, k, down, v, qk = torch.empty(4 * tiles + scores, dtype=operand, device=qkv.device).split([tiles] * 4 + [scores])
-    # The log decay of every block, then the decay of every chunk.
-    sizes = [chunks * H * _CHUNK // _BLOCK * D, chunks * H * D]
-    blocks, decay = torch.empty(sum(sizes), dtype=torch.float32, device=qkv.device).split(sizes)
-    shape = {"H": H, "D": D, "EXACT": exact, **pdl}
+    q, k, down, v, scores, blocks, decay = _workspace(chunks * H, D, exact, device)
+    table = rows.slot_table
+    index = (rows.cu_seqlens, rows.context_len, table, rows.block_size)
+    conv_strides, state_strides = pools.conv.stride()[:2], pools.state.stride()[:2]
+    shape = {"H": H, "D": D, "EXACT": exact, **launch.pdl(device)}
+    conv_shape = {"W": weights.conv_weight.shape[0], "R": pools.conv.shape[1]}
     chunk_features[(chunks * _CHUNK // _BLOCK * H,)](
-        qkv, gate, beta, conv_weight, A_log, dt_bias, conv_pool,
-        cu_seqlens, context_len, slot_table, block_size, q, k, down, v, blocks,
-        N, S, slot_table.stride(0), slot_table.shape[1], qkv.stride(0), gate.stride(0), beta.stride(0),
-        conv_pool.stride(0), conv_pool.stride(1),
+        x.qkv, x.gate, x.beta, weights.conv_weight, weights.A_log, weights.dt_bias, pools.conv,
+        *index, q, k, down, v, blocks,
+        N, S, table.stride(0), table.shape[1], x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), *conv_strides,
         **shape, **conv_shape, num_warps=config.features_warps, num_stages=1,
     )  # fmt: skip
     intra_chunk[(chunks * H,)](
-        beta, cu_seqlens, context_len, q, k, down, v, blocks, qk, decay, N, beta.stride(0),
+        x.beta, rows.cu_seqlens, rows.context_len, q, k, down, v, blocks, scores, decay, N, x.beta.stride(0),
         **shape, num_warps=config.intra_warps, num_stages=1,
     )  # fmt: skip
+    # From here on q, k, down and v hold what the second launch made of them: qg, w, kg and u.
     splits = D // config.value_block
     inter_chunk[(splits * H * (N + 1),)](
-        qkv, out_gate, out, norm_weight, norm_eps, conv_pool, state_pool,
-        cu_seqlens, context_len, slot_table, block_size, k, v, q, down, qk, decay,
-        N, T, S, slot_table.stride(0), slot_table.shape[1], qkv.stride(0), out_gate.stride(0), out.stride(0),
-        conv_pool.stride(0), conv_pool.stride(1), state_pool.stride(0), state_pool.stride(1), nonfinite,
+        x.qkv, x.out_gate, out, weights.norm_weight, weights.norm_eps, pools.conv, pools.state,
+        *index, k, v, q, down, scores, decay,
+        N, T, S, table.stride(0), table.shape[1], x.qkv.stride(0), x.out_gate.stride(0), out.stride(0),
+        *conv_strides, *state_strides, pools.nonfinite,
         **shape, **conv_shape, BV=config.value_block, STAGES=config.inter_stages, num_warps=config.inter_warps,
     )  # fmt: skip
     if splits > 1:
         rows_per_program = 2048 // D
         _norm[(triton.cdiv(T * H, rows_per_program),)](
-            out, out_gate, norm_weight, norm_eps, T, out.stride(0), out_gate.stride(0),
-            H=H, D=D, ROWS=rows_per_program, num_warps=4, **pdl,
+            out, x.out_gate, weights.norm_weight, weights.norm_eps, T, out.stride(0), x.out_gate.stride(0),
+            H=H, D=D, ROWS=rows_per_program, num_warps=4, **launch.pdl(device),
         )  # fmt: skip
+
+
+def _workspace(chunk_heads: int, D: int, exact: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """Return what the launches hand one another, per chunk and head: four tiles, scores, and decays in float32.
+
+    Tiles are ``[64, D]`` and scores ``[64, 64]``; the decays are of four blocks and of the whole chunk, ``[D]`` each.
+    """
+    # Triton's interpreter, the only way to run this on a CPU, multiplies the bits of bfloat16 as integers.
+    operand = torch.float32 if exact or device.type == "cpu" else torch.bfloat16
+    tile, scores = chunk_heads * _CHUNK * D, chunk_heads * _CHUNK * _CHUNK
+    blocks, decay = chunk_heads * _CHUNK // _BLOCK * D, chunk_heads * D
+    # One piece for each dtype, so that the allocator is asked twice and not seven times.
+    operands = torch.empty(4 * tile + scores, dtype=operand, device=device).split([tile] * 4 + [scores])
+    return *operands, *torch.empty(blocks + decay, dtype=torch.float32, device=device).split([blocks, decay])

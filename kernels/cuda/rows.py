@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_vllm.kernels.contract import DecodeRows
+
 _ROWS = 128
 
 
@@ -47,9 +49,7 @@ def step_rows(
     num_decodes: int,
     block_size: int,
     num_slots: int,
-    read_slot: Tensor,
-    write_slot: Tensor,
-    position: Tensor,
+    decode: DecodeRows,
     cu_seqlens: Tensor,
     context_len: Tensor,
 ) -> None:
@@ -62,14 +62,13 @@ def step_rows(
         num_decodes: rows of one token each, before all others.
         block_size: tokens per entry.
         num_slots: slots in the pool; what is outside becomes the null slot.
-        read_slot, write_slot: at least ``[num_decodes]`` int32, written; see `dispatch.kda_decode`.
-        position: at least ``[num_decodes]`` int64, written.
+        decode: at least `num_decodes` rows, written.
         cu_seqlens, context_len: at least ``[N - num_decodes + 1]`` and ``[N - num_decodes]`` int32, written; see
-            `dispatch.kda_prefill`.
+            `contract.PrefillRows`.
     """
     num_requests = seq_lens.shape[0]
     _step_rows[(triton.cdiv(num_requests + 1, _ROWS),)](
-        table, seq_lens, query_start, read_slot, write_slot, position, cu_seqlens, context_len,
+        table, seq_lens, query_start, decode.read_slot, decode.write_slot, decode.position, cu_seqlens, context_len,
         num_decodes, num_requests, table.stride(0), num_slots,
         BLOCK_SIZE=block_size, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
