@@ -1,10 +1,11 @@
 """Short prefills on CUDA: a few tokens more of some sequences in one launch, token by token.
 
-One program owns one head of one sequence and keeps its state in registers; what it does per token is what
-`decode.py` does. In chunks of 64 tokens, three or four launches take longer than this for up to
+One program owns one head of one sequence and keeps its state in registers; what it does per token stands in
+`step.py`. In chunks of 64 tokens, three or four launches take longer than this for up to
 `launch.EXTEND_TOKENS` tokens (NOTES.md).
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
@@ -14,43 +15,37 @@ from torch import Tensor
 
 from kimi_vllm.kernels.contract import Activations, Pools, PrefillRows, Weights
 from kimi_vllm.kernels.cuda import launch
-from kimi_vllm.kernels.cuda.math import (
-    LOG2E,
-    add3,
-    everywhere,
-    exp2,
-    gated_rms_norm,
-    inverse_norm,
-    largest,
-    log2_decay,
-    sigmoid,
-    silu,
-)
+from kimi_vllm.kernels.cuda.math import LOG2E, everywhere, exp2, largest, silu
 from kimi_vllm.kernels.cuda.slots import export_history, slot_or_null
+from kimi_vllm.kernels.cuda.step import decay_and_strength, delta_rule, finish, fold, normalise, state_tile
 
 
 @triton.jit
-def _feature(qkv, ring, conv_weight, row, stride, column_stride, position, context, read, channel, WIDTH: tl.constexpr, W: tl.constexpr, R: tl.constexpr):  # fmt: skip  # noqa: E501
-    """Run the convolution and SiLU for the token at `position`, whose row is `row`; rounded as the projections are."""
-    total = tl.zeros(channel.shape, tl.float32)
+def _feature(qkv_ptr, ring_ptr, conv_weight_ptr, row, stride, column_stride, position, context, read, channel, WIDTH: tl.constexpr, W: tl.constexpr, R: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Run the convolution and SiLU for the token at `position`, whose row is `row`; rounded as the projections are.
+
+    Of the W tokens, those of this step come from the projections and earlier ones from the ring.
+    """
+    total = tl.zeros(channel.shape, tl.float32)  # [D]
     for tap in tl.static_range(W):
         past = position - (W - 1) + tap
         new = everywhere(past >= context, channel.shape)
-        x = tl.load(qkv + (row - (W - 1) + tap) * stride + channel, mask=new, other=0.0).to(tl.float32)
+        x = tl.load(qkv_ptr + (row - (W - 1) + tap) * stride + channel, mask=new, other=0.0).to(tl.float32)
         if tap < W - 1:
             old = everywhere((past < context) & (past >= 0) & (read > 0), channel.shape)
-            x += tl.load(ring + (past % R) * column_stride + channel, mask=old, other=0.0).to(tl.float32)
-        total += x * tl.load(conv_weight + tap * WIDTH + channel)
-    return silu(total).to(qkv.dtype.element_ty).to(tl.float32)
+            x += tl.load(ring_ptr + (past % R) * column_stride + channel, mask=old, other=0.0).to(tl.float32)
+        total += x * tl.load(conv_weight_ptr + tap * WIDTH + channel)
+    return silu(total).to(qkv_ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit(
     do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width"],
-    do_not_specialize_on_alignment=["slot_table"],
+    do_not_specialize_on_alignment=["slot_table_ptr"],
 )
 def extend(
-    qkv, gate, beta, out_gate, out, conv_weight, A_log, dt_bias, norm_weight, norm_eps, conv_pool, state_pool,
-    cu_seqlens, context_len, slot_table, block_size, nonfinite,
+    qkv_ptr, gate_ptr, beta_ptr, out_gate_ptr, out_ptr,
+    conv_weight_ptr, A_log_ptr, dt_bias_ptr, norm_weight_ptr, norm_eps,
+    conv_pool_ptr, state_pool_ptr, cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size, nonfinite_ptr,
     num_sequences, num_tokens, num_slots, table_stride, table_width,
     qkv_stride, gate_stride, beta_stride, out_gate_stride, out_stride,
     conv_slot_stride, conv_column_stride, state_slot_stride, state_head_stride,
@@ -63,67 +58,58 @@ def extend(
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    begin = tl.load(cu_seqlens + n)
+    begin = tl.load(cu_seqlens_ptr + n)
     if n == num_sequences:
         for i in range(0, num_tokens - begin):
             row = (begin + i).to(tl.int64)
-            tl.store(out + row * out_stride + head * D + c, tl.zeros((D,), out.dtype.element_ty))
+            tl.store(out_ptr + row * out_stride + head * D + c, tl.zeros((D,), out_ptr.dtype.element_ty))
         return
-    context, length = tl.load(context_len + n), tl.load(cu_seqlens + n + 1) - begin
+    context, length = tl.load(context_len_ptr + n), tl.load(cu_seqlens_ptr + n + 1) - begin
     end = context + length
-    table = slot_table + n.to(tl.int64) * table_stride
+    table_ptr = slot_table_ptr + n.to(tl.int64) * table_stride
     read = tl.full((), 0, tl.int32)
     if context > 0:
-        read = slot_or_null(table, (context - 1) // block_size, table_width, num_slots)
-    ring = conv_pool + read.to(tl.int64) * conv_slot_stride
-    tile = head * state_head_stride + tl.arange(0, D)[:, None, None] * D
-    tile += tl.arange(0, FOLD)[None, :, None] * (D // FOLD) + tl.arange(0, D // FOLD)[None, None, :]
-    source = state_pool + read.to(tl.int64) * state_slot_stride + tile
-    state = tl.load(source, mask=everywhere(read > 0, (D, FOLD, D // FOLD)), other=0.0).to(tl.float32)
-    rate = exp2(tl.load(A_log + head) * LOG2E)
-    bias, weight = tl.load(dt_bias + head * D + c), tl.load(norm_weight + c)
+        read = slot_or_null(table_ptr, (context - 1) // block_size, table_width, num_slots)
+    ring_ptr = conv_pool_ptr + read.to(tl.int64) * conv_slot_stride
+    tile = head * state_head_stride + state_tile(D, FOLD, D)
+    source_ptrs = state_pool_ptr + read.to(tl.int64) * state_slot_stride + tile
+    state = tl.load(source_ptrs, mask=everywhere(read > 0, (D, FOLD, D // FOLD)), other=0.0)
+    state = state.to(tl.float32)  # [D, FOLD, D/FOLD]
+    rate = exp2(tl.load(A_log_ptr + head) * LOG2E)
+    bias, weight = tl.load(dt_bias_ptr + head * D + c), tl.load(norm_weight_ptr + c)
     WIDTH: tl.constexpr = 3 * H * D
-    act = qkv.dtype.element_ty
+    act = qkv_ptr.dtype.element_ty
     finite = tl.full((), 1, tl.int32)
     for position in range(context, end):
         row = (begin + position - context).to(tl.int64)
-        q = _feature(qkv, ring, conv_weight, row, qkv_stride, conv_column_stride, position, context, read, head * D + c, WIDTH, W, R)  # fmt: skip  # noqa: E501
-        k = _feature(qkv, ring, conv_weight, row, qkv_stride, conv_column_stride, position, context, read, (H + head) * D + c, WIDTH, W, R)  # fmt: skip  # noqa: E501
-        v = _feature(qkv, ring, conv_weight, row, qkv_stride, conv_column_stride, position, context, read, (2 * H + head) * D + c, WIDTH, W, R)  # fmt: skip  # noqa: E501
-        g = log2_decay(tl.load(gate + row * gate_stride + head * D + c).to(tl.float32), rate, bias)
-        b = sigmoid(tl.load(beta + row * beta_stride + head).to(tl.float32))
-        qq, kk, kq = tl.reduce((q * q, k * k, k * q), 0, add3)
-        q_scale, k_scale = inverse_norm(qq) * (D**-0.5), inverse_norm(kk)
-        q_tile = tl.reshape(q * q_scale, (FOLD, D // FOLD))[None, :, :]
-        k_tile = tl.reshape(k * k_scale, (FOLD, D // FOLD))[None, :, :]
-        state = state * tl.reshape(exp2(g), (FOLD, D // FOLD))[None, :, :]
-        u = b * (v - tl.sum(tl.sum(state * k_tile, axis=1), axis=1))
-        o = tl.sum(tl.sum(state * q_tile, axis=1), axis=1) + u * (kq * q_scale * k_scale)
-        state += u[:, None, None] * k_tile
-        o = o.to(act).to(tl.float32)
-        square = tl.sum(o * o, axis=0)
+        mixed = ()
+        for part in tl.static_range(3):  # q, k, v
+            channel = (part * H + head) * D + c
+            x = _feature(qkv_ptr, ring_ptr, conv_weight_ptr, row, qkv_stride, conv_column_stride, position, context, read, channel, WIDTH, W, R)  # fmt: skip  # noqa: E501
+            mixed = mixed + (x,)
+        gate_ptrs, strength_ptr = gate_ptr + row * gate_stride + head * D + c, beta_ptr + row * beta_stride + head
+        g, b = decay_and_strength(gate_ptrs, strength_ptr, rate, bias)
+        q, k, kq = normalise(mixed[0], mixed[1], D)
+        d_tile, q_tile, k_tile = fold(exp2(g), FOLD, D), fold(q, FOLD, D), fold(k, FOLD, D)
+        state, o = delta_rule(state, d_tile, q_tile, k_tile, kq, mixed[2], b)
+        y, square = finish(o, out_gate_ptr + row * out_gate_stride + head * D + c, weight, norm_eps, D, act)
         finite = tl.where(square < float("inf"), finite, 0)
-        z = tl.load(out_gate + row * out_gate_stride + head * D + c).to(tl.float32)
-        y = gated_rms_norm(o, tl.rsqrt(square / D + norm_eps), weight, z)
-        tl.store(out + row * out_stride + head * D + c, y.to(act))
+        tl.store(out_ptr + row * out_stride + head * D + c, y)
         stop = position + 1
         if (stop == end) | (stop % block_size == 0):
-            slot = slot_or_null(table, position // block_size, table_width, num_slots)
+            slot = slot_or_null(table_ptr, position // block_size, table_width, num_slots)
             if slot > 0:
-                target = state_pool + slot.to(tl.int64) * state_slot_stride + tile
-                stored = state.to(state_pool.dtype.element_ty)
-                tl.store(target, stored)
+                stored = state.to(state_pool_ptr.dtype.element_ty)
+                tl.store(state_pool_ptr + slot.to(tl.int64) * state_slot_stride + tile, stored)
                 export_history(
                     slot, read, stop, context, row + 1, head, c,
-                    qkv, conv_pool, qkv_stride, conv_slot_stride, conv_column_stride, H, D, W, R,
+                    qkv_ptr, conv_pool_ptr, qkv_stride, conv_slot_stride, conv_column_stride, H, D, W, R,
                 )  # fmt: skip
-                if nonfinite is not None:
-                    # A state that is not finite shows in the output: every row of it is summed with q. One that
-                    # outgrows float16 does not.
+                if nonfinite_ptr is not None:
                     sick = finite == 0
-                    if state_pool.dtype.element_ty == tl.float16:
+                    if state_pool_ptr.dtype.element_ty == tl.float16:
                         sick = sick | (tl.max(largest(stored.to(tl.float32)), axis=0) == float("inf"))
-                    tl.store(nonfinite + slot, 1, mask=sick)
+                    tl.store(nonfinite_ptr + slot, 1, mask=sick)
 
 
 def extend_sequences(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:

@@ -33,14 +33,14 @@ _CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
 
 @triton.jit(
     do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width"],
-    do_not_specialize_on_alignment=["slot_table"],
+    do_not_specialize_on_alignment=["slot_table_ptr"],
 )
 def inter_chunk(
-    qkv, out_gate, out, norm_weight, norm_eps, conv_pool, state_pool,
-    cu_seqlens, context_len, slot_table, block_size,
-    w_in, u_in, qg_in, kg_in, qk_in, decay_in,
+    qkv_ptr, out_gate_ptr, out_ptr, norm_weight_ptr, norm_eps, conv_pool_ptr, state_pool_ptr,
+    cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size,
+    w_in_ptr, u_in_ptr, qg_in_ptr, kg_in_ptr, qk_in_ptr, decay_in_ptr,
     num_sequences, num_tokens, num_slots, table_stride, table_width, qkv_stride, out_gate_stride, out_stride,
-    conv_slot_stride, conv_column_stride, state_slot_stride, state_head_stride, nonfinite,
+    conv_slot_stride, conv_column_stride, state_slot_stride, state_head_stride, nonfinite_ptr,
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     STAGES: tl.constexpr, EXACT: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
@@ -51,82 +51,85 @@ def inter_chunk(
     n = program // (D // BV * H)
     i, k, v = tl.arange(0, CHUNK), tl.arange(0, D), tl.arange(0, BV)
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
-    begin = tl.load(cu_seqlens + n)
+    begin = tl.load(cu_seqlens_ptr + n)
     if n == num_sequences:
         if launch_pdl:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         for start in range(begin, num_tokens, CHUNK):
             rows = (start + i).to(tl.int64)[:, None]
-            zeros = tl.zeros((CHUNK, BV), out.dtype.element_ty)
-            tl.store(out + rows * out_stride + (head * D + first + v)[None, :], zeros, mask=rows < num_tokens)
+            zeros = tl.zeros((CHUNK, BV), out_ptr.dtype.element_ty)
+            tl.store(out_ptr + rows * out_stride + (head * D + first + v)[None, :], zeros, mask=rows < num_tokens)
         return
-    length = tl.load(cu_seqlens + n + 1) - begin
-    context = tl.load(context_len + n)
+    length = tl.load(cu_seqlens_ptr + n + 1) - begin
+    context = tl.load(context_len_ptr + n)
     end = context + length
-    table = slot_table + n.to(tl.int64) * table_stride
+    table_ptr = slot_table_ptr + n.to(tl.int64) * table_stride
     read = tl.full((), 0, tl.int32)
     if context > 0:
-        read = slot_or_null(table, (context - 1) // block_size, table_width, num_slots)
-    matrix = state_pool + read.to(tl.int64) * state_slot_stride + head * state_head_stride
-    state = tl.load(matrix + (first + v)[None, :] * D + k[:, None], mask=everywhere(read > 0, (D, BV)), other=0.0)
-    state = state.to(tl.float32)
+        read = slot_or_null(table_ptr, (context - 1) // block_size, table_width, num_slots)
+    matrix_ptr = state_pool_ptr + read.to(tl.int64) * state_slot_stride + head * state_head_stride
+    state = tl.load(matrix_ptr + (first + v)[None, :] * D + k[:, None], mask=everywhere(read > 0, (D, BV)), other=0.0)
+    state = state.to(tl.float32)  # [D, BV], keys first: the transposed rows of the pool
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     grid = context // CHUNK
     num_chunks = tl.where(length > 0, (end - 1) // CHUNK - grid + 1, 0)
     chunk_head = first_chunk(begin, n).to(tl.int64) * H + head
-    operand = w_in.dtype.element_ty
-    tile = i[:, None] * D + k[None, :]
+    operand = w_in_ptr.dtype.element_ty
+    tile = i[:, None] * D + k[None, :]  # [CHUNK, D]
     spoiled = tl.zeros((CHUNK, BV), tl.float32)
     for c in tl.range(0, num_chunks, num_stages=STAGES):
         here = chunk_head + c * H
-        w = tl.load(w_in + here * (CHUNK * D) + tile)
-        u = tl.load(u_in + here * (CHUNK * D) + i[:, None] * D + (first + v)[None, :])
-        qg = tl.load(qg_in + here * (CHUNK * D) + tile)
-        kg = tl.load(kg_in + here * (CHUNK * D) + tile)
-        qk = tl.load(qk_in + here * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :])
-        decay = tl.load(decay_in + here * D + k)
+        w = tl.load(w_in_ptr + here * (CHUNK * D) + tile)
+        u = tl.load(u_in_ptr + here * (CHUNK * D) + i[:, None] * D + (first + v)[None, :])
+        qg = tl.load(qg_in_ptr + here * (CHUNK * D) + tile)
+        kg = tl.load(kg_in_ptr + here * (CHUNK * D) + tile)
+        qk = tl.load(qk_in_ptr + here * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :])
+        decay = tl.load(decay_in_ptr + here * D + k)
+        # Eq. 8 and 9. All operands of a chunk come from the second launch; only the state is of the chunk before.
         right = state.to(operand)
-        written = (u.to(tl.float32) - tl.dot(w, right, input_precision=PRECISION)).to(operand)
-        o = tl.dot(qg, right, input_precision=PRECISION)
+        written = (u.to(tl.float32) - tl.dot(w, right, input_precision=PRECISION)).to(operand)  # [CHUNK, BV]
+        o = tl.dot(qg, right, input_precision=PRECISION)  # [CHUNK, BV]
         state = tl.dot(tl.trans(kg), written, state * decay[:, None], input_precision=PRECISION)
         o = tl.dot(qk, written, o, input_precision=PRECISION)
-        if nonfinite is not None:
+        if nonfinite_ptr is not None:
             spoiled += o * 0.0  # zero as long as outputs are finite
 
+        # Chunks lie on the grid of absolute positions: the first and the last can be shorter.
         position = tl.maximum(context, (grid + c) * CHUNK)
         stop = tl.minimum((grid + c + 1) * CHUNK, end)
         rows = (begin + position - context + i).to(tl.int64)[:, None]
         mask = rows < begin + stop - context
-        o = o.to(out.dtype.element_ty)
+        o = o.to(out_ptr.dtype.element_ty)
         if BV == D:
             o = o.to(tl.float32)
             inverse_rms = tl.rsqrt(tl.sum(o * o, axis=1) / D + norm_eps)[:, None]
-            z = tl.load(out_gate + rows * out_gate_stride + (head * D + v)[None, :], mask=mask, other=0.0)
-            weight = tl.load(norm_weight + v)[None, :]
-            o = gated_rms_norm(o, inverse_rms, weight, z.to(tl.float32)).to(out.dtype.element_ty)
-        tl.store(out + rows * out_stride + (head * D + first + v)[None, :], o, mask=mask)
+            z = tl.load(out_gate_ptr + rows * out_gate_stride + (head * D + v)[None, :], mask=mask, other=0.0)
+            weight = tl.load(norm_weight_ptr + v)[None, :]
+            o = gated_rms_norm(o, inverse_rms, weight, z.to(tl.float32)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rows * out_stride + (head * D + first + v)[None, :], o, mask=mask)
 
+        # The state at the end of a block, or of the sequence, goes to the pool where the table has a slot for it.
         if (stop == end) | (stop % block_size == 0):
-            slot = slot_or_null(table, (stop - 1) // block_size, table_width, num_slots)
+            slot = slot_or_null(table_ptr, (stop - 1) // block_size, table_width, num_slots)
             if slot > 0:
-                target = state_pool + slot.to(tl.int64) * state_slot_stride + head * state_head_stride
-                tl.store(target + (first + v)[None, :] * D + k[:, None], state.to(state_pool.dtype.element_ty))
+                target_ptr = state_pool_ptr + slot.to(tl.int64) * state_slot_stride + head * state_head_stride
+                tl.store(target_ptr + (first + v)[None, :] * D + k[:, None], state.to(state_pool_ptr.dtype.element_ty))
                 export_history(
                     slot, read, stop, context, (begin + stop - context).to(tl.int64), head, first + v,
-                    qkv, conv_pool, qkv_stride, conv_slot_stride, conv_column_stride, H, D, W, R,
+                    qkv_ptr, conv_pool_ptr, qkv_stride, conv_slot_stride, conv_column_stride, H, D, W, R,
                 )  # fmt: skip
-                if nonfinite is not None:
-                    stored = state.to(state_pool.dtype.element_ty).to(tl.float32)
+                if nonfinite_ptr is not None:
+                    stored = state.to(state_pool_ptr.dtype.element_ty).to(tl.float32)
                     total = tl.sum(tl.sum(stored * 0.0, axis=0), axis=0) + tl.sum(tl.sum(spoiled, axis=0), axis=0)
-                    tl.store(nonfinite + slot, 1, mask=(total == 0.0) == 0)
+                    tl.store(nonfinite_ptr + slot, 1, mask=(total == 0.0) == 0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm(
-    out, out_gate, norm_weight, norm_eps, num_rows, out_stride, out_gate_stride,
+    out_ptr, out_gate_ptr, norm_weight_ptr, norm_eps, num_rows, out_stride, out_gate_stride,
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Apply the gated norm in place to ROWS heads of packed rows."""
@@ -134,15 +137,15 @@ def _norm(
     row, head = index // H, index % H
     mask = (row < num_rows)[:, None]
     v = tl.arange(0, D)[None, :]
-    weight = tl.load(norm_weight + v)
-    z = tl.load(out_gate + (row * out_gate_stride + head * D)[:, None] + v, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(norm_weight_ptr + v)
+    z = tl.load(out_gate_ptr + (row * out_gate_stride + head * D)[:, None] + v, mask=mask, other=0.0).to(tl.float32)
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    here = out + (row * out_stride + head * D)[:, None] + v
-    o = tl.load(here, mask=mask, other=0.0).to(tl.float32)
+    here_ptrs = out_ptr + (row * out_stride + head * D)[:, None] + v
+    o = tl.load(here_ptrs, mask=mask, other=0.0).to(tl.float32)
     inverse_rms = tl.rsqrt(tl.sum(o * o, axis=1) / D + norm_eps)[:, None]
-    tl.store(here, gated_rms_norm(o, inverse_rms, weight, z).to(out.dtype.element_ty), mask=mask)
+    tl.store(here_ptrs, gated_rms_norm(o, inverse_rms, weight, z).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def kda_prefill(
