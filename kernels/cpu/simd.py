@@ -11,7 +11,9 @@ Everything in this file is callable from compiled code only.
 
 from __future__ import annotations
 
+import inspect
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -22,10 +24,10 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 16
 VECTOR_BYTES = 4 * LANES
 
-_I16, _I32 = ir.IntType(16), ir.IntType(32)
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F16, _F32 = ir.HalfType(), ir.FloatType()
 _VEC, _IVEC = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
-_HVEC = ir.VectorType(_I16, LANES)
+_HVEC, _FP16 = ir.VectorType(_I16, LANES), ir.VectorType(_F16, LANES)
 
 
 class Vec(types.Type):
@@ -63,192 +65,161 @@ def _call(builder: Any, name: str, result: Any, args: list[Any], **options: Any)
 
 def _load(builder: Any, address: Any, kind: Any) -> Any:
     value = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    value.align = 2 if kind in (_I16, _F16, _HVEC, ir.VectorType(_F16, LANES)) else 4
+    value.align = 2 if kind in (_I16, _F16, _HVEC, _FP16) else 4
     return value
 
 
-def _store(context: Any, builder: Any, value: Any, address: Any, align: int = 4) -> Any:
+def _store(builder: Any, value: Any, address: Any, align: int = 4) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
-    return context.get_dummy_value()
 
 
-@intrinsic
-def load(typing: Any, address: Any) -> Any:
+def _instructions(result: Any, *parameters: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Let compiled code call a function that emits instructions, ``emit(builder, *values)``, by its numba types."""
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            value = emit(builder, *values)
+            return context.get_dummy_value() if result is types.none else value
+
+        def typed(typing: Any, *given: Any) -> Any:
+            return result(*parameters), generate
+
+        # numba matches arguments by this signature, whose first parameter it takes for the typing context.
+        typed.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]
+        typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
+        return intrinsic(typed)
+
+    return decorate
+
+
+@_instructions(vec, types.int64)
+def load(builder: Any, address: Any) -> Any:
     """Return the 16 floats at `address`."""
-    return vec(types.int64), lambda context, builder, sig, args: _load(builder, args[0], _VEC)
+    return _load(builder, address, _VEC)
 
 
-@intrinsic
-def store(typing: Any, address: Any, x: Any) -> Any:
+@_instructions(types.none, types.int64, vec)
+def store(builder: Any, address: Any, x: Any) -> None:
     """Write 16 floats to `address`."""
-    return types.none(types.int64, vec), lambda context, builder, sig, args: _store(context, builder, args[1], args[0])
+    _store(builder, x, address)
 
 
-@intrinsic
-def load_scalar(typing: Any, address: Any) -> Any:
+@_instructions(types.float32, types.int64)
+def load_scalar(builder: Any, address: Any) -> Any:
     """Return the float at `address`."""
-    return types.float32(types.int64), lambda context, builder, sig, args: _load(builder, args[0], _F32)
+    return _load(builder, address, _F32)
 
 
-@intrinsic
-def store_scalar(typing: Any, address: Any, x: Any) -> Any:
+@_instructions(types.none, types.int64, types.float32)
+def store_scalar(builder: Any, address: Any, x: Any) -> None:
     """Write one float to `address`."""
-    return types.none(types.int64, types.float32), lambda context, builder, sig, args: _store(
-        context, builder, args[1], args[0]
-    )
+    _store(builder, x, address)
 
 
-@intrinsic
-def load_scalar_bf16(typing: Any, address: Any) -> Any:
+@_instructions(types.float32, types.int64)
+def load_scalar_bf16(builder: Any, address: Any) -> Any:
     """Return the bfloat16 number at `address` as a float."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        wide = builder.zext(_load(builder, args[0], _I16), _I32)
-        return builder.bitcast(builder.shl(wide, _I32(16)), _F32)
-
-    return types.float32(types.int64), generate
+    wide = builder.zext(_load(builder, address, _I16), _I32)
+    return builder.bitcast(builder.shl(wide, _I32(16)), _F32)
 
 
-@intrinsic
-def load_scalar_fp16(typing: Any, address: Any) -> Any:
+@_instructions(types.float32, types.int64)
+def load_scalar_fp16(builder: Any, address: Any) -> Any:
     """Return the float16 number at `address` as a float."""
-    return types.float32(types.int64), lambda context, builder, sig, args: builder.fpext(
-        _load(builder, args[0], _F16), _F32
-    )
+    return builder.fpext(_load(builder, address, _F16), _F32)
 
 
-@intrinsic
-def first(typing: Any, x: Any) -> Any:
+@_instructions(types.float32, vec)
+def first(builder: Any, x: Any) -> Any:
     """Return lane 0."""
-    return types.float32(vec), lambda context, builder, sig, args: builder.extract_element(args[0], _I32(0))
+    return builder.extract_element(x, _I32(0))
 
 
-@intrinsic
-def load_int32(typing: Any, address: Any) -> Any:
+@_instructions(types.int64, types.int64)
+def load_int32(builder: Any, address: Any) -> Any:
     """Return the int32 at `address`, as int64."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.sext(_load(builder, args[0], _I32), ir.IntType(64))
-
-    return types.int64(types.int64), generate
+    return builder.sext(_load(builder, address, _I32), _I64)
 
 
-@intrinsic
-def load_int64(typing: Any, address: Any) -> Any:
+@_instructions(types.int64, types.int64)
+def load_int64(builder: Any, address: Any) -> Any:
     """Return the int64 at `address`."""
-    return types.int64(types.int64), lambda context, builder, sig, args: _load(builder, args[0], ir.IntType(64))
+    return _load(builder, address, _I64)
 
 
-@intrinsic
-def store_int64(typing: Any, address: Any, x: Any) -> Any:
+@_instructions(types.none, types.int64, types.int64)
+def store_int64(builder: Any, address: Any, x: Any) -> None:
     """Write one int64 to `address`."""
-    return types.none(types.int64, types.int64), lambda context, builder, sig, args: _store(
-        context, builder, args[1], args[0], 8
-    )
+    _store(builder, x, address, 8)
 
 
-@intrinsic
-def store_int32(typing: Any, address: Any, x: Any) -> Any:
+@_instructions(types.none, types.int64, types.int64)
+def store_int32(builder: Any, address: Any, x: Any) -> None:
     """Write the low half of an int64 to `address`."""
-    return types.none(types.int64, types.int64), lambda context, builder, sig, args: _store(
-        context, builder, builder.trunc(args[1], _I32), args[0]
-    )
+    _store(builder, builder.trunc(x, _I32), address)
 
 
-@intrinsic
-def fetch_add(typing: Any, address: Any, step: Any) -> Any:
+@_instructions(types.int64, types.int64, types.int64)
+def fetch_add(builder: Any, address: Any, step: Any) -> Any:
     """Atomically add to the int64 at `address`; return what it was."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, args[1], "monotonic")
-
-    return types.int64(types.int64, types.int64), generate
+    return builder.atomic_rmw("add", builder.inttoptr(address, _I64.as_pointer()), step, "monotonic")
 
 
-@intrinsic
-def load_bf16(typing: Any, address: Any) -> Any:
+@_instructions(vec, types.int64)
+def load_bf16(builder: Any, address: Any) -> Any:
     """Return 16 bfloat16 numbers as floats."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        wide = builder.zext(_load(builder, args[0], _HVEC), _IVEC)
-        return builder.bitcast(builder.shl(wide, _integers(16)), _VEC)
-
-    return vec(types.int64), generate
+    wide = builder.zext(_load(builder, address, _HVEC), _IVEC)
+    return builder.bitcast(builder.shl(wide, _integers(16)), _VEC)
 
 
-@intrinsic
-def round_bf16(typing: Any, x: Any) -> Any:
+@_instructions(vec, vec)
+def round_bf16(builder: Any, x: Any) -> Any:
     """Round to bfloat16, to nearest even; NaN stays NaN."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], _IVEC)
-        odd = builder.and_(builder.lshr(bits, _integers(16)), _integers(1))
-        rounded = builder.add(builder.add(bits, odd), _integers(0x7FFF))
-        rounded = builder.bitcast(builder.and_(rounded, _integers(0xFFFF0000)), _VEC)
-        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], rounded)
-
-    return vec(vec), generate
+    bits = builder.bitcast(x, _IVEC)
+    odd = builder.and_(builder.lshr(bits, _integers(16)), _integers(1))
+    rounded = builder.add(builder.add(bits, odd), _integers(0x7FFF))
+    rounded = builder.bitcast(builder.and_(rounded, _integers(0xFFFF0000)), _VEC)
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, rounded)
 
 
-@intrinsic
-def store_bf16(typing: Any, address: Any, x: Any) -> Any:
+@_instructions(types.none, types.int64, vec)
+def store_bf16(builder: Any, address: Any, x: Any) -> None:
     """Write numbers that `round_bf16` returned as 16 bfloat16 numbers."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        high = builder.lshr(builder.bitcast(args[1], _IVEC), _integers(16))
-        return _store(context, builder, builder.trunc(high, _HVEC), args[0], 2)
-
-    return types.none(types.int64, vec), generate
+    high = builder.lshr(builder.bitcast(x, _IVEC), _integers(16))
+    _store(builder, builder.trunc(high, _HVEC), address, 2)
 
 
-@intrinsic
-def load_fp16(typing: Any, address: Any) -> Any:
+@_instructions(vec, types.int64)
+def load_fp16(builder: Any, address: Any) -> Any:
     """Return 16 float16 numbers as floats."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fpext(_load(builder, args[0], ir.VectorType(_F16, LANES)), _VEC)
-
-    return vec(types.int64), generate
+    return builder.fpext(_load(builder, address, _FP16), _VEC)
 
 
-@intrinsic
-def store_fp16(typing: Any, address: Any, x: Any) -> Any:
+@_instructions(types.none, types.int64, vec)
+def store_fp16(builder: Any, address: Any, x: Any) -> None:
     """Write 16 floats as float16, rounded to nearest even."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _store(context, builder, builder.fptrunc(args[1], ir.VectorType(_F16, LANES)), args[0], 2)
-
-    return types.none(types.int64, vec), generate
+    _store(builder, builder.fptrunc(x, _FP16), address, 2)
 
 
-@intrinsic
-def round_fp16(typing: Any, x: Any) -> Any:
+@_instructions(vec, vec)
+def round_fp16(builder: Any, x: Any) -> Any:
     """Round to float16."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fpext(builder.fptrunc(args[0], ir.VectorType(_F16, LANES)), _VEC)
-
-    return vec(vec), generate
+    return builder.fpext(builder.fptrunc(x, _FP16), _VEC)
 
 
-@intrinsic
-def splat(typing: Any, x: Any) -> Any:
+@_instructions(vec, types.float32)
+def splat(builder: Any, x: Any) -> Any:
     """Return a vector with `x` in every lane."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        first = builder.insert_element(ir.Constant(_VEC, ir.Undefined), args[0], _I32(0))
-        return _shuffle(builder, first, first, [0] * LANES)
-
-    return vec(types.float32), generate
+    lane_0 = builder.insert_element(ir.Constant(_VEC, ir.Undefined), x, _I32(0))
+    return _shuffle(builder, lane_0, lane_0, [0] * LANES)
 
 
 def _arithmetic(python_operator: Any, instruction: str) -> None:
     """Let compiled code write `x + y` for two vectors."""
 
-    @intrinsic
-    def apply(typing: Any, x: Any, y: Any) -> Any:
-        return vec(vec, vec), lambda context, builder, sig, args: getattr(builder, instruction)(*args)
+    @_instructions(vec, vec, vec)
+    def apply(builder: Any, x: Any, y: Any) -> Any:
+        return getattr(builder, instruction)(x, y)
 
     @overload(python_operator)
     def typed(x, y):  # type: ignore[no-untyped-def]  # numba compares this signature with the lambda's
@@ -263,31 +234,23 @@ _arithmetic(operator.mul, "fmul")
 _arithmetic(operator.truediv, "fdiv")
 
 
-@intrinsic
-def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
+@_instructions(vec, vec, vec, vec)
+def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
     """Return x·y + z, fused where the machine can."""
-    return vec(vec, vec, vec), lambda context, builder, sig, args: _call(
-        builder, "llvm.fmuladd.v16f32", _VEC, list(args)
-    )
+    return _call(builder, "llvm.fmuladd.v16f32", _VEC, [x, y, z])
 
 
-@intrinsic
-def where_less(typing: Any, x: Any, y: Any, below: Any, otherwise: Any) -> Any:
+@_instructions(vec, vec, vec, vec, vec)
+def where_less(builder: Any, x: Any, y: Any, below: Any, otherwise: Any) -> Any:
     """Return `below` in lanes where x < y, else `otherwise` (also where either is NaN)."""
-    return vec(vec, vec, vec, vec), lambda context, builder, sig, args: builder.select(
-        builder.fcmp_ordered("<", args[0], args[1]), args[2], args[3]
-    )
+    return builder.select(builder.fcmp_ordered("<", x, y), below, otherwise)
 
 
-@intrinsic
-def total(typing: Any, x: Any) -> Any:
+@_instructions(types.float32, vec)
+def total(builder: Any, x: Any) -> Any:
     """Return the sum of the lanes."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        start = ir.Constant(_F32, -0.0)
-        return _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, [start, args[0]], fastmath=("reassoc",))
-
-    return types.float32(vec), generate
+    start = ir.Constant(_F32, -0.0)
+    return _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, [start, x], fastmath=("reassoc",))
 
 
 def _in_quads(lanes: list[int]) -> list[int]:
@@ -308,23 +271,19 @@ _TREE = (
 )
 
 
-@intrinsic
-def totals(typing: Any, rows: Any) -> Any:
+@_instructions(vec, types.UniTuple(vec, LANES))
+def totals(builder: Any, rows: Any) -> Any:
     """Return sixteen sums at once: lane i is the sum of the lanes of the i-th vector of the tuple.
 
     A tree of 15 additions; sixteen calls of `total` would cost four times the instructions.
     """
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        values = [builder.extract_value(args[0], i) for i in range(LANES)]
-        for left, right in _TREE:
-            values = [
-                builder.fadd(_shuffle(builder, x, y, left), _shuffle(builder, x, y, right))
-                for x, y in zip(values[::2], values[1::2], strict=True)
-            ]
-        return values[0]
-
-    return vec(types.UniTuple(vec, LANES)), generate
+    values = [builder.extract_value(rows, i) for i in range(LANES)]
+    for left, right in _TREE:
+        values = [
+            builder.fadd(_shuffle(builder, x, y, left), _shuffle(builder, x, y, right))
+            for x, y in zip(values[::2], values[1::2], strict=True)
+        ]
+    return values[0]
 
 
 @intrinsic(prefer_literal=True)
@@ -343,34 +302,21 @@ def lane(typing: Any, x: Any, index: Any) -> Any:
     return vec(vec, index), lambda context, builder, sig, args: _shuffle(builder, args[0], args[0], [chosen] * LANES)
 
 
-@intrinsic
-def load_quad(typing: Any, address: Any) -> Any:
+@_instructions(vec, types.int64)
+def load_quad(builder: Any, address: Any) -> Any:
     """Return the four floats at `address`, repeated four times."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        four = _load(builder, args[0], ir.VectorType(_F32, 4))
-        return _shuffle(builder, four, four, [0, 1, 2, 3] * 4)
-
-    return vec(types.int64), generate
+    four = _load(builder, address, ir.VectorType(_F32, 4))
+    return _shuffle(builder, four, four, [0, 1, 2, 3] * 4)
 
 
-@intrinsic
-def store_quad(typing: Any, address: Any, x: Any) -> Any:
+@_instructions(types.none, types.int64, vec)
+def store_quad(builder: Any, address: Any, x: Any) -> None:
     """Write lanes 0-3 to `address`."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _store(context, builder, _shuffle(builder, args[1], args[1], [0, 1, 2, 3]), args[0])
-
-    return types.none(types.int64, vec), generate
+    _store(builder, _shuffle(builder, x, x, [0, 1, 2, 3]), address)
 
 
-@intrinsic
-def scale_by_power(typing: Any, x: Any, shifted: Any) -> Any:
+@_instructions(vec, vec, vec)
+def scale_by_power(builder: Any, x: Any, shifted: Any) -> Any:
     """Return x·2^n where `shifted` is n + 1.5·2^23, whose low mantissa bits hold n."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits = builder.shl(builder.bitcast(args[1], _IVEC), _integers(23))
-        power = builder.bitcast(builder.add(bits, _integers(127 << 23)), _VEC)
-        return builder.fmul(args[0], power)
-
-    return vec(vec, vec), generate
+    bits = builder.shl(builder.bitcast(shifted, _IVEC), _integers(23))
+    return builder.fmul(x, builder.bitcast(builder.add(bits, _integers(127 << 23)), _VEC))
