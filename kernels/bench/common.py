@@ -125,8 +125,8 @@ def show(title: str, left: Sequence[str], right: Sequence[str], lines: Iterable[
     console.print(table)
 
 
-def report(rows: Sequence[Row], peer: str, env: dict[str, Any], json_path: Path | None) -> None:
-    """Print a table with each row's ratio to `peer` on the same case; append JSON lines to a file."""
+def report(rows: Sequence[Row], env: dict[str, Any], peer: str) -> None:
+    """Print a table with each row's ratio to `peer` on the same case."""
     slowest = {(row.bench, str(row.case)): row.p50_us for row in rows if row.provider == peer}
     lines = []
     for row in rows:
@@ -138,14 +138,12 @@ def report(rows: Sequence[Row], peer: str, env: dict[str, Any], json_path: Path 
     title = f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}"
     columns = ("median us", "p20-p80 us", "GB/s", f"{peer} / this")
     show(title, ("bench", "case", "provider"), columns, lines, width=120)
-    if json_path is not None:
-        append(rows, env, json_path)
 
 
-def append(rows: Sequence[Row], env: dict[str, Any], path: Path) -> None:
-    """Append the rows to a file as JSON lines."""
+def append(row: Row, env: dict[str, Any], path: Path) -> None:
+    """Append the row to a file as a JSON line."""
     with path.open("a") as file:
-        file.writelines(row.as_json(env) + "\n" for row in rows)
+        file.write(row.as_json(env) + "\n")
 
 
 def _cpu_name() -> str:

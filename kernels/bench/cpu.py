@@ -38,11 +38,10 @@ def rows(dtype: torch.dtype) -> Iterator[Row]:
     Raises:
         WrongResult: a provider disagrees with the spec.
     """
-    with torch.inference_mode():
-        for case in DECODE_CASES:
-            yield from _decode_rows(case, dtype)
-        for case in PREFILL_CASES:
-            yield from _prefill_rows(case, dtype)
+    for case in DECODE_CASES:
+        yield from _decode_rows(case, dtype)
+    for case in PREFILL_CASES:
+        yield from _prefill_rows(case, dtype)
 
 
 def _random_layer(T: int, num_slots: int, case: dict[str, int], dtype: torch.dtype) -> Layer:

@@ -86,31 +86,20 @@ def _layer_fields(x: Activations, weights: Weights, pools: Pools, out: Tensor, N
     """Return the parameters both operations share, in the order of `Field`."""
     size = x.qkv.element_size()
     S, H, _, D = pools.state.shape
-    activations = [
-        y for tensor in (x.qkv, x.gate, x.beta, x.out_gate, out) for y in (tensor.data_ptr(), tensor.stride(0) * size)
-    ]
+    strides = (*pools.conv.stride()[:2], *pools.state.stride()[:2])
     return (
-        *activations,
-        _DTYPES[x.qkv.dtype],
-        weights.conv_weight.data_ptr(),
-        weights.conv_weight.shape[0],
-        weights.A_log.data_ptr(),
-        weights.dt_bias.data_ptr(),
-        weights.norm_weight.data_ptr(),
-        _float_bits(weights.norm_eps),
-        H,
-        D,
-        N,
-        pools.conv.data_ptr(),
-        pools.conv.stride(0) * 4,
-        pools.conv.stride(1) * 4,
-        pools.conv.shape[1],
-        pools.state.data_ptr(),
-        pools.state.stride(0) * 4,
-        pools.state.stride(1) * 4,
-        S,
+        x.qkv.data_ptr(), x.qkv.stride(0) * size,
+        x.gate.data_ptr(), x.gate.stride(0) * size,
+        x.beta.data_ptr(), x.beta.stride(0) * size,
+        x.out_gate.data_ptr(), x.out_gate.stride(0) * size,
+        out.data_ptr(), out.stride(0) * size, _DTYPES[x.qkv.dtype],
+        weights.conv_weight.data_ptr(), weights.conv_weight.shape[0], weights.A_log.data_ptr(),
+        weights.dt_bias.data_ptr(), weights.norm_weight.data_ptr(), _float_bits(weights.norm_eps),
+        H, D, N,
+        pools.conv.data_ptr(), strides[0] * 4, strides[1] * 4, pools.conv.shape[1],
+        pools.state.data_ptr(), strides[2] * 4, strides[3] * 4, S,
         0 if pools.nonfinite is None else pools.nonfinite.data_ptr(),
-    )
+    )  # fmt: skip
 
 
 def _launch(decode: bool, pools: Pools, fields: tuple[int, ...], tokens: int) -> None:
