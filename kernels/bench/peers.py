@@ -32,14 +32,13 @@ def unavailable(peer: type[InTreeDecode | InTreePrefill | FlaDecode | FlaPrefill
 
 
 def _load_vllm() -> SimpleNamespace:
-    """Return vLLM's kernels and its name; ImportError without vLLM, or if it runs without Triton."""
+    """Return vLLM's kernels; ImportError without vLLM, or if it runs without Triton."""
     if not import_module("vllm.triton_utils").HAS_TRITON:
         raise ImportError("vLLM runs without Triton here: it found no CUDA device, or is a CPU build")
     conv = import_module("vllm.model_executor.layers.mamba.ops.causal_conv1d")
     kda = import_module("vllm.models.kimi_k3.nvidia.ops.third_party.kda")
     gather = import_module("vllm.model_executor.layers.mamba.ops.gather_initial_states")
     return SimpleNamespace(
-        name=f"vllm {import_module('vllm').__version__} in-tree",
         causal_conv1d_fn=conv.causal_conv1d_fn,
         causal_conv1d_update=conv.causal_conv1d_update,
         compute_causal_conv1d_metadata=import_module("vllm.v1.attention.backends.utils").compute_causal_conv1d_metadata,
@@ -51,10 +50,9 @@ def _load_vllm() -> SimpleNamespace:
 
 
 def _load_fla() -> SimpleNamespace:
-    """Return fla's kernels and its name; ImportError without fla."""
+    """Return fla's kernels; ImportError without fla."""
     conv = import_module("fla.modules.causal_conv1d")
     return SimpleNamespace(
-        name=f"fla {import_module('fla').__version__}",
         causal_conv1d=conv.causal_conv1d,
         causal_conv1d_update=conv.causal_conv1d_update,
         chunk_kda=import_module("fla.ops.kda").chunk_kda,
@@ -75,7 +73,6 @@ class InTreeDecode:
 
     def __init__(self, layer: Layer, position: int) -> None:
         self.kernels = self.load()
-        self.name = self.kernels.name
         self.x = _in_tree_inputs(layer)
         slots = torch.arange(len(layer.pools.conv), device=self.x.qkv.device)
         history = _history(layer, slots, torch.full_like(slots, position))
@@ -117,7 +114,6 @@ class InTreePrefill:
 
     def __init__(self, layer: Layer, cu_seqlens: Tensor, slots: Tensor, context_len: Tensor) -> None:
         self.kernels = self.load()
-        self.name = self.kernels.name
         self.x = _in_tree_inputs(layer)
         self.cu_seqlens, self.slots, self.has_initial_state = cu_seqlens, slots, context_len > 0
         history = torch.zeros_like(layer.pools.conv[:, : len(layer.weights.conv_weight) - 1])
@@ -182,7 +178,6 @@ class FlaDecode:
 
     def __init__(self, layer: Layer, position: int, slots: Tensor) -> None:
         self.kernels = self.load()
-        self.name = self.kernels.name
         self.x = _fla_inputs(layer, rows_are_sequences=True)
         past = _history(layer, slots.long(), torch.full_like(slots, position, dtype=torch.int64), extra=1)
         caches = past.to(self.x.q.dtype).transpose(1, 2).chunk(3, dim=1)
@@ -237,7 +232,6 @@ class FlaPrefill:
 
     def __init__(self, layer: Layer, sequences: dict[str, Tensor]) -> None:
         self.kernels = self.load()
-        self.name = self.kernels.name
         self.x = _fla_inputs(layer, rows_are_sequences=False)
         self.sequences = sequences
         self.result = torch.empty_like(self.x.v)

@@ -22,7 +22,15 @@ from torch import Tensor
 from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, Weights
 from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.kernels.cuda.math import LOG2E, everywhere, exp2, largest, silu
-from kimi_vllm.kernels.cuda.step import decay_and_strength, delta_rule, finish, fold, normalise, state_tile
+from kimi_vllm.kernels.cuda.step import (
+    decay_and_strength,
+    decayed_products,
+    delta_rule,
+    finish,
+    fold,
+    normalise,
+    state_tile,
+)
 
 
 @triton.jit
@@ -87,13 +95,14 @@ def _decode(
         ring_write_ptr = conv_pool_ptr + write.to(tl.int64) * conv_slot_stride
         WIDTH: tl.constexpr = 3 * H * D
         last_tap_ptr = conv_weight_ptr + (W - 1) * WIDTH
-        pasts, taps = (), ()
+        channels, pasts, taps = (), (), ()
         for part in tl.static_range(3):  # q, k, v
-            channel = (part * H + head) * D + c
-            pasts = pasts + (_past(ring_read_ptr, conv_weight_ptr, read, p, channel, conv_column_stride, WIDTH, W, R),)
+            channels = channels + ((part * H + head) * D + c,)
         for part in tl.static_range(3):
-            channel = (part * H + head) * D + c
-            taps = taps + (tl.load(last_tap_ptr + channel),)
+            past = _past(ring_read_ptr, conv_weight_ptr, read, p, channels[part], conv_column_stride, WIDTH, W, R)
+            pasts = pasts + (past,)
+        for part in tl.static_range(3):
+            taps = taps + (tl.load(last_tap_ptr + channels[part]),)
         rate = exp2(tl.load(A_log_ptr + head) * LOG2E)
         bias = tl.load(dt_bias_ptr + head * D + c)
         if launch_pdl:
@@ -105,8 +114,7 @@ def _decode(
         qkv_row_ptr = qkv_ptr + row * qkv_stride
         projections = ()
         for part in tl.static_range(3):
-            channel = (part * H + head) * D + c
-            projections = projections + (tl.load(qkv_row_ptr + channel).to(tl.float32),)
+            projections = projections + (tl.load(qkv_row_ptr + channels[part]).to(tl.float32),)
         gate_ptrs, strength_ptr = gate_ptr + row * gate_stride + head * D + c, beta_ptr + row * beta_stride + head
         g, b = decay_and_strength(gate_ptrs, strength_ptr, rate, bias)
         act = qkv_ptr.dtype.element_ty
@@ -117,8 +125,8 @@ def _decode(
         q, k, kq = normalise(mixed[0], mixed[1], D)
         d_tile, q_tile, k_tile = fold(exp2(g), FOLD, D), fold(q, FOLD, D), fold(k, FOLD, D)
         for part in tl.static_range(3):
-            channel = (part * H + head) * D + c
-            _keep(ring_read_ptr, ring_write_ptr, projections[part], read, write, p, channel, conv_column_stride, W, R)
+            x = projections[part]
+            _keep(ring_read_ptr, ring_write_ptr, x, read, write, p, channels[part], conv_column_stride, W, R)
 
         # The next rows of the state are loaded while these are advanced. A row's value and its output are picked from
         # all by masks: a block cannot be indexed.
@@ -133,13 +141,14 @@ def _decode(
             if step + 1 < STEPS:
                 ahead = source_ptrs + (step + 1) * ROWS * D
                 loaded = tl.load(ahead, mask=own, other=0.0, eviction_policy="evict_first")
+            s, e, o_rows = decayed_products(s, d_tile, q_tile, k_tile)
             v = tl.sum(tl.where(step_index == step, v_rows, 0.0), axis=0)  # [ROWS]
-            s, o_rows = delta_rule(s, d_tile, q_tile, k_tile, kq, v, b)
+            s, u = delta_rule(s, k_tile, e, v, b)
             stored = s.to(state_pool_ptr.dtype.element_ty)
             tl.store(target_ptrs + step * ROWS * D, stored, eviction_policy="evict_first")
             if WATCHED:
                 size = tl.maximum(size, largest(stored.to(tl.float32)))
-            o = tl.where(step_index == step, o_rows[None, :], o)
+            o = tl.where(step_index == step, (o_rows + u * kq)[None, :], o)
 
         z_ptrs = out_gate_ptr + row * out_gate_stride + head * D + c
         y, square = finish(tl.reshape(o, (D,)), z_ptrs, tl.load(norm_weight_ptr + c), norm_eps, D, act)

@@ -17,7 +17,15 @@ from kimi_vllm.kernels.contract import Activations, Pools, PrefillRows, Weights
 from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.kernels.cuda.math import LOG2E, everywhere, exp2, largest, silu
 from kimi_vllm.kernels.cuda.slots import export_history, slot_or_null
-from kimi_vllm.kernels.cuda.step import decay_and_strength, delta_rule, finish, fold, normalise, state_tile
+from kimi_vllm.kernels.cuda.step import (
+    decay_and_strength,
+    decayed_products,
+    delta_rule,
+    finish,
+    fold,
+    normalise,
+    state_tile,
+)
 
 
 @triton.jit
@@ -91,8 +99,9 @@ def extend(
         g, b = decay_and_strength(gate_ptrs, strength_ptr, rate, bias)
         q, k, kq = normalise(mixed[0], mixed[1], D)
         d_tile, q_tile, k_tile = fold(exp2(g), FOLD, D), fold(q, FOLD, D), fold(k, FOLD, D)
-        state, o = delta_rule(state, d_tile, q_tile, k_tile, kq, mixed[2], b)
-        y, square = finish(o, out_gate_ptr + row * out_gate_stride + head * D + c, weight, norm_eps, D, act)
+        state, e, o = decayed_products(state, d_tile, q_tile, k_tile)
+        state, u = delta_rule(state, k_tile, e, mixed[2], b)
+        y, square = finish(o + u * kq, out_gate_ptr + row * out_gate_stride + head * D + c, weight, norm_eps, D, act)
         finite = tl.where(square < float("inf"), finite, 0)
         tl.store(out_ptr + row * out_stride + head * D + c, y)
         stop = position + 1

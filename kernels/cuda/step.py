@@ -22,8 +22,9 @@ from kimi_vllm.kernels.cuda.math import add3, gated_rms_norm, inverse_norm, log2
 @triton.jit
 def state_tile(ROWS: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr):
     """Return where the elements of ROWS rows of a state lie from its start."""
-    channels = tl.arange(0, FOLD)[None, :, None] * (D // FOLD) + tl.arange(0, D // FOLD)[None, None, :]
-    return tl.arange(0, ROWS)[:, None, None] * D + channels  # [ROWS, FOLD, D/FOLD]
+    tile = tl.arange(0, ROWS)[:, None, None] * D
+    tile += tl.arange(0, FOLD)[None, :, None] * (D // FOLD) + tl.arange(0, D // FOLD)[None, None, :]
+    return tile  # [ROWS, FOLD, D/FOLD]
 
 
 @triton.jit
@@ -49,24 +50,35 @@ def normalise(q, k, D: tl.constexpr):
 
 
 @triton.jit
-def delta_rule(s, d, q, k, kq, v, b):
-    """Advance some rows of a state by one token.
+def decayed_products(s, d, q, k):
+    """Let some rows of a state decay, and multiply them by key and query.
 
     Args:
         s: the rows, ``[rows, FOLD, D/FOLD]``.
         d, q, k: decay, query and key, ``[1, FOLD, D/FOLD]``.
-        kq: ``k·q``.
-        v: values of these rows.
+
+    Returns:
+        The rows, ``e`` and ``o'``.
+    """
+    s = s * d
+    return s, tl.sum(tl.sum(s * k, axis=1), axis=1), tl.sum(tl.sum(s * q, axis=1), axis=1)  # [rows]
+
+
+@triton.jit
+def delta_rule(s, k, e, v, b):
+    """Write into some rows of a state what they lack of a key's values.
+
+    Args:
+        s, e: the decayed rows and what they hold for the key, as `decayed_products` returns them.
+        k: key, ``[1, FOLD, D/FOLD]``.
+        v: values of these rows, ``[rows]``.
         b: write strength.
 
     Returns:
-        The rows after the token, and their outputs.
+        The rows, and ``u``, from which the output follows: ``o = o' + u (k·q)``.
     """
-    s = s * d
-    e = tl.sum(tl.sum(s * k, axis=1), axis=1)  # [rows]
-    o = tl.sum(tl.sum(s * q, axis=1), axis=1)  # [rows]
     u = b * (v - e)
-    return s + u[:, None, None] * k, o + u * kq
+    return s + u[:, None, None] * k, u
 
 
 @triton.jit
