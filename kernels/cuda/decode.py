@@ -87,7 +87,7 @@ def _decode(
         # Before the wait: what an earlier kernel than the last one wrote, or nobody. The first tile of the state is on
         # its way while the kernel ahead still runs.
         own = everywhere(read > 0, (ROWS, FOLD, D // FOLD))
-        tile = state_tile(ROWS, FOLD, D)
+        tile = state_tile(0, ROWS, FOLD, D)
         source_ptrs = state_pool_ptr + read.to(tl.int64) * state_slot_stride + head * state_head_stride + tile
         target_ptrs = state_pool_ptr + write.to(tl.int64) * state_slot_stride + head * state_head_stride + tile
         loaded = tl.load(source_ptrs, mask=own, other=0.0, eviction_policy="evict_first")  # [ROWS, FOLD, D/FOLD]

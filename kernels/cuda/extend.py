@@ -79,7 +79,7 @@ def extend(
     if context > 0:
         read = slot_or_null(table_ptr, (context - 1) // block_size, table_width, num_slots)
     ring_ptr = conv_pool_ptr + read.to(tl.int64) * conv_slot_stride
-    tile = head * state_head_stride + state_tile(D, FOLD, D)
+    tile = state_tile(head * state_head_stride, D, FOLD, D)
     source_ptrs = state_pool_ptr + read.to(tl.int64) * state_slot_stride + tile
     state = tl.load(source_ptrs, mask=everywhere(read > 0, (D, FOLD, D // FOLD)), other=0.0)
     state = state.to(tl.float32)  # [D, FOLD, D/FOLD]

@@ -8,6 +8,9 @@ second one::
 A tile of the state is ``[rows, FOLD, D/FOLD]``: with FOLD > 1 a thread holds FOLD vectors of a row, so that a row sum
 is mostly additions within a thread and few shuffles between threads. Decode takes some value channels at a time,
 extend the whole head.
+
+The order of operations is part of the code: decode needs 126 registers with Triton 3.6, which lets four programs share
+a multiprocessor. With 129, which an output formed before its state is stored can cost, three do.
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 
@@ -20,9 +23,9 @@ from kimi_vllm.kernels.cuda.math import add3, gated_rms_norm, inverse_norm, log2
 
 
 @triton.jit
-def state_tile(ROWS: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr):
-    """Return where the elements of ROWS rows of a state lie from its start."""
-    tile = tl.arange(0, ROWS)[:, None, None] * D
+def state_tile(start, ROWS: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr):
+    """Return where the elements of ROWS rows of a state lie that begins at `start`."""
+    tile = start + tl.arange(0, ROWS)[:, None, None] * D
     tile += tl.arange(0, FOLD)[None, :, None] * (D // FOLD) + tl.arange(0, D // FOLD)[None, None, :]
     return tile  # [ROWS, FOLD, D/FOLD]
 
