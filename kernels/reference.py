@@ -1,13 +1,8 @@
 """The executable spec of Kimi Delta Attention: every formula once, plainly, in the precision of its inputs.
 
 Equation numbers are those of the Kimi Linear report (arXiv 2510.26692). `kda_recurrent` is Eq. 1, `kda_chunk`
-its chunkwise form (Eq. 6-9). `kda_decode` and `kda_prefill` have the signatures of the kernels and are what
-the kernels are compared with; they run on any device, in float32 or, given float64 tensors, in float64.
-
-One letter, one meaning, here and in every kernel:
-
-    T tokens of the step    N sequences    H heads    K key channels    V value channels (K == V == D)
-    W conv width            R ring columns S slots    B slot-table columns    C chunk length
+its chunkwise form (Eq. 6-9). `kda_decode` and `kda_prefill` are what the kernels are compared with; they run on any
+device, in float32 or, given float64 tensors, in float64. Letters are those of `contract.py`.
 
 Rounding points, the same in every implementation: the convolution's output is rounded to the dtype of `qkv`,
 and so is the recurrence's output before its RMS norm. Everything else stays in the working precision.
@@ -22,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, einsum
 
+from kimi_vllm.kernels.contract import NULL_SLOT, Activations, DecodeRows, Pools, PrefillRows, Weights
+
 # A development dependency: annotations stay strings unless the tests' import hook evaluates them.
 with suppress(ImportError):
     from jaxtyping import Float, Int
-
-NULL_SLOT = 0
-"""The slot that holds nobody's state: never read, never written; as `write_slot` it marks a padded row."""
 
 L2_EPS = 1e-6
 CHUNK = 64
@@ -176,24 +170,15 @@ class Features(NamedTuple):
     beta: Tensor
 
 
-def features(
-    qkv: Float[Tensor, "T channels"],
-    history: Float[Tensor, "past channels"],
-    gate: Float[Tensor, "T gates"],
-    beta: Float[Tensor, "T H"],
-    conv_weight: Float[Tensor, "W channels"],
-    A_log: Float[Tensor, " H"],
-    dt_bias: Float[Tensor, " gates"],
-    round_to: torch.dtype,
-) -> Features:
+def features(x: Activations, history: Float[Tensor, "past channels"], weights: Weights) -> Features:
     """Turn projections into q, k, v, log decay and write strength (section 4), in the dtype of `history`."""
-    T, H = beta.shape
+    T, H = x.beta.shape
     work = history.dtype
-    mixed = short_conv(qkv.to(work), history, conv_weight.to(work)).to(round_to).to(work)
+    mixed = short_conv(x.qkv.to(work), history, weights.conv_weight.to(work)).to(x.qkv.dtype).to(work)
     q, k, v = mixed.view(T, 3, H, -1).unbind(1)
-    g = log_decay(gate.to(work).view(T, H, -1), A_log.to(work), dt_bias.to(work).view(H, -1))
+    g = log_decay(x.gate.to(work).view(T, H, -1), weights.A_log.to(work), weights.dt_bias.to(work).view(H, -1))
     q = l2_normalise(q) * q.shape[-1] ** -0.5
-    return Features(q, l2_normalise(k), v, g, torch.sigmoid(beta.to(work)))
+    return Features(q, l2_normalise(k), v, g, torch.sigmoid(x.beta.to(work)))
 
 
 def working_dtype(qkv: Tensor, state_pool: Tensor) -> torch.dtype:
@@ -239,93 +224,59 @@ def flag_nonfinite(
         nonfinite[slot] = 1
 
 
-def kda_decode(
-    qkv: Float[Tensor, "N channels"],
-    gate: Float[Tensor, "N gates"],
-    beta: Float[Tensor, "N H"],
-    out_gate: Float[Tensor, "N gates"],
-    conv_weight: Float[Tensor, "W channels"],
-    A_log: Float[Tensor, " H"],
-    dt_bias: Float[Tensor, " gates"],
-    norm_weight: Float[Tensor, " V"],
-    norm_eps: float,
-    conv_pool: Float[Tensor, "S R channels"],
-    state_pool: Float[Tensor, "S H V K"],
-    read_slot: Int[Tensor, " N"],
-    write_slot: Int[Tensor, " N"],
-    position: Int[Tensor, " N"],
-    out: Float[Tensor, "N gates"],
-    nonfinite: Int[Tensor, " S"] | None = None,
-) -> None:
-    """Advance every row's sequence by one token; `dispatch.kda_decode` documents the contract."""
-    H = beta.shape[1]
-    work = working_dtype(qkv, state_pool)
-    num_past = len(conv_weight) - 1
+def kda_decode(x: Activations, weights: Weights, pools: Pools, rows: DecodeRows, out: Tensor) -> None:
+    """Advance every row's sequence by one token; see `contract.KdaDecode`."""
+    work = working_dtype(x.qkv, pools.state)
+    num_past = len(weights.conv_weight) - 1
     out.zero_()
-    rows = zip(read_slot.tolist(), write_slot.tolist(), position.tolist(), strict=True)
-    for n, (read, write, p) in enumerate(rows):
+    slots = zip(rows.read_slot.tolist(), rows.write_slot.tolist(), rows.position.tolist(), strict=True)
+    for n, (read, write, p) in enumerate(slots):
         if write == NULL_SLOT:
             continue
-        row = slice(n, n + 1)
-        history = load_history(conv_pool, read, p, num_past, work)
-        x = features(qkv[row], history, gate[row], beta[row], conv_weight, A_log, dt_bias, qkv.dtype)
-        o, state = kda_recurrent(*x, load_state(state_pool, read, work))
-        o = o.to(qkv.dtype).to(work)
-        state_pool[write] = state.to(state_pool.dtype)
-        flag_nonfinite(nonfinite, write, o, state_pool[write])
-        o = gated_rms_norm(o, out_gate[row].to(work).view(1, H, -1), norm_weight.to(work), norm_eps)
-        out[row] = o.view(1, -1).to(out.dtype)
+        token = x.tokens(n, n + 1)
+        history = load_history(pools.conv, read, p, num_past, work)
+        o, state = kda_recurrent(*features(token, history, weights), load_state(pools.state, read, work))
+        o = o.to(x.qkv.dtype).to(work)
+        pools.state[write] = state.to(pools.state.dtype)
+        flag_nonfinite(pools.nonfinite, write, o, pools.state[write])
+        out[n : n + 1] = finish(o, token, weights)
         # Of a fresh row no history exists, whatever its position says: those columns become zeros.
-        store_history(conv_pool, write, p + 1, torch.cat([history, qkv[row].to(work)])[1:])
+        store_history(pools.conv, write, p + 1, torch.cat([history, token.qkv.to(work)])[1:])
 
 
-def kda_prefill(
-    qkv: Float[Tensor, "T channels"],
-    gate: Float[Tensor, "T gates"],
-    beta: Float[Tensor, "T H"],
-    out_gate: Float[Tensor, "T gates"],
-    conv_weight: Float[Tensor, "W channels"],
-    A_log: Float[Tensor, " H"],
-    dt_bias: Float[Tensor, " gates"],
-    norm_weight: Float[Tensor, " V"],
-    norm_eps: float,
-    conv_pool: Float[Tensor, "S R channels"],
-    state_pool: Float[Tensor, "S H V K"],
-    cu_seqlens: Int[Tensor, " N_plus_1"],
-    context_len: Int[Tensor, " N"],
-    slot_table: Int[Tensor, "N B"],
-    block_size: int,
-    out: Float[Tensor, "T gates"],
-    nonfinite: Int[Tensor, " S"] | None = None,
-) -> None:
-    """Run every sequence over its new tokens; `dispatch.kda_prefill` documents the contract."""
-    H = beta.shape[1]
-    work = working_dtype(qkv, state_pool)
-    num_past = len(conv_weight) - 1
+def kda_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
+    """Run every sequence over its new tokens; see `contract.KdaPrefill`."""
+    work = working_dtype(x.qkv, pools.state)
+    num_past, block_size = len(weights.conv_weight) - 1, rows.block_size
     out.zero_()
-    bounds = cu_seqlens.tolist()
-    for n, context in enumerate(context_len.tolist()):
-        rows = slice(bounds[n], bounds[n + 1])
-        end = context + rows.stop - rows.start
+    bounds = rows.cu_seqlens.tolist()
+    for n, context in enumerate(rows.context_len.tolist()):
+        begin, end = bounds[n], context + bounds[n + 1] - bounds[n]
         if end == context:
             continue
-        read = int(slot_table[n, (context - 1) // block_size]) if context > 0 else NULL_SLOT
-        history = load_history(conv_pool, read, context, num_past, work)
-        x = features(qkv[rows], history, gate[rows], beta[rows], conv_weight, A_log, dt_bias, qkv.dtype)
-        state = load_state(state_pool, read, work)
-        padded = torch.cat([history, qkv[rows].to(work)])
-        o = torch.empty_like(x.v)
+        tokens = x.tokens(begin, bounds[n + 1])
+        read = int(rows.slot_table[n, (context - 1) // block_size]) if context > 0 else NULL_SLOT
+        history = load_history(pools.conv, read, context, num_past, work)
+        inputs = features(tokens, history, weights)
+        state = load_state(pools.state, read, work)
+        padded = torch.cat([history, tokens.qkv.to(work)])
+        o = torch.empty_like(inputs.v)
         start = context
         for block in range(context // block_size, (end - 1) // block_size + 1):
             stop = min((block + 1) * block_size, end)
             piece = slice(start - context, stop - context)
-            o[piece], state = kda_recurrent(*Features(*(feature[piece] for feature in x)), state)
-            o[piece] = o[piece].to(qkv.dtype).to(work)
-            slot = int(slot_table[n, block])
+            o[piece], state = kda_recurrent(*Features(*(feature[piece] for feature in inputs)), state)
+            o[piece] = o[piece].to(x.qkv.dtype).to(work)
+            slot = int(rows.slot_table[n, block])
             if slot != NULL_SLOT:
-                state_pool[slot] = state.to(state_pool.dtype)
-                store_history(conv_pool, slot, stop, padded[piece.stop : piece.stop + num_past])
-                flag_nonfinite(nonfinite, slot, o[: piece.stop], state_pool[slot])
+                pools.state[slot] = state.to(pools.state.dtype)
+                store_history(pools.conv, slot, stop, padded[piece.stop : piece.stop + num_past])
+                flag_nonfinite(pools.nonfinite, slot, o[: piece.stop], pools.state[slot])
             start = stop
-        o = gated_rms_norm(o, out_gate[rows].to(work).view(len(o), H, -1), norm_weight.to(work), norm_eps)
-        out[rows] = o.flatten(1).to(out.dtype)
+        out[begin : bounds[n + 1]] = finish(o, tokens, weights)
+
+
+def finish(o: Float[Tensor, "T H V"], x: Activations, weights: Weights) -> Float[Tensor, "T gates"]:
+    """Apply the gated norm to the rounded outputs of the recurrence; the result has the dtype of the activations."""
+    normed = gated_rms_norm(o, x.out_gate.to(o.dtype).view(o.shape), weights.norm_weight.to(o.dtype), weights.norm_eps)
+    return normed.flatten(1).to(x.qkv.dtype)

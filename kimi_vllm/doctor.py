@@ -193,11 +193,11 @@ def check_model_class() -> Finding:
 
 def check_kernels() -> Finding:
     """The implementation of the KDA kernels for this device."""
-    from kimi_vllm.kernels.dispatch import kernel_backend
+    from kimi_vllm.kernels.dispatch import load_backend
 
     device_type = _device_type()
     try:
-        backend = kernel_backend(device_type)
+        backend = load_backend(device_type).name
     except RuntimeError as error:
         return Finding("KDA kernels", "FAIL", str(error), "see the message; KIMI_VLLM_DISABLE=1 leaves it to vLLM")
     return Finding("KDA kernels", "OK", f"{device_type}: {backend}")

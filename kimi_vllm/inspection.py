@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kimi_vllm.geometry import GeometryError, KimiGeometry
+from kimi_vllm.kernels.contract import Activations, Weights
 from kimi_vllm.kernels.reference import Features, features, kda_chunk, kda_recurrent
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
@@ -233,6 +234,7 @@ def _listen(layer: Any, reduce: Callable[[Features], list[Head]], heads: list[He
         "v": layer.v_proj,
         "gate": layer.forget_gate.f_b_proj,
         "beta": layer.b_proj,
+        "out_gate": layer.g_b_proj,
     }
 
     def hear(name: str, _module: nn.Module, _args: object, output: Tensor) -> None:
@@ -242,9 +244,10 @@ def _listen(layer: Any, reduce: Callable[[Features], list[Head]], heads: list[He
         qkv = torch.cat([heard["q"], heard["k"], heard["v"]], -1)
         taps = layer.conv1d.weight.squeeze(1).T
         history = torch.zeros(len(taps) - 1, qkv.shape[1], dtype=torch.float64)
-        decay = layer.forget_gate
-        weights = (taps, decay.A_log.flatten(), decay.dt_bias)
-        heads.extend(reduce(features(qkv, history, heard["gate"], heard["beta"], *weights, qkv.dtype)))
+        decay, norm = layer.forget_gate, layer.o_norm
+        weights = Weights(taps, decay.A_log.flatten(), decay.dt_bias, norm.weight, norm.variance_epsilon)
+        x = Activations(qkv, heard["gate"], heard["beta"], heard["out_gate"])
+        heads.extend(reduce(features(x, history, weights)))
         heard.clear()
 
     for name, module in projections.items():

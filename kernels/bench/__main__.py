@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
 from json import loads
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,12 +36,7 @@ def cpu(
         raise typer.BadParameter(f"--dtype is {dtype}; it must be one of {', '.join(activations)}")
     if threads:
         torch.set_num_threads(threads)
-    try:
-        rows = list(cpu_bench.rows(activations[dtype]))
-    except WrongResult as wrong:
-        Console(stderr=True).print(f"[red]not timed:[/red] {wrong}")
-        raise typer.Exit(1) from wrong
-    report(rows, "torch", environment(), json)
+    _take(cpu_bench.rows(activations[dtype]), environment(), partial(report, peer="torch"), json)
 
 
 @app.command()
@@ -63,27 +60,15 @@ def cuda(
     for name, reason in cuda_bench.missing_peers().items() if peers else ():
         Console(stderr=True).print(f"[yellow]{name} is not timed:[/yellow] {reason}")
 
+    def found() -> Iterator[Row]:
+        for H in heads:
+            for state in states:
+                yield from cuda_bench.decode_rows(H, 128, state, peers)
+            # One number of heads says how the peers' prefill compares; they tune themselves for minutes.
+            yield from cuda_bench.prefill_rows(H, 128, peers and max(heads) == H)
+
     env = gpu.environment()
-    rows: list[Row] = []
-
-    def take(some: Iterable[Row]) -> None:
-        for row in some:
-            rows.append(row)
-            if json is not None:
-                append([row], env, json)
-
-    try:
-        with torch.inference_mode():
-            for H in heads:
-                for state in states:
-                    take(cuda_bench.decode_rows(H, 128, state, peers))
-                # One number of heads says how the peers' prefill compares; they tune themselves for minutes.
-                take(cuda_bench.prefill_rows(H, 128, peers and max(heads) == H))
-    except WrongResult as wrong:
-        Console(stderr=True).print(f"[red]not timed:[/red] {wrong}")
-        raise typer.Exit(1) from wrong
-    finally:
-        cuda_bench.report(rows, env)
+    rows = _take(found(), env, cuda_bench.report, json)
     if plots is not None:
         _plot([loads(row.as_json(env)) for row in rows], plots)
 
@@ -103,24 +88,12 @@ def products(
     from kimi_vllm.kernels.bench import gpu
     from kimi_vllm.kernels.bench import products as bench
 
-    env = gpu.environment()
-    rows: list[Row] = []
-    try:
-        with torch.inference_mode():
-            for some in (
-                bench.linear_rows(tuple(tokens), search) if linear else (),
-                bench.routing_rows(tuple(tokens)) if experts else (),
-                bench.expert_rows(tuple(tokens), search, tuple(inner)) if experts else (),
-            ):
-                for row in some:
-                    rows.append(row)
-                    if json is not None:
-                        append([row], env, json)
-    except WrongResult as wrong:
-        Console(stderr=True).print(f"[red]not timed:[/red] {wrong}")
-        raise typer.Exit(1) from wrong
-    finally:
-        bench.report(rows, env)
+    found = chain(
+        bench.linear_rows(tuple(tokens), search) if linear else (),
+        bench.routing_rows(tuple(tokens)) if experts else (),
+        bench.expert_rows(tuple(tokens), search, tuple(inner)) if experts else (),
+    )
+    _take(found, gpu.environment(), bench.report, json)
 
 
 @app.command("plot")
@@ -130,6 +103,25 @@ def plot_file(
 ) -> None:
     """Draw the plots of a file that `cuda --json` has written."""
     _plot([loads(line) for line in json.read_text().splitlines()], folder)
+
+
+def _take(
+    found: Iterable[Row], env: dict[str, Any], report: Callable[[list[Row], dict[str, Any]], None], json: Path | None
+) -> list[Row]:
+    """Write each row as it is found, and show them all: also those before a result that is wrong, which ends it."""
+    rows: list[Row] = []
+    try:
+        with torch.inference_mode():
+            for row in found:
+                rows.append(row)
+                if json is not None:
+                    append(row, env, json)
+    except WrongResult as wrong:
+        Console(stderr=True).print(f"[red]not timed:[/red] {wrong}")
+        raise typer.Exit(1) from wrong
+    finally:
+        report(rows, env)
+    return rows
 
 
 def _plot(rows: list[dict[str, Any]], folder: Path) -> None:

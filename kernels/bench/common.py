@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -52,6 +52,13 @@ class Row:
         return json.dumps({**asdict(self), "rate_gbps": self.rate_gbps, "env": env})
 
 
+def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """Return the 20th, 50th and 80th percentile."""
+    ordered = sorted(times)
+    p20, p50, p80 = (ordered[int(len(ordered) * quantile)] for quantile in (0.2, 0.5, 0.8))
+    return p20, p50, p80
+
+
 def measure(step: Callable[[], object], budget_s: float = 0.5) -> tuple[float, float, float]:
     """Return the 20th, 50th and 80th percentile of a step's wall time in microseconds."""
     step()
@@ -61,18 +68,25 @@ def measure(step: Callable[[], object], budget_s: float = 0.5) -> tuple[float, f
         start = time.perf_counter_ns()
         step()
         times.append((time.perf_counter_ns() - start) / 1e3)
-    times.sort()
-    p20, p50, p80 = (times[int(len(times) * quantile)] for quantile in (0.2, 0.5, 0.8))
-    return p20, p50, p80
+    return quantiles(times)
 
 
-def require_equal(name: str, result: Tensor, expected: Tensor, tolerance: float) -> None:
+def largest_error(result: Tensor, expected: Tensor) -> float:
+    """Return max |result - expected| / max |expected|."""
+    return float((result.double() - expected).abs().max() / expected.abs().max())
+
+
+def norm_error(result: Tensor, expected: Tensor) -> float:
+    """Return |result - expected| / |expected|."""
+    return float((result.double() - expected).norm() / expected.norm())
+
+
+def require(name: str, error: float, tolerance: float) -> None:
     """Refuse a wrong kernel.
 
     Raises:
-        WrongResult: max |result - expected| / max |expected| exceeds the tolerance, or is not a number.
+        WrongResult: the error exceeds the tolerance, or is not a number.
     """
-    error = float((result.double() - expected.double()).abs().max() / expected.double().abs().max())
     if not error <= tolerance:
         raise WrongResult(f"{name}: relative error {error:.1e} against the spec, at most {tolerance:.0e} allowed")
 
@@ -92,35 +106,44 @@ def machine(*packages: str) -> dict[str, Any]:
     }
 
 
-def report(rows: Sequence[Row], peer: str, env: dict[str, Any], json_path: Path | None) -> None:
-    """Print a table with each row's ratio to `peer` on the same case; append JSON lines to a file."""
+def words(case: dict[str, int]) -> str:
+    """Return a case as a table's cell."""
+    return " ".join(f"{name}{value}" for name, value in case.items())
+
+
+def show(title: str, left: Sequence[str], right: Sequence[str], lines: Iterable[Sequence[str]], width: int) -> None:
+    """Print a table whose first columns are words and whose other columns are numbers."""
+    table = Table(title=title)
+    for column in left:
+        table.add_column(column, no_wrap=True)
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    console.width = max(console.width, width)
+    console.print(table)
+
+
+def report(rows: Sequence[Row], env: dict[str, Any], peer: str) -> None:
+    """Print a table with each row's ratio to `peer` on the same case."""
     slowest = {(row.bench, str(row.case)): row.p50_us for row in rows if row.provider == peer}
-    table = Table(title=f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}")
-    for column in ("bench", "case", "provider", "median us", "p20-p80 us", "GB/s", f"{peer} / this"):
-        words = column in ("bench", "case", "provider")
-        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+    lines = []
     for row in rows:
         base = slowest.get((row.bench, str(row.case)))
-        table.add_row(
-            row.bench,
-            " ".join(f"{name}{value}" for name, value in row.case.items()),
-            row.provider,
-            f"{row.p50_us:,.1f}",
-            f"{row.p20_us:,.1f}-{row.p80_us:,.1f}",
-            "" if row.rate_gbps is None else f"{row.rate_gbps:.1f}",
-            "" if base is None else f"{base / row.p50_us:.1f}x",
-        )
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(table)
-    if json_path is not None:
-        append(rows, env, json_path)
+        spread = f"{row.p20_us:,.1f}-{row.p80_us:,.1f}"
+        rate = "" if row.rate_gbps is None else f"{row.rate_gbps:.1f}"
+        ratio = "" if base is None else f"{base / row.p50_us:.1f}x"
+        lines.append((row.bench, words(row.case), row.provider, f"{row.p50_us:,.1f}", spread, rate, ratio))
+    title = f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}"
+    columns = ("median us", "p20-p80 us", "GB/s", f"{peer} / this")
+    show(title, ("bench", "case", "provider"), columns, lines, width=120)
 
 
-def append(rows: Sequence[Row], env: dict[str, Any], path: Path) -> None:
-    """Append the rows to a file as JSON lines."""
+def append(row: Row, env: dict[str, Any], path: Path) -> None:
+    """Append the row to a file as a JSON line."""
     with path.open("a") as file:
-        file.writelines(row.as_json(env) + "\n" for row in rows)
+        file.write(row.as_json(env) + "\n")
 
 
 def _cpu_name() -> str:

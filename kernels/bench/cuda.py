@@ -8,17 +8,18 @@ own, prefill steps on inputs of their own. The time is that of one step of one l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from kimi_vllm.kernels import decode, prefill, reference
 from kimi_vllm.kernels.bench import gpu, peers
-from kimi_vllm.kernels.bench.common import Row, WrongResult
+from kimi_vllm.kernels.bench.common import Row, norm_error, require, show, words
+from kimi_vllm.kernels.bench.layer import Layer, expected_decode, expected_prefill, fresh_rows, plain_rows
+from kimi_vllm.kernels.contract import Pools, PrefillRows
+from kimi_vllm.kernels.cuda import decode, prefill
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = ((64,), (128,), (256,), (512,), (2048,), (8192,), (32768,), (65536,))
@@ -49,20 +50,20 @@ def decode_rows(H: int, D: int, state: str, with_peers: bool) -> Iterator[Row]:
     for N in BATCHES:
         moved = 2 * N * H * D * D * DTYPES[state].itemsize
         sets = min(128, max(2, -(-COLD_BYTES // moved)))
-        arguments = _arguments(N, sets * N + 1, H, D, DTYPES[state])
+        layer = _random_layer(N, sets * N, H, D, DTYPES[state])
         order = (torch.randperm(sets * N, device="cuda") + 1).to(torch.int32)
         slots = [part.contiguous() for part in order.split(N)]
         position = torch.full((N,), POSITION, device="cuda")
-        expected = _expected_decode(arguments, slots[0], position)
-        moved += _activation_bytes(N, H, D) + 4 * N * 3 * H * D * arguments["conv_pool"].element_size()
+        expected = expected_decode(layer, slots[0], position)
+        moved += _activation_bytes(N, H, D) + 4 * N * 3 * H * D * layer.pools.conv.element_size()
         out = torch.full((N, H * D), float("nan"), dtype=torch.bfloat16, device="cuda")
-        for name, check, step in _decode_providers(arguments, position, slots[0], out, with_peers and state == "fp32"):
+        for name, check, step in _decode_providers(layer, position, slots[0], out, with_peers and state == "fp32"):
             check(slots[0])
-            _require(f"{name} decode N={N} H={H} {state}", out, expected)
+            require(f"{name} decode N={N} H={H} {state}", norm_error(out, expected), TOLERANCE)
             steps = [partial(step, slots[i % sets]) for i in range(max(sets, 20))]
             times = gpu.measure_graph(steps)
             yield _row("decode", name, {"N": N, "H": H, "D": D}, state, times, moved)
-        del arguments
+        del layer
         torch.cuda.empty_cache()
 
 
@@ -79,20 +80,20 @@ def prefill_rows(H: int, D: int, with_peers: bool) -> Iterator[Row]:
         sets = min(24, max(1, -(-COLD_BYTES // moved)))
         providers = (OURS, FLAGGED, *(name for name in (IN_TREE, FLA) if with_peers and name not in missing))
         case = {"T": T, "N": N, "H": H, "D": D}
-        index = _prefill_index(lengths)
-        sequences = peers.FlaPrefill.sequences_of(index["cu_seqlens"])
+        rows = fresh_rows(lengths, "cuda")
+        sequences = peers.FlaPrefill.sequences_of(rows.cu_seqlens)
         expected: Tensor | None = None
         for name in providers:
             steps, out = [], torch.full((T, H * D), float("nan"), dtype=torch.bfloat16, device="cuda")
             for seed in range(sets):
-                arguments = _arguments(T, N + 1, H, D, torch.float32, seed)
+                layer = _random_layer(T, N, H, D, torch.float32, seed)
                 if expected is None:
-                    expected = _expected_prefill(arguments, lengths)
-                check, step = _prefill_steps(name, arguments, index, sequences, out)
+                    expected = _expected_prefill(layer, lengths)
+                check, step = _prefill_steps(name, layer, rows, sequences, out)
                 if seed == 0:
                     check()
                     part = out[: expected.shape[0], : expected.shape[1]]
-                    _require(f"{name} prefill {lengths[:8]} H={H}", part, expected)
+                    require(f"{name} prefill {lengths[:8]} H={H}", norm_error(part, expected), TOLERANCE)
                 steps.append(step)
             flush = gpu.flush_buffer() if sets == 1 else None
             times = gpu.measure_graph(steps, replays=15, flush=flush)
@@ -109,69 +110,44 @@ def report(rows: Sequence[Row], env: dict[str, Any]) -> None:
     """Print one line per case: ours, the peers, their ratio to ours, and how close ours is to the copy rate."""
     cases: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
-        words = " ".join(f"{name}{value}" for name, value in row.case.items())
-        cases.setdefault((row.bench, words, row.dtype["state"]), {})[row.provider] = row
+        cases.setdefault((row.bench, words(row.case), row.dtype["state"]), {})[row.provider] = row
     title = f"{env['gpu']}, torch {env['torch']}, triton {env['triton']}, commit {env['commit']}; "
     title += f"copy {env['copy_gbps']:.0f} GB/s, in place {env['in_place_gbps']:.0f} GB/s; median µs per layer"
-    table = Table(title=title)
-    for column in ("bench", "case", "state", OURS, IN_TREE, "", FLA, "", "GB/s", "% of copy", "floor"):
-        table.add_column(column, justify="left" if column in ("bench", "case", "state") else "right", no_wrap=True)
-    for (bench, words, state), found in cases.items():
+    lines = []
+    for (bench, case, state), found in cases.items():
         ours = found[OURS]
-        cells = [bench, words, state, f"{ours.p50_us:,.1f}"]
+        cells = [bench, case, state, f"{ours.p50_us:,.1f}"]
         for peer in (IN_TREE, FLA):
             theirs = found.get(peer)
             ratio = [] if theirs is None else [f"{theirs.p50_us:,.1f}", f"{theirs.p50_us / ours.p50_us:.2f}x"]
             cells += ratio or ["", ""]
         floor = (ours.moved_bytes or 0) / env["copy_gbps"] / 1e3
-        table.add_row(*cells, f"{ours.rate_gbps:,.0f}", f"{100 * floor / ours.p50_us:.0f}", f"{floor:,.1f}")
-    console = Console()
-    console.width = max(console.width, 150)
-    console.print(table)
+        lines.append((*cells, f"{ours.rate_gbps:,.0f}", f"{100 * floor / ours.p50_us:.0f}", f"{floor:,.1f}"))
+    columns = (OURS, IN_TREE, "", FLA, "", "GB/s", "% of copy", "floor")
+    show(title, ("bench", "case", "state"), columns, lines, width=150)
 
 
-def _arguments(T: int, num_slots: int, H: int, D: int, state: torch.dtype, seed: int = 0) -> dict[str, Any]:
-    """Return one layer's step in bfloat16, its activations columns of one projection, as the layer has them."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda")
-
-    width = H * D
-    filling = -H % 16 + 16
-    projected = random(T, 5 * width + H + filling).bfloat16()
-    qkv, gate, out_gate, beta, _ = projected.split([3 * width, width, width, H, filling], dim=1)
-    return {
-        "qkv": qkv,
-        "gate": gate,
-        "beta": beta,
-        "out_gate": out_gate,
-        "conv_weight": random(4, 3 * width) * 0.5,
-        "A_log": (torch.rand(H, generator=generator, device="cuda") * 15 + 1).log(),
-        "dt_bias": random(width) - 4,
-        "norm_weight": 1 + 0.1 * random(D),
-        "norm_eps": 1e-5,
-        "conv_pool": random(num_slots, 4, 3 * width).bfloat16(),
-        "state_pool": 0.1 * random(num_slots, H, D, D).to(state),
-    }
+def _random_layer(T: int, num_slots: int, H: int, D: int, state: torch.dtype, seed: int = 0) -> Layer:
+    """Return one layer's step in bfloat16, with its null slot."""
+    dtypes = (torch.bfloat16, torch.bfloat16, state)
+    return Layer.random(T, num_slots + 1, H, D, dtypes, ring=4, device="cuda", seed=seed)
 
 
 def _decode_providers(
-    arguments: dict[str, Any], position: Tensor, first: Tensor, out: Tensor, with_peers: bool
+    layer: Layer, position: Tensor, first: Tensor, out: Tensor, with_peers: bool
 ) -> Iterator[tuple[str, SlotStep, SlotStep]]:
     """Yield each provider's name, its step to verify, and its step to time; both take the rows' slots."""
     missing = missing_peers() if with_peers else {IN_TREE: "", FLA: ""}
     # Peers copy the pools when they are made, before our kernels change them.
-    in_tree = None if IN_TREE in missing else peers.InTreeDecode(arguments, POSITION)
-    flash = None if FLA in missing else peers.FlaDecode(arguments, POSITION, first)
+    in_tree = None if IN_TREE in missing else peers.InTreeDecode(layer, POSITION)
+    flash = None if FLA in missing else peers.FlaDecode(layer, POSITION, first)
 
-    flags = torch.zeros(len(arguments["state_pool"]), dtype=torch.int32, device="cuda")
-    before = arguments["state_pool"][first.long()]
+    x, weights, pools = layer.inputs
+    guarded = _guarded(pools)
+    before = pools.state[first.long()]
 
-    def ours(slots: Tensor, nonfinite: Tensor | None = None) -> None:
-        decode.kda_decode(
-            **arguments, read_slot=slots, write_slot=slots, position=position, out=out, nonfinite=nonfinite
-        )
+    def ours(slots: Tensor, pools: Pools = pools) -> None:
+        decode.kda_decode(x, weights, pools, plain_rows(slots, position), out)
 
     yield OURS, ours, ours
     if in_tree is not None:
@@ -180,10 +156,10 @@ def _decode_providers(
     if flash is not None:
         # fla allocates its own output: only the step that is verified copies it.
         yield FLA, partial(flash.step, out=out), flash.step
-    flagged = partial(ours, nonfinite=flags)
+    flagged = partial(ours, pools=guarded)
 
     def flagged_once(slots: Tensor) -> None:
-        arguments["state_pool"][slots.long()] = before  # ours was timed on it
+        pools.state[slots.long()] = before  # ours was timed on it
         flagged(slots)
 
     yield FLAGGED, flagged_once, flagged
@@ -195,77 +171,32 @@ def missing_peers() -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _prefill_peer(name: str) -> Any:
-    return {IN_TREE: peers.InTreePrefill, FLA: peers.FlaPrefill}[name]
+def _guarded(pools: Pools) -> Pools:
+    return replace(pools, nonfinite=torch.zeros(len(pools.state), dtype=torch.int32, device="cuda"))
 
 
 def _prefill_steps(
-    name: str, arguments: dict[str, Any], index: dict[str, Any], sequences: dict[str, Tensor], out: Tensor
+    name: str, layer: Layer, rows: PrefillRows, sequences: dict[str, Tensor], out: Tensor
 ) -> tuple[Step, Step]:
     """Return a provider's step twice: to verify, and to time."""
     if name in (OURS, FLAGGED):
-        flags = torch.zeros(len(arguments["state_pool"]), dtype=torch.int32, device="cuda")
-        step = partial(prefill.kda_prefill, **arguments, **index, out=out, nonfinite=flags if name == FLAGGED else None)
+        pools = _guarded(layer.pools) if name == FLAGGED else layer.pools
+        step = partial(prefill.kda_prefill, layer.x, layer.weights, pools, rows, out)
         return step, step
-    peer = _prefill_peer(name)
     if name == IN_TREE:
-        step = partial(peer(arguments, index["cu_seqlens"], index["slot_table"][:, 0], index["context_len"]).step, out)
+        peer = peers.InTreePrefill(layer, rows.cu_seqlens, rows.slot_table[:, 0], rows.context_len)
+        step = partial(peer.step, out)
         return step, step
-    flash = peer(arguments, sequences)
+    flash = peers.FlaPrefill(layer, sequences)
     # fla allocates its own output: only the step that is verified copies it.
     return partial(flash.step, out), flash.step
 
 
-def _prefill_index(lengths: tuple[int, ...]) -> dict[str, Any]:
-    N = len(lengths)
-    return {
-        "cu_seqlens": torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32),
-        "context_len": torch.zeros(N, dtype=torch.int32, device="cuda"),
-        "slot_table": torch.arange(1, N + 1, dtype=torch.int32, device="cuda")[:, None],
-        "block_size": 1 << 20,
-    }
-
-
-def _double(arguments: dict[str, Any], num_heads: int | None = None) -> dict[str, Any]:
-    """Return a copy in float64, of the first heads only if so asked: the spec walks token by token."""
-    H = arguments["state_pool"].shape[1]
-    copy = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    if num_heads is None or num_heads >= H:
-        return copy
-    for name, parts in {"qkv": 3, "conv_weight": 3, "conv_pool": 3, "gate": 1, "out_gate": 1, "dt_bias": 1}.items():
-        copy[name] = copy[name].unflatten(-1, (parts, H, -1))[..., :num_heads, :].flatten(-3)
-    for name in ("beta", "A_log"):
-        copy[name] = copy[name][..., :num_heads]
-    copy["state_pool"] = copy["state_pool"][:, :num_heads]
-    return copy
-
-
-def _expected_decode(arguments: dict[str, Any], slots: Tensor, position: Tensor) -> Tensor:
-    copy = _double(arguments | {name: arguments[name][slots.long()] for name in ("conv_pool", "state_pool")})
-    for name in ("conv_pool", "state_pool"):
-        copy[name] = torch.cat([torch.zeros_like(copy[name][:1]), copy[name]])
-    index = torch.arange(1, len(slots) + 1, dtype=torch.int32, device="cuda")
-    out = torch.empty(arguments["gate"].shape, dtype=torch.float64, device="cuda")
-    reference.kda_decode(**copy, read_slot=index, write_slot=index, position=position, out=out)
-    return out
-
-
-def _expected_prefill(arguments: dict[str, Any], lengths: tuple[int, ...]) -> Tensor:
+def _expected_prefill(layer: Layer, lengths: tuple[int, ...]) -> Tensor:
     """Return the output of the first heads and tokens; only a sequence alone may be cut off."""
     if len(lengths) == 1 and lengths[0] > VERIFIED:
-        lengths = (VERIFIED,)
-        cut = {name: arguments[name][:VERIFIED] for name in ("qkv", "gate", "beta", "out_gate")}
-        arguments = arguments | cut
-    copy = _double(arguments, num_heads=2)
-    out = torch.empty(copy["gate"].shape, dtype=torch.float64, device="cuda")
-    reference.kda_prefill(**copy, **_prefill_index(lengths), out=out)
-    return out
-
-
-def _require(name: str, out: Tensor, expected: Tensor) -> None:
-    error = float((out.double() - expected).norm() / expected.norm())
-    if not error <= TOLERANCE:
-        raise WrongResult(f"{name}: error {error:.1e} against the spec, at most {TOLERANCE:.0e} allowed")
+        lengths, layer = (VERIFIED,), replace(layer, x=layer.x.tokens(0, VERIFIED))
+    return expected_prefill(layer, fresh_rows(lengths, "cuda"), num_heads=2)
 
 
 def _activation_bytes(T: int, H: int, D: int) -> int:

@@ -7,16 +7,9 @@ from typing import Any
 
 import torch
 
-from kimi_vllm.kernels.bench.common import machine
+from kimi_vllm.kernels.bench.common import machine, quantiles
 
 Step = Callable[[], object]
-
-
-def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """Return the 20th, 50th and 80th percentile."""
-    ordered = sorted(times)
-    p20, p50, p80 = (ordered[int(len(ordered) * quantile)] for quantile in (0.2, 0.5, 0.8))
-    return p20, p50, p80
 
 
 def measure_graph(

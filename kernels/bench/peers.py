@@ -1,6 +1,6 @@
 """What the CUDA kernels are timed against: a KDA layer's step as vLLM and flash-linear-attention run it.
 
-Each peer takes the arguments of our own kernels, lays pools and weights out as its own layer does, and does
+Each peer takes the layer that our own kernels get, lays pools and weights out as its own layer does, and does
 one step per call, in place, so that a step can be captured into a CUDA graph. The first step on a sequence
 is the one to compare with the spec; later ones go on from the state it left, at an unchanged position.
 
@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from kimi_vllm.kernels.bench.layer import Layer
 
 
 def unavailable(peer: type[InTreeDecode | InTreePrefill | FlaDecode | FlaPrefill]) -> str | None:
@@ -31,14 +32,13 @@ def unavailable(peer: type[InTreeDecode | InTreePrefill | FlaDecode | FlaPrefill
 
 
 def _load_vllm() -> SimpleNamespace:
-    """Return vLLM's kernels and its name; ImportError without vLLM, or if it runs without Triton."""
+    """Return vLLM's kernels; ImportError without vLLM, or if it runs without Triton."""
     if not import_module("vllm.triton_utils").HAS_TRITON:
         raise ImportError("vLLM runs without Triton here: it found no CUDA device, or is a CPU build")
     conv = import_module("vllm.model_executor.layers.mamba.ops.causal_conv1d")
     kda = import_module("vllm.models.kimi_k3.nvidia.ops.third_party.kda")
     gather = import_module("vllm.model_executor.layers.mamba.ops.gather_initial_states")
     return SimpleNamespace(
-        name=f"vllm {import_module('vllm').__version__} in-tree",
         causal_conv1d_fn=conv.causal_conv1d_fn,
         causal_conv1d_update=conv.causal_conv1d_update,
         compute_causal_conv1d_metadata=import_module("vllm.v1.attention.backends.utils").compute_causal_conv1d_metadata,
@@ -50,10 +50,9 @@ def _load_vllm() -> SimpleNamespace:
 
 
 def _load_fla() -> SimpleNamespace:
-    """Return fla's kernels and its name; ImportError without fla."""
+    """Return fla's kernels; ImportError without fla."""
     conv = import_module("fla.modules.causal_conv1d")
     return SimpleNamespace(
-        name=f"fla {import_module('fla').__version__}",
         causal_conv1d=conv.causal_conv1d,
         causal_conv1d_update=conv.causal_conv1d_update,
         chunk_kda=import_module("fla.ops.kda").chunk_kda,
@@ -72,13 +71,12 @@ class InTreeDecode:
 
     load = staticmethod(_load_vllm)
 
-    def __init__(self, arguments: dict[str, Any], position: int) -> None:
+    def __init__(self, layer: Layer, position: int) -> None:
         self.kernels = self.load()
-        self.name = self.kernels.name
-        self.x = _in_tree_inputs(arguments)
-        slots = torch.arange(len(arguments["conv_pool"]), device=self.x.qkv.device)
-        history = _history(arguments, slots, torch.full_like(slots, position))
-        self.conv_state, self.recurrent_state = _pages(history.to(self.x.qkv.dtype), arguments["state_pool"])
+        self.x = _in_tree_inputs(layer)
+        slots = torch.arange(len(layer.pools.conv), device=self.x.qkv.device)
+        history = _history(layer, slots, torch.full_like(slots, position))
+        self.conv_state, self.recurrent_state = _pages(history.to(self.x.qkv.dtype), layer.pools.state)
 
     def step(self, slots: Tensor, out: Tensor) -> None:
         """Advance the rows, whose sequences live in `slots` (int32 ``[N]``), by one token; `out` is ``[N, H·V]``."""
@@ -106,7 +104,7 @@ class InTreePrefill:
     step, is made once. Attributes as in `InTreeDecode`.
 
     Args:
-        arguments: As for our kernels, with T rows.
+        layer: Its activations have T rows.
         cu_seqlens: ``[N+1]`` int32, on the device.
         slots: ``[N]`` int32, the slot of each sequence, read and written.
         context_len: ``[N]`` int32, tokens before this step; 0 is a fresh sequence, whose slot is not read.
@@ -114,14 +112,13 @@ class InTreePrefill:
 
     load = staticmethod(_load_vllm)
 
-    def __init__(self, arguments: dict[str, Any], cu_seqlens: Tensor, slots: Tensor, context_len: Tensor) -> None:
+    def __init__(self, layer: Layer, cu_seqlens: Tensor, slots: Tensor, context_len: Tensor) -> None:
         self.kernels = self.load()
-        self.name = self.kernels.name
-        self.x = _in_tree_inputs(arguments)
+        self.x = _in_tree_inputs(layer)
         self.cu_seqlens, self.slots, self.has_initial_state = cu_seqlens, slots, context_len > 0
-        history = torch.zeros_like(arguments["conv_pool"][:, : len(arguments["conv_weight"]) - 1])
-        history[slots.long()] = _history(arguments, slots.long(), context_len.long())
-        self.conv_state, self.recurrent_state = _pages(history.to(self.x.qkv.dtype), arguments["state_pool"])
+        history = torch.zeros_like(layer.pools.conv[:, : len(layer.weights.conv_weight) - 1])
+        history[slots.long()] = _history(layer, slots.long(), context_len.long())
+        self.conv_state, self.recurrent_state = _pages(history.to(self.x.qkv.dtype), layer.pools.state)
         nums_dict, batch_ptr, token_chunk_offset_ptr = self.kernels.compute_causal_conv1d_metadata(
             cu_seqlens.cpu(), device=cu_seqlens.device
         )
@@ -179,14 +176,13 @@ class FlaDecode:
 
     load = staticmethod(_load_fla)
 
-    def __init__(self, arguments: dict[str, Any], position: int, slots: Tensor) -> None:
+    def __init__(self, layer: Layer, position: int, slots: Tensor) -> None:
         self.kernels = self.load()
-        self.name = self.kernels.name
-        self.x = _fla_inputs(arguments, rows_are_sequences=True)
-        past = _history(arguments, slots.long(), torch.full_like(slots, position, dtype=torch.int64), extra=1)
+        self.x = _fla_inputs(layer, rows_are_sequences=True)
+        past = _history(layer, slots.long(), torch.full_like(slots, position, dtype=torch.int64), extra=1)
         caches = past.to(self.x.q.dtype).transpose(1, 2).chunk(3, dim=1)
         self.conv_caches = [cache.contiguous() for cache in caches]
-        self.state_pool = arguments["state_pool"].to(torch.float32, copy=True)
+        self.state_pool = layer.pools.state.to(torch.float32, copy=True)
         self.result = torch.empty_like(self.x.v)
 
     def step(self, slots: Tensor, out: Tensor | None = None) -> None:
@@ -234,10 +230,9 @@ class FlaPrefill:
         bounds = cu_seqlens.long()
         return {"cu_seqlens": bounds, "cu_seqlens_cpu": bounds.cpu()}
 
-    def __init__(self, arguments: dict[str, Any], sequences: dict[str, Tensor]) -> None:
+    def __init__(self, layer: Layer, sequences: dict[str, Tensor]) -> None:
         self.kernels = self.load()
-        self.name = self.kernels.name
-        self.x = _fla_inputs(arguments, rows_are_sequences=False)
+        self.x = _fla_inputs(layer, rows_are_sequences=False)
         self.sequences = sequences
         self.result = torch.empty_like(self.x.v)
         self.final_state: Tensor | None = None
@@ -258,27 +253,26 @@ class FlaPrefill:
             out.copy_(self.result.view_as(out))
 
 
-def _in_tree_inputs(arguments: dict[str, Any]) -> SimpleNamespace:
+def _in_tree_inputs(layer: Layer) -> SimpleNamespace:
     """Lay activations and weights out as the layer has them: qkv and beta are slices of one projection."""
-    T, H = arguments["beta"].shape
-    D = len(arguments["norm_weight"])
-    qkv: Tensor = arguments["qkv"]
-    projected = torch.cat([qkv, arguments["beta"], qkv.new_zeros(T, D)], dim=1)
+    T, H = layer.x.beta.shape
+    D = len(layer.weights.norm_weight)
+    projected = torch.cat([layer.x.qkv, layer.x.beta, layer.x.qkv.new_zeros(T, D)], dim=1)
     qkv, beta, _ = projected.split([3 * H * D, H, D], dim=-1)
     recurrence = {
-        "raw_g": arguments["gate"].contiguous().view(1, T, H, D),
+        "raw_g": layer.x.gate.contiguous().view(1, T, H, D),
         "raw_beta": beta.unsqueeze(0),
-        "A_log": arguments["A_log"],
+        "A_log": layer.weights.A_log,
         "lower_bound": None,
     }
     return SimpleNamespace(
         qkv=qkv,
         recurrence=recurrence,
-        out_gate=arguments["out_gate"].contiguous().view(T, H, D),
-        conv_weight=arguments["conv_weight"].t().contiguous(),
-        dt_bias=arguments["dt_bias"],
-        norm_weight=arguments["norm_weight"].to(qkv.dtype),
-        norm_eps=arguments["norm_eps"],
+        out_gate=layer.x.out_gate.contiguous().view(T, H, D),
+        conv_weight=layer.weights.conv_weight.t().contiguous(),
+        dt_bias=layer.weights.dt_bias,
+        norm_weight=layer.weights.norm_weight.to(qkv.dtype),
+        norm_eps=layer.weights.norm_eps,
     )
 
 
@@ -295,17 +289,17 @@ def _gated_norm(kernels: SimpleNamespace, x: SimpleNamespace, o: Tensor) -> Tens
     return normed
 
 
-def _fla_inputs(arguments: dict[str, Any], *, rows_are_sequences: bool) -> SimpleNamespace:
+def _fla_inputs(layer: Layer, *, rows_are_sequences: bool) -> SimpleNamespace:
     """Lay activations and weights out as fla's layer has them: three dense projections, ``[B, T, ...]``."""
-    T, H = arguments["beta"].shape
-    D = len(arguments["norm_weight"])
+    T, H = layer.x.beta.shape
+    D = len(layer.weights.norm_weight)
     B, L = (T, 1) if rows_are_sequences else (1, T)
-    q, k, v = (part.contiguous().view(B, L, H * D) for part in arguments["qkv"].chunk(3, dim=-1))
+    q, k, v = (part.contiguous().view(B, L, H * D) for part in layer.x.qkv.chunk(3, dim=-1))
     recurrence = {
-        "g": arguments["gate"].contiguous().view(B, L, H, D),
-        "beta": arguments["beta"].contiguous().view(B, L, H),
-        "A_log": arguments["A_log"],
-        "dt_bias": arguments["dt_bias"],
+        "g": layer.x.gate.contiguous().view(B, L, H, D),
+        "beta": layer.x.beta.contiguous().view(B, L, H),
+        "A_log": layer.weights.A_log,
+        "dt_bias": layer.weights.dt_bias,
         **dict.fromkeys(("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel"), True),
     }
     return SimpleNamespace(
@@ -313,17 +307,17 @@ def _fla_inputs(arguments: dict[str, Any], *, rows_are_sequences: bool) -> Simpl
         k=k,
         v=v,
         recurrence=recurrence,
-        out_gate=arguments["out_gate"].contiguous().view(B, L, H, D),
-        conv_weights=[weight.contiguous() for weight in arguments["conv_weight"].t().chunk(3)],
-        norm_weight=arguments["norm_weight"],
-        norm_eps=arguments["norm_eps"],
+        out_gate=layer.x.out_gate.contiguous().view(B, L, H, D),
+        conv_weights=[weight.contiguous() for weight in layer.weights.conv_weight.t().chunk(3)],
+        norm_weight=layer.weights.norm_weight,
+        norm_eps=layer.weights.norm_eps,
     )
 
 
-def _history(arguments: dict[str, Any], slots: Tensor, position: Tensor, extra: int = 0) -> Tensor:
+def _history(layer: Layer, slots: Tensor, position: Tensor, extra: int = 0) -> Tensor:
     """Return the last W-1+extra projections before each position, oldest first; zeros before token 0."""
-    ring: Tensor = arguments["conv_pool"]
-    num_past = len(arguments["conv_weight"]) - 1 + extra
+    ring: Tensor = layer.pools.conv
+    num_past = len(layer.weights.conv_weight) - 1 + extra
     past = position[:, None] + torch.arange(-num_past, 0, device=ring.device)
     return ring[slots[:, None], past % ring.shape[1]].masked_fill((past < 0)[..., None], 0)
 

@@ -13,15 +13,13 @@ from itertools import product
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from kimi_vllm.kernels import launch
 from kimi_vllm.kernels.bench import gpu
-from kimi_vllm.kernels.bench.common import Row, WrongResult
-from kimi_vllm.kernels.skinny import skinny_linear
-from kimi_vllm.kernels.skinny_experts import choose_experts, skinny_experts
+from kimi_vllm.kernels.bench.common import Row, norm_error, require, show, words
+from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.skinny import skinny_linear
+from kimi_vllm.kernels.cuda.skinny_experts import choose_experts, skinny_experts
 
 SHAPES = {
     "router": (256, 2304),
@@ -68,7 +66,7 @@ def linear_rows(rows: tuple[int, ...], search: bool) -> Iterator[Row]:
             configs = _candidates() if search and M in launch.SKINNY_ROWS else [found] if found else []
             for config in configs:
                 skinny_linear(x, weights[0], out, config)
-                _require(f"{name} M={M} {config}", out, gold)
+                require(f"{name} M={M} {config}", norm_error(out, gold), TOLERANCE)
                 steps = [partial(skinny_linear, x, weights[i % sets], out, config) for i in range(max(sets, 20))]
                 yield _row(name, _name(config, search), case, gpu.measure_graph(steps, replays=10), moved)
 
@@ -89,7 +87,7 @@ def expert_rows(tokens: tuple[int, ...], search: bool, inner_sizes: tuple[int, .
             gold = _gold(x, w13, w2, *drawn[0])
             moved = 6 * inner * HIDDEN * round(sum(ids.unique().numel() for _, ids in drawn) / len(drawn))
             case = {"M": M, "N": inner, "K": HIDDEN}
-            _require(f"vLLM's experts M={M}", fused_experts(x, w13, w2, *drawn[0]), gold)
+            require(f"vLLM's experts M={M}", norm_error(fused_experts(x, w13, w2, *drawn[0]), gold), TOLERANCE)
             steps = [partial(fused_experts, x, w13, w2, *routing) for routing in drawn]
             yield _row("experts", VLLM, case, gpu.measure_graph(steps, replays=15), moved)
             found = launch.skinny_experts(M, HIDDEN, inner)
@@ -99,7 +97,11 @@ def expert_rows(tokens: tuple[int, ...], search: bool, inner_sizes: tuple[int, .
                 configs = [launch.SkinnyExperts(up, middle) for up in _candidates()]
                 configs += [launch.SkinnyExperts(middle, down) for down in _candidates() if down != middle]
             for config in configs:
-                _require(f"experts M={M} {config}", skinny_experts(x, w13, w2, *drawn[0], config), gold)
+                require(
+                    f"experts M={M} {config}",
+                    norm_error(skinny_experts(x, w13, w2, *drawn[0], config), gold),
+                    TOLERANCE,
+                )
                 steps = [partial(skinny_experts, x, w13, w2, *routing, config) for routing in drawn]
                 name = f"{_name(config.up, search)} / {_name(config.down, search)}" if search else OURS
                 yield _row("experts", name, case, gpu.measure_graph(steps, replays=10), moved)
@@ -117,7 +119,7 @@ def routing_rows(tokens: tuple[int, ...]) -> Iterator[Row]:
         theirs = partial(ops.grouped_topk, logits, 1, 1, TOP_K, True, 2.446, bias, 1)
         ours = partial(choose_experts, logits, bias, TOP_K, normalise=True, scaling=2.446)
         dense = [torch.zeros(M, EXPERTS, device="cuda").scatter(1, i.long(), w) for w, i in (theirs(), ours())]
-        _require(f"routing M={M}", dense[1], dense[0])
+        require(f"routing M={M}", norm_error(dense[1], dense[0]), TOLERANCE)
         case = {"M": M, "N": EXPERTS, "K": TOP_K}
         for name, step in ((VLLM, theirs), (OURS, ours)):
             yield _row("routing", name, case, gpu.measure_graph([step] * 50), 4 * EXPERTS * M)
@@ -127,20 +129,16 @@ def report(rows: list[Row], env: dict[str, Any]) -> None:
     """Print a line per case: the peer, the best of ours, and what reading the weights takes."""
     cases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        words = " ".join(f"{name}{value}" for name, value in row.case.items())
-        cases.setdefault((row.bench, words), []).append(row)
-    table = Table(title=f"{env['gpu']}, copy {env['copy_gbps']:.0f} GB/s; median µs, and the floor at the copy rate")
-    for column in ("product", "case", "peer", "ours", "", "floor", "launch"):
-        table.add_column(column, justify="left" if column in ("product", "case", "launch") else "right", no_wrap=True)
-    for (bench, words), found in cases.items():
+        cases.setdefault((row.bench, words(row.case)), []).append(row)
+    lines = []
+    for (bench, case), found in cases.items():
         peer = next(row for row in found if row.provider in (CUBLAS, VLLM))
         ours = sorted((row for row in found if row is not peer), key=lambda row: row.p50_us)
         floor = f"{(peer.moved_bytes or 0) / env['copy_gbps'] / 1e3:.1f}"
         cells = [f"{ours[0].p50_us:.1f}", f"{peer.p50_us / ours[0].p50_us:.2f}x"] if ours else ["", ""]
-        table.add_row(bench, words, f"{peer.p50_us:.1f}", *cells, floor, ours[0].provider if ours else "")
-    console = Console()
-    console.width = max(console.width, 150)
-    console.print(table)
+        lines.append((bench, case, ours[0].provider if ours else "", f"{peer.p50_us:.1f}", *cells, floor))
+    title = f"{env['gpu']}, copy {env['copy_gbps']:.0f} GB/s; median µs, and the floor at the copy rate"
+    show(title, ("product", "case", "launch"), ("peer", "ours", "", "floor"), lines, width=150)
 
 
 def _candidates() -> list[launch.Skinny]:
@@ -169,12 +167,6 @@ def _gold(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor) -> T
             gate, up = (w13[expert].double() @ x[token].double()).chunk(2)
             out[token] += scale * (w2[expert].double() @ (torch.nn.functional.silu(gate) * up))
     return out
-
-
-def _require(name: str, out: Tensor, gold: Tensor) -> None:
-    error = float((out.double() - gold).norm() / gold.norm())
-    if not error <= TOLERANCE:
-        raise WrongResult(f"{name}: error {error:.1e} in norm, at most {TOLERANCE:.0e} allowed")
 
 
 def _row(bench: str, provider: str, case: dict[str, int], times: tuple[float, float, float], moved: int) -> Row:

@@ -25,36 +25,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.slots import NULL_SLOT
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """Requests with one token in this step. All ``[N]``.
-
-    Attributes:
-        read_slot: int32; `NULL_SLOT` for a request's first token, which reads nothing.
-        write_slot: int32; `NULL_SLOT` for a padded row.
-        position: int64; index of the row's token in its sequence.
-    """
-
-    read_slot: Tensor
-    write_slot: Tensor
-    position: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillRows:
-    """Requests with several tokens in this step, packed one after another.
-
-    Attributes:
-        cu_seqlens: ``[N + 1]`` int32, from 0; token ranges within the prefill part of the step.
-        context_len: ``[N]`` int32, tokens computed before this step.
-        slot_table: ``[N, B]`` int32, rows of the block table.
-    """
-
-    cu_seqlens: Tensor
-    context_len: Tensor
-    slot_table: Tensor
+from kimi_vllm.kernels.contract import DecodeRows, PrefillRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +35,10 @@ class KDAMetadata:
     Attributes:
         num_decodes: decode rows, and as many tokens.
         num_tokens: tokens of the step without padding.
-        block_size: tokens per entry of the slot table.
     """
 
     num_decodes: int
     num_tokens: int
-    block_size: int
     decode: DecodeRows | None
     prefill: PrefillRows | None
 
@@ -82,11 +51,11 @@ def rehearsal(num_tokens: int, num_sequences: int, block_size: int, device: torc
     """
     null = torch.zeros(num_sequences, dtype=torch.int32, device=device)
     if num_tokens == num_sequences:
-        return KDAMetadata(num_tokens, num_tokens, block_size, DecodeRows(null, null, null.long()), None)
+        return KDAMetadata(num_tokens, num_tokens, DecodeRows(null, null, null.long()), None)
     # Made on the device: a graph may be under capture.
     cu_seqlens = torch.arange(num_sequences + 1, device=device) * num_tokens // num_sequences
-    packed = PrefillRows(cu_seqlens.int(), null, null[:, None])
-    return KDAMetadata(0, num_tokens, block_size, None, packed)
+    packed = PrefillRows(cu_seqlens.int(), null, null[:, None], block_size)
+    return KDAMetadata(0, num_tokens, None, packed)
 
 
 class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
@@ -120,7 +89,7 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         if self._buffers is not None:
             starts = step.query_start_loc[: step.num_reqs + 1]
             decode, prefill = self._buffers.fill(table, seq_lens, starts, num_decodes, self.block_size, self.num_slots)
-            return KDAMetadata(num_decodes, step.num_actual_tokens, self.block_size, decode, prefill)
+            return KDAMetadata(num_decodes, step.num_actual_tokens, decode, prefill)
         if num_decodes:
             decode = self._decode_rows(table[:num_decodes], seq_lens[:num_decodes])
         if num_prefills:
@@ -130,8 +99,9 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
                 cu_seqlens=(starts - num_decode_tokens).to(torch.int32),
                 context_len=(seq_lens[num_decodes:] - query_lens).to(torch.int32),
                 slot_table=self._slots(table[num_decodes:]).contiguous(),
+                block_size=self.block_size,
             )
-        return KDAMetadata(num_decodes, step.num_actual_tokens, self.block_size, decode, prefill)
+        return KDAMetadata(num_decodes, step.num_actual_tokens, decode, prefill)
 
     def _decode_rows(self, table: Tensor, seq_lens: Tensor) -> DecodeRows:
         # A padded row has length 0, so position -1: it must find the null slot on both sides.
@@ -160,8 +130,8 @@ class _RowBuffers:
     """
 
     def __init__(self, most: int, device: torch.device) -> None:
-        self._slots = torch.zeros(2, most, dtype=torch.int32, device=device)
-        self._position = torch.zeros(most, dtype=torch.int64, device=device)
+        read_slot, write_slot = torch.zeros(2, most, dtype=torch.int32, device=device)
+        self._decode = DecodeRows(read_slot, write_slot, torch.zeros(most, dtype=torch.int64, device=device))
         self._cu_seqlens = torch.zeros(most + 1, dtype=torch.int32, device=device)
         self._context_len = torch.zeros(most, dtype=torch.int32, device=device)
 
@@ -169,18 +139,16 @@ class _RowBuffers:
         self, table: Tensor, seq_lens: Tensor, starts: Tensor, num_decodes: int, block_size: int, num_slots: int
     ) -> tuple[DecodeRows | None, PrefillRows | None]:
         """Write the step's rows, in one launch, and return them. Prefill kernels bound the table's slots themselves."""
-        from kimi_vllm.kernels.rows import step_rows
+        from kimi_vllm.kernels.cuda.rows import step_rows
 
-        read_slot, write_slot = self._slots
-        rows = (read_slot, write_slot, self._position, self._cu_seqlens, self._context_len)
-        step_rows(table, seq_lens, starts, num_decodes, block_size, num_slots, *rows)
+        rows, bounds, context = self._decode, self._cu_seqlens, self._context_len
+        step_rows(table, seq_lens, starts, num_decodes, block_size, num_slots, rows, bounds, context)
         decode = prefill = None
         if num_decodes:
-            decode = DecodeRows(read_slot[:num_decodes], write_slot[:num_decodes], self._position[:num_decodes])
+            some = slice(num_decodes)
+            decode = DecodeRows(rows.read_slot[some], rows.write_slot[some], rows.position[some])
         if num_prefills := len(seq_lens) - num_decodes:
-            prefill = PrefillRows(
-                self._cu_seqlens[: num_prefills + 1], self._context_len[:num_prefills], table[num_decodes:]
-            )
+            prefill = PrefillRows(bounds[: num_prefills + 1], context[:num_prefills], table[num_decodes:], block_size)
         return decode, prefill
 
 

@@ -19,7 +19,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from kimi_vllm.cache.group import StateHome
 from kimi_vllm.cache.metadata import KDAMetadata, rehearsal
 from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.kernels import dispatch, launch
+from kimi_vllm.kernels import dispatch
+from kimi_vllm.kernels.contract import Activations, Pools, Weights, check_decode, check_prefill
+from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.weight_bytes import input_filling
 
 
@@ -119,7 +121,6 @@ class KimiDeltaAttention(nn.Module):
         local_width = local_heads * head_dim
         quant_config = vllm_config.quant_config
         self.prefix = prefix
-        self.norm_eps = geometry.rms_norm_eps
         self.in_proj = InputLinear(hidden, heads, head_dim, quant_config, f"{prefix}.in_proj")
         self.fg_b_proj = BatchedLowRank(head_dim, local_width)
         self.o_proj = RowParallelLinear(width, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj")
@@ -130,12 +131,15 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = nn.Module()
         self.o_norm.weight = _fp32_parameter(head_dim)
 
+        # Loading and reloading write into these parameters and keep them: vLLM's graphs rely on their addresses too.
+        self.weights = Weights(self.conv_weight, self.A_log, self.dt_bias, self.o_norm.weight, geometry.rms_norm_eps)
+
         self.metadata_name = home.metadata_name
-        self.conv_pool, self.state_pool = home.claim_layer()
-        self.nonfinite = home.pool.nonfinite
+        self.pools = Pools(*home.claim_layer(), home.pool.nonfinite)
         self.block_size = vllm_config.cache_config.block_size
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-        dispatch.prepare(self.state_pool.device.type, head_dim)
+        self.backend = dispatch.load_backend(self.pools.state.device.type)
+        self.backend.prepare(head_dim)
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -148,15 +152,11 @@ class KimiDeltaAttention(nn.Module):
         mixed: Tensor = self.o_proj(out)[0]
         return mixed
 
-    def advance(
-        self, qkv: Tensor, gate: Tensor, beta: Tensor, out_gate: Tensor, out: Tensor, step: KDAMetadata
-    ) -> None:
+    def advance(self, x: Activations, out: Tensor, step: KDAMetadata) -> None:
         """Run the kernels for one step.
 
         Args:
-            qkv: ``[T, 3·H·D]`` before the convolution.
-            gate, out_gate: ``[T, H·D]`` raw outputs of f_b and g_b.
-            beta: ``[T, H]`` logits.
+            x: the step's tokens.
             out: ``[T, H·D]``, written.
             step: which rows are decodes and prefills, and their slots.
 
@@ -168,53 +168,35 @@ class KimiDeltaAttention(nn.Module):
         decodes, end = step.num_decodes, step.num_tokens
         if end < out.shape[0]:
             out[end:].zero_()
-        weights = (self.conv_weight, self.A_log, self.dt_bias, self.o_norm.weight, self.norm_eps)
-        pools = (self.conv_pool, self.state_pool)
         if step.decode is not None:
-            inputs = (qkv[:decodes], gate[:decodes], beta[:decodes], out_gate[:decodes])
-            rows = step.decode
-            torch.ops.kimi_vllm.kda_decode(
-                *inputs,
-                *weights,
-                *pools,
-                rows.read_slot,
-                rows.write_slot,
-                rows.position,
-                out[:decodes],
-                self.nonfinite,
-            )
+            self.backend.kda_decode(x.tokens(0, decodes), self.weights, self.pools, step.decode, out[:decodes])
         if step.prefill is not None:
-            inputs = (qkv[decodes:end], gate[decodes:end], beta[decodes:end], out_gate[decodes:end])
-            packed = step.prefill
-            torch.ops.kimi_vllm.kda_prefill(
-                *inputs,
-                *weights,
-                *pools,
-                packed.cu_seqlens,
-                packed.context_len,
-                packed.slot_table,
-                step.block_size,
-                out[decodes:end],
-                self.nonfinite,
-            )
+            self.backend.kda_prefill(x.tokens(decodes, end), self.weights, self.pools, step.prefill, out[decodes:end])
 
-    def rehearse(self, qkv: Tensor, gate: Tensor, beta: Tensor, out_gate: Tensor, out: Tensor) -> None:
-        """Take part in vLLM's profiling run: on a GPU use the memory a step of so many tokens uses at most.
+    def rehearse(self, x: Activations, out: Tensor) -> None:
+        """Take part in vLLM's profiling run: check once what all later steps bring alike, and on a GPU use the memory.
 
         Arguments as `advance`. The tokens belong to as many new sequences as can be, and no state of theirs is kept.
+
+        Raises:
+            ValueError: the kernels do not take such tensors.
         """
-        if out.device.type == "cpu":
-            out.zero_()
-            return
         step = rehearsal(out.shape[0], min(out.shape[0], self.max_num_seqs), self.block_size, out.device)
-        self.advance(qkv, gate, beta, out_gate, out, step)
+        if step.decode is not None:
+            check_decode(x, self.weights, self.pools, step.decode, out)
+        if step.prefill is not None:
+            check_prefill(x, self.weights, self.pools, step.prefill, out)
+        if out.device.type == "cpu":
+            out.zero_()  # the loops need no memory beside their arguments
+        else:
+            self.advance(x, out, step)
 
     def warm_up(self, max_num_tokens: int, dtype: torch.dtype) -> None:
         """Compile every kernel that a step of up to so many tokens in `dtype` can need. Touches no slot.
 
         Launch parameters change with the number of sequences; its powers of two meet every row of the launch table.
         """
-        device, width = self.state_pool.device, self.dt_bias.shape[0]
+        device, width = self.dt_bias.device, self.dt_bias.shape[0]
         most = min(self.max_num_seqs, max_num_tokens)
         counts = sorted({most, *(2**power for power in range(most.bit_length()))})
         for sequences in counts:
@@ -226,7 +208,7 @@ class KimiDeltaAttention(nn.Module):
                 qkv, _, beta, _ = projected.split(self.in_proj.splits, dim=-1)
                 gate, out_gate = torch.zeros(2, tokens, width, dtype=dtype, device=device)
                 step = rehearsal(tokens, sequences, self.block_size, device)
-                self.advance(qkv, gate, beta, out_gate, torch.empty_like(out_gate), step)
+                self.advance(Activations(qkv, gate, beta, out_gate), torch.empty_like(out_gate), step)
 
 
 @eager_break_during_capture
@@ -235,14 +217,15 @@ def kimi_delta_attention(
 ) -> None:
     """KDA of one layer, as an opaque operator: a compiled graph holds neither the step's metadata nor the pool.
 
-    Shapes are those of `KimiDeltaAttention.advance`; `out` is written.
+    Shapes are those of `Activations`; `out` is written.
     """
     context = get_forward_context()
     layer: KimiDeltaAttention = context.no_compile_layers[layer_name]
+    x = Activations(qkv, gate, beta, out_gate)
     if context.attn_metadata is None:
-        layer.rehearse(qkv, gate, beta, out_gate, out)
-        return
-    layer.advance(qkv, gate, beta, out_gate, out, context.attn_metadata[layer.metadata_name])
+        layer.rehearse(x, out)
+    else:
+        layer.advance(x, out, context.attn_metadata[layer.metadata_name])
 
 
 def _kimi_delta_attention_fake(

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
-from kimi_vllm.kernels import launch
+from kimi_vllm.kernels.cuda import launch
 
 
 def product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -30,7 +30,7 @@ def product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tens
     config = launch.skinny(x.shape[0], *weight.shape)
     if config is None or x.dim() != 2 or x.stride(1) != 1:
         return None
-    from kimi_vllm.kernels.skinny import skinny_linear
+    from kimi_vllm.kernels.cuda.skinny import skinny_linear
 
     return skinny_linear(x, weight, x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype), config)
 
@@ -59,7 +59,7 @@ class SkinnyExpertsMethod(UnquantizedFusedMoEMethod):
         if config is None or x.stride(1) != 1:
             out: Tensor = super().apply(layer, x, topk_weights, topk_ids, *shared, **named)
             return out
-        from kimi_vllm.kernels.skinny_experts import skinny_experts
+        from kimi_vllm.kernels.cuda.skinny_experts import skinny_experts
 
         return skinny_experts(x, layer.w13_weight, layer.w2_weight, topk_weights, topk_ids, config)
 
@@ -76,7 +76,7 @@ class SkinnyRouter(GroupedTopKRouter):
                 hidden_states, router_logits, *indices_type, **named
             )
             return chosen
-        from kimi_vllm.kernels.skinny_experts import choose_experts
+        from kimi_vllm.kernels.cuda.skinny_experts import choose_experts
 
         return choose_experts(
             router_logits,

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from kimi_vllm.layers.kda import KimiDeltaAttention
 from kimi_vllm.weights import check_whole
 
 pytestmark = pytest.mark.engine
@@ -113,8 +114,14 @@ def test_weights_reloaded_from_the_same_folder_and_from_another(running, other_c
         running.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         assert running.llm.reset_prefix_cache()
         check_same(answers(running), expected)
-    # Captured graphs know parameters by their address.
+    # Captured graphs know parameters by their address, and so do the records that KDA's kernels get.
     assert addresses == {name: parameter.data_ptr() for name, parameter in running.model.named_parameters()}
+    for layer in running.model.modules():
+        if isinstance(layer, KimiDeltaAttention):
+            assert layer.weights.conv_weight is layer.conv_weight
+            assert layer.weights.A_log is layer.A_log
+            assert layer.weights.dt_bias is layer.dt_bias
+            assert layer.weights.norm_weight is layer.o_norm.weight
 
 
 def test_buckets_of_one_tensor_in_any_order(running, weights, others, other_answers):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from kimi_vllm.kernels import dispatch, reference
+from kimi_vllm.kernels import contract, reference
+from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.dispatch import load_backend
+
+Record = TypeVar("Record", Activations, Weights, Pools, DecodeRows, PrefillRows)
 
 POISON = (float("nan"), 1e30)
 TOLERANCE = 1e-5
@@ -45,17 +49,64 @@ def copy_of(x: Tensor, dtype: torch.dtype | None = None, device: str | None = No
     return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
 
 
+def mapped(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """Return the record with every tensor changed."""
+    values = {each.name: getattr(record, each.name) for each in fields(record)}
+    return type(record)(**{name: change(x) if isinstance(x, Tensor) else x for name, x in values.items()})
+
+
+def converted(record: Record, dtype: torch.dtype | None = None, device: str | None = None) -> Record:
+    """Return a copy with the strides of the original; only floating point numbers change their dtype."""
+    return mapped(record, lambda x: copy_of(x, dtype if x.is_floating_point() else None, device))
+
+
+def decode_rows(read: list[int], write: list[int], position: list[int], device: str = "cpu") -> DecodeRows:
+    """Return the rows of a decode step."""
+    read_slot, write_slot = (torch.tensor(slots, dtype=torch.int32, device=device) for slots in (read, write))
+    return DecodeRows(read_slot, write_slot, torch.tensor(position, dtype=torch.int64, device=device))
+
+
+def prefill_rows(
+    lengths: list[int], context: list[int], table: list[list[int]], block_size: int = 1 << 20, device: str = "cpu"
+) -> PrefillRows:
+    """Return the rows of a prefill step of sequences with so many new tokens and so many before them."""
+    return PrefillRows(
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
+        context_len=torch.tensor(context, dtype=torch.int32, device=device),
+        slot_table=torch.tensor(table or [[0]], dtype=torch.int32, device=device)[: len(table)],
+        block_size=block_size,
+    )
+
+
+class CheckedCpu:
+    """The kernels of CPUs, their arguments checked on every call."""
+
+    @staticmethod
+    def kda_decode(*arguments: Any) -> None:
+        """Check and run a decode step."""
+        contract.check_decode(*arguments)
+        load_backend("cpu").kda_decode(*arguments)
+
+    @staticmethod
+    def kda_prefill(*arguments: Any) -> None:
+        """Check and run a prefill step."""
+        contract.check_prefill(*arguments)
+        load_backend("cpu").kda_prefill(*arguments)
+
+
 @dataclass
 class Case:
     """Activations of T tokens, weights of one layer, and pools in which every slot is poisoned until used.
 
     Attributes:
-        T, H, D, W, R, S: As in `reference`.
+        T, H, D, W, R, S: As in `contract`.
         dtype, state_dtype: Of the activations, and of the pools.
         A, gate_mean: What all exp(A_log) are, if given, and the mean of the raw gates.
         filling: Columns of the merged projection that belong to nobody; odd ones leave rows unaligned.
         device: Where all tensors are.
         kernels: Has `kda_decode` and `kda_prefill`, which `decode` and `prefill` call.
+        x, weights, pools: Made from the above unless given. Activations are slices with a long row stride, as in
+            the layer, and states have a slot stride of three layers.
     """
 
     T: int
@@ -71,41 +122,29 @@ class Case:
     gate_mean: float = 0.0
     filling: int = 3
     device: str = "cpu"
-    kernels: Any = dispatch
-    tensors: dict[str, Any] = field(default_factory=dict)
+    kernels: Any = CheckedCpu
     generator: torch.Generator = field(default_factory=torch.Generator)
+    x: Activations = None  # type: ignore[assignment]
+    weights: Weights = None  # type: ignore[assignment]
+    pools: Pools = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.tensors:
+        if self.pools is not None:
             return
         self.generator.manual_seed(self.seed)
         T, H, D, W = self.T, self.H, self.D, self.W
-        # One merged projection, as in the layer: every activation is a slice with a long row stride.
         merged = self.random(T, 5 * H * D + H + self.filling)
         merged[:, 3 * H * D : 4 * H * D] += self.gate_mean
         merged = merged.to(self.dtype).to(self.device)
         qkv, gate, out_gate, beta, _ = merged.split([3 * H * D, H * D, H * D, H, self.filling], dim=1)
+        self.x = Activations(qkv, gate, beta, out_gate)
         A_log = torch.rand(H, generator=self.generator) * 2.7 if self.A is None else torch.full((H,), self.A).log()
-        state_pool = torch.empty(self.S, 3, H, D, D)[:, 1]
-        conv_pool = torch.empty(self.S, self.R, 3 * H * D)
+        weights = (self.random(W, 3 * H * D) * 0.5, A_log, self.random(H * D) - 3.0, 1.0 + 0.1 * self.random(D))
+        self.weights = Weights(*(weight.to(self.device) for weight in weights), norm_eps=1e-5)
+        pools = Pools(torch.empty(self.S, self.R, 3 * H * D), torch.empty(self.S, 3, H, D, D)[:, 1])
         for slot in range(self.S):
-            state_pool[slot] = conv_pool[slot] = POISON[slot % 2]
-        weights = {
-            "conv_weight": self.random(W, 3 * H * D) * 0.5,
-            "A_log": A_log,
-            "dt_bias": self.random(H * D) - 3.0,
-            "norm_weight": 1.0 + 0.1 * self.random(D),
-        }
-        self.tensors = {
-            "qkv": qkv,
-            "gate": gate,
-            "beta": beta,
-            "out_gate": out_gate,
-            **{name: weight.to(self.device) for name, weight in weights.items()},
-            "norm_eps": 1e-5,
-            "conv_pool": copy_of(conv_pool, self.state_dtype, self.device),
-            "state_pool": copy_of(state_pool, self.state_dtype, self.device),
-        }
+            pools.state[slot] = pools.conv[slot] = POISON[slot % 2]
+        self.pools = converted(pools, self.state_dtype, self.device)
 
     def random(self, *shape: int) -> Tensor:
         """Return normal random numbers from this case's own generator."""
@@ -113,35 +152,18 @@ class Case:
 
     def fill(self, slot: int, position: int) -> None:
         """Give a slot a state and the history that tokens from `position` on need; the rest stays poison."""
-        self.state_pool[slot] = (0.3 * self.random(self.H, self.D, self.D)).to(self.device)
+        self.pools.state[slot] = (0.3 * self.random(self.H, self.D, self.D)).to(self.device)
         for past in range(max(0, position - self.W + 1), position):
-            self.conv_pool[slot, past % self.R] = self.random(3 * self.H * self.D).to(self.device)
-
-    @property
-    def state_pool(self) -> Tensor:
-        """The state pool, ``[S, H, V, K]`` with a slot stride of three layers."""
-        pool: Tensor = self.tensors["state_pool"]
-        return pool
-
-    @property
-    def conv_pool(self) -> Tensor:
-        """The conv pool, ``[S, R, 3·H·D]``."""
-        pool: Tensor = self.tensors["conv_pool"]
-        return pool
+            self.pools.conv[slot, past % self.R] = self.random(3 * self.H * self.D).to(self.device)
 
     def copy(self, dtype: torch.dtype | None = None) -> Case:
         """Return an independent copy; in float64, for instance, when `dtype` says so."""
-        tensors = {
-            name: copy_of(value, dtype) if isinstance(value, Tensor) else value for name, value in self.tensors.items()
-        }
-        return replace(self, tensors=tensors)
+        x, weights, pools = converted(self.x, dtype), converted(self.weights, dtype), converted(self.pools, dtype)
+        return replace(self, x=x, weights=weights, pools=pools)
 
     def rows(self, start: int, stop: int) -> Case:
         """Return a view of some tokens, on the same pools."""
-        part = dict(self.tensors)
-        for name in ("qkv", "gate", "beta", "out_gate"):
-            part[name] = part[name][start:stop]
-        return replace(self, T=stop - start, tensors=part)
+        return replace(self, T=stop - start, x=self.x.tokens(start, stop))
 
     def flags(self) -> Tensor:
         """Return a cleared flag for every slot."""
@@ -157,13 +179,8 @@ class Case:
         nonfinite: Tensor | None = None,
     ) -> Tensor:
         """Run one decode step on this case's pools, by the kernels or (`spec`) by the reference."""
-        return self._run(
-            reference.kda_decode if spec else self.kernels.kda_decode,
-            read_slot=torch.tensor(read, dtype=torch.int32, device=self.device),
-            write_slot=torch.tensor(write, dtype=torch.int32, device=self.device),
-            position=torch.tensor(position, dtype=torch.int64, device=self.device),
-            nonfinite=nonfinite,
-        )
+        kernels = reference if spec else self.kernels
+        return self._run(kernels.kda_decode, decode_rows(read, write, position, self.device), nonfinite)
 
     def prefill(
         self,
@@ -176,27 +193,22 @@ class Case:
         nonfinite: Tensor | None = None,
     ) -> Tensor:
         """Run one prefill step on this case's pools, by the kernels or (`spec`) by the reference."""
-        return self._run(
-            reference.kda_prefill if spec else self.kernels.kda_prefill,
-            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32),
-            context_len=torch.tensor(context, dtype=torch.int32, device=self.device),
-            slot_table=torch.tensor(table or [[0]], dtype=torch.int32, device=self.device)[: len(table)],
-            block_size=block_size,
-            nonfinite=nonfinite,
-        )
+        kernels = reference if spec else self.kernels
+        rows = prefill_rows(lengths, context, table, block_size, self.device)
+        return self._run(kernels.kda_prefill, rows, nonfinite)
 
-    def _run(self, operation: Callable[..., None], **arguments: Any) -> Tensor:
+    def _run(self, operation: Callable[..., None], rows: Any, nonfinite: Tensor | None) -> Tensor:
         """Call an operation with a poisoned output, whose rows have a gap that must stay as it is."""
         width = self.H * self.D
-        wide = self.tensors["qkv"].new_full((self.T, width + 3), float("nan"))
-        operation(**self.tensors, **arguments, out=wide[:, :width])
+        wide = self.x.qkv.new_full((self.T, width + 3), float("nan"))
+        operation(self.x, self.weights, replace(self.pools, nonfinite=nonfinite), rows, wide[:, :width])
         assert wide[:, width:].isnan().all()
         return wide[:, :width].contiguous()
 
     def history(self, slot: int, position: int) -> Tensor:
         """Return the columns the token at `position` needs from a slot, ``[up to W-1, 3·H·D]``."""
         columns = [past % self.R for past in range(max(0, position - self.W + 1), position)]
-        return self.conv_pool[slot, columns]
+        return self.pools.conv[slot, columns]
 
 
 @dataclass(frozen=True)
@@ -262,8 +274,8 @@ def check_no_sequence(case: Case) -> None:
     for spec in (True, False):
         ours = case.copy()
         assert not ours.prefill([], [], [], 64, spec=spec).any()
-        assert same_bits(ours.state_pool, case.state_pool)
-        assert same_bits(ours.conv_pool, case.conv_pool)
+        assert same_bits(ours.pools.state, case.pools.state)
+        assert same_bits(ours.pools.conv, case.pools.conv)
 
 
 SICK_INPUTS = ("q", "k", "v", "gate", "beta", "out_gate", "state")
@@ -276,11 +288,11 @@ def poison(case: Case, sick: str, token: int, slot: int) -> None:
     channel = head * case.D + 5
     nan = float("nan")
     if sick == "state":
-        case.state_pool[slot, head, 7, 5] = nan
+        case.pools.state[slot, head, 7, 5] = nan
     elif sick in ("q", "k", "v"):
-        case.tensors["qkv"][token, "qkv".index(sick) * case.H * case.D + channel] = nan
+        case.x.qkv[token, "qkv".index(sick) * case.H * case.D + channel] = nan
     else:
-        case.tensors[sick][token, head if sick == "beta" else channel] = nan
+        getattr(case.x, sick)[token, head if sick == "beta" else channel] = nan
 
 
 def check_decode_flags(case: Case, sick: str) -> None:
@@ -319,10 +331,10 @@ def assert_matches(ours: Case, gold: Case, written: dict[int, int], before: Case
         tolerance: On the states and the conv columns.
     """
     for slot, position in written.items():
-        error = tolerance.error(ours.state_pool[slot], gold.state_pool[slot])
+        error = tolerance.error(ours.pools.state[slot], gold.pools.state[slot])
         assert error <= tolerance.state, f"state of slot {slot}: {error}"
-        columns = gold.history(slot, position).to(ours.conv_pool.dtype)
+        columns = gold.history(slot, position).to(ours.pools.conv.dtype)
         assert relative_error(ours.history(slot, position), columns) <= tolerance.column, slot
     untouched = [slot for slot in range(ours.S) if slot not in written]
-    assert same_bits(ours.state_pool[untouched], before.state_pool[untouched])
-    assert same_bits(ours.conv_pool[untouched], before.conv_pool[untouched])
+    assert same_bits(ours.pools.state[untouched], before.pools.state[untouched])
+    assert same_bits(ours.pools.conv[untouched], before.pools.conv[untouched])

@@ -14,12 +14,12 @@ import pytest
 from numba.core import config
 from numba.core.caching import FunctionCache
 
-from kimi_vllm.kernels import cpu_worker
+from kimi_vllm.kernels.cpu import worker
 
 HERE = Path(__file__).parent
 COMPILE = """
-from kimi_vllm.kernels import cpu_worker
-assert all(cpu_worker.compile_worker(decode, 128) for decode in (True, False))
+from kimi_vllm.kernels.cpu import worker
+assert all(worker.compile_worker(decode, 128) for decode in (True, False))
 """
 
 
@@ -57,9 +57,9 @@ def test_compiled_code_is_kept_in_the_users_cache(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "given") if by_user else "")
-    monkeypatch.setattr(cpu_worker, "cfunc", look)
+    monkeypatch.setattr(worker, "cfunc", look)
     before = config.CACHE_LOCATOR_CLASSES
-    cpu_worker.compile_worker(True, 64)
+    worker.compile_worker(True, 64)
     [folder] = found
     assert folder.is_relative_to(tmp_path / ("given" if by_user else "user/numba"))
     assert before == config.CACHE_LOCATOR_CLASSES

@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kda_case import SICK_INPUTS, TOLERANCE, Case, check_decode, check_decode_flags, relative_error, same_bits
+from kda_case import (
+    SICK_INPUTS,
+    TOLERANCE,
+    Case,
+    check_decode,
+    check_decode_flags,
+    decode_rows,
+    relative_error,
+    same_bits,
+)
 from triton_case import (
     DEVICE,
     DTYPES,
@@ -19,8 +28,8 @@ from triton_case import (
     triton_case,
 )
 
-from kimi_vllm.kernels import launch
-from kimi_vllm.kernels.triton_math import INTERPRETED
+from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.math import INTERPRETED
 
 pytestmark = pytest.mark.triton
 
@@ -80,8 +89,8 @@ def test_a_slot_outside_the_pools_is_padding(slot: int) -> None:
     expected = case.copy()
     assert torch.equal(out[:1], expected.rows(0, 1).decode([1], [1], [5]))
     assert torch.equal(out[1:], torch.zeros_like(out[1:]))
-    assert same_bits(ours.state_pool, expected.state_pool)
-    assert same_bits(ours.conv_pool, expected.conv_pool)
+    assert same_bits(ours.pools.state, expected.pools.state)
+    assert same_bits(ours.pools.conv, expected.pools.conv)
     assert not flags.any()
 
 
@@ -94,8 +103,8 @@ def test_forks_leave_the_parent_alone_and_complete_the_child() -> None:
     case.fill(1, 11)
     parent, child = case.copy(), case.copy()
     first = child.rows(0, 1).decode([1], [2], [11])
-    assert same_bits(child.state_pool[1], case.state_pool[1])
-    assert same_bits(child.conv_pool[1], case.conv_pool[1])
+    assert same_bits(child.pools.state[1], case.pools.state[1])
+    assert same_bits(child.pools.conv[1], case.pools.conv[1])
     rest = walk(child.rows(1, 6), slot=2, first=12)
     assert torch.equal(torch.cat([first, rest]), walk(parent, slot=1, first=11))
 
@@ -107,7 +116,7 @@ def test_ring_wraps(R: int) -> None:
     assert relative_error(walk(ours), gold.prefill([case.T], [0], [[1]], spec=True)) <= TOLERANCE
     positions = range(case.T - 3, case.T)
     for position in positions:
-        assert torch.equal(ours.conv_pool[1, position % R], case.tensors["qkv"][position])
+        assert torch.equal(ours.pools.conv[1, position % R], case.x.qkv[position])
 
 
 def test_fresh_rows_ignore_what_their_slot_held() -> None:
@@ -115,7 +124,7 @@ def test_fresh_rows_ignore_what_their_slot_held() -> None:
     for slot in (1, 2):
         ours = triton_case(4)
         assert torch.isfinite(walk(ours, slot)).all()
-        assert torch.isfinite(ours.state_pool[slot]).all()
+        assert torch.isfinite(ours.pools.state[slot]).all()
 
 
 def test_an_empty_step_does_nothing() -> None:
@@ -132,8 +141,8 @@ def test_decode_drifts_no_more_than_the_spec_with_such_states(state_dtype: str) 
     factor = 20 if INTERPRETED and state_dtype == "bf16" else 2
     allowed = factor * relative_error(walk(same, spec=True), expected)
     assert relative_error(walk(ours), expected) <= max(allowed, TOLERANCE)
-    allowed = factor * relative_error(same.state_pool[1], gold.state_pool[1])
-    assert relative_error(ours.state_pool[1], gold.state_pool[1]) <= max(allowed, TOLERANCE)
+    allowed = factor * relative_error(same.pools.state[1], gold.pools.state[1])
+    assert relative_error(ours.pools.state[1], gold.pools.state[1]) <= max(allowed, TOLERANCE)
 
 
 @pytest.mark.parametrize("N", [9, pytest.param(64, marks=ON_GPU)], ids="N{}".format)
@@ -148,7 +157,7 @@ def test_a_row_does_not_depend_on_the_others(D: int, N: int) -> None:
     for n in (0, 4, N - 1):
         alone = case.copy()
         assert same_bits(alone.rows(n, n + 1).decode([n + 1], [n + 1], [5])[0], out[n])
-        assert same_bits(alone.state_pool[n + 1], together.state_pool[n + 1])
+        assert same_bits(alone.pools.state[n + 1], together.pools.state[n + 1])
 
 
 @pytest.mark.parametrize("change", [{"rows": 16}, {"rows": 32, "fold": 1}, {"fold": 4}], ids=["16", "32-1", "4"])
@@ -168,12 +177,12 @@ def test_a_sick_row_is_flagged_and_no_other(sick: str) -> None:
 def test_a_state_too_large_for_its_dtype_is_flagged() -> None:
     case = triton_case(1, 1, 64, state_dtype=torch.float16, A=1.0, gate_mean=-20.0)
     case.fill(1, 5)
-    case.state_pool[1] = 65000.0
-    case.tensors["qkv"][0, 128:] = 1e6  # values that the delta rule writes over the state
+    case.pools.state[1] = 65000.0
+    case.x.qkv[0, 128:] = 1e6  # values that the delta rule writes over the state
     for spec in (True, False):
         flags, ours = case.flags(), case.copy()
         ours.decode([1], [1], [5], spec=spec, nonfinite=flags)
-        assert not ours.state_pool[1].isfinite().all()
+        assert not ours.pools.state[1].isfinite().all()
         assert flags.tolist() == [0, 1, 0, 0, 0, 0, 0, 0], f"spec={spec}"
 
 
@@ -186,12 +195,11 @@ def test_a_graph_replayed_with_other_slots_equals_eager(state_dtype: str) -> Non
         case.fill(slot, 5)
     steps = [([1, 2, 3, 0, 5], [1, 2, 4, 6, 0]), ([5, 0, 7, 9, 1], [5, 2, 8, 9, 10]), ([0] * 5, [0] * 5)]
     captured = case.copy()
-    read, write = (torch.zeros(N, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    position = torch.zeros(N, dtype=torch.int64, device=DEVICE)
-    out = case.tensors["qkv"].new_empty(N, 32 * 128)
+    rows = decode_rows([0] * N, [0] * N, [0] * N, DEVICE)
+    out = case.x.qkv.new_empty(N, 32 * 128)
 
     def step() -> None:
-        captured.kernels.kda_decode(**captured.tensors, read_slot=read, write_slot=write, position=position, out=out)
+        captured.kernels.kda_decode(captured.x, captured.weights, captured.pools, rows, out)
 
     step()  # compiles; all rows are padding
     torch.cuda.synchronize()
@@ -199,14 +207,14 @@ def test_a_graph_replayed_with_other_slots_equals_eager(state_dtype: str) -> Non
     with torch.cuda.graph(graph):
         step()
     for reads, writes in steps:
-        read.copy_(torch.tensor(reads))
-        write.copy_(torch.tensor(writes))
-        position.fill_(5)
+        rows.read_slot.copy_(torch.tensor(reads))
+        rows.write_slot.copy_(torch.tensor(writes))
+        rows.position.fill_(5)
         out.fill_(float("nan"))
         graph.replay()
         assert same_bits(out, case.decode(reads, writes, [5] * N))
-        assert same_bits(captured.state_pool, case.state_pool)
-        assert same_bits(captured.conv_pool, case.conv_pool)
+        assert same_bits(captured.pools.state, case.pools.state)
+        assert same_bits(captured.pools.conv, case.pools.conv)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from kda_case import (
     check_no_sequence,
     check_prefill,
     check_prefill_flags,
+    prefill_rows,
     relative_error,
     same_bits,
 )
@@ -28,7 +29,7 @@ from triton_case import (
     triton_case,
 )
 
-from kimi_vllm.kernels import launch
+from kimi_vllm.kernels.cuda import launch
 
 pytestmark = pytest.mark.triton
 
@@ -66,7 +67,7 @@ def test_no_sequence(form: str | None, T: int) -> None:
 
 def test_exact_form_among_gates_that_forget_everything() -> None:
     case = triton_case(64, 1, A=16.0, exact=True)
-    gate = case.tensors["gate"]
+    gate = case.x.gate
     gate[:] = torch.where(torch.arange(gate.numel(), device=gate.device).view_as(gate) * 7 % 61 < 8, 100.0, -8.0)
     check_prefill(case, [64], [0], [[3]])
 
@@ -105,9 +106,9 @@ def test_extreme_gates(gates: str, D: int, T: int, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_correlated_keys(form: str) -> None:
     case = triton_case(129, 1, 128, exact=FORMS[form])
-    keys = case.tensors["qkv"][:, 128:256]
+    keys = case.x.qkv[:, 128:256]
     keys.copy_(0.9 * case.random(1, 128).to(DEVICE) + (1 - 0.9**2) ** 0.5 * keys)
-    case.tensors["beta"].fill_(2.944)  # its sigmoid is 0.95
+    case.x.beta.fill_(2.944)  # its sigmoid is 0.95
     check_prefill(case, [129], [0], [[1]], tolerance=None if FORMS[form] else LOOSE)
 
 
@@ -119,7 +120,7 @@ def test_prefill_then_decode_equals_one_prefill(n: int) -> None:
     out = [pieces.rows(0, n).prefill([n], [0], [[2]])]
     out += [pieces.rows(t, t + 1).decode([2], [2], [t]) for t in range(n, n + 4)]
     assert relative_error(torch.cat(out), expected) <= TOLERANCE
-    assert relative_error(pieces.state_pool[2], whole.state_pool[1]) <= TOLERANCE
+    assert relative_error(pieces.pools.state[2], whole.pools.state[1]) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_chunked_prefill_in_odd_pieces_equals_one_shot(cuts: list[int]) -> None:
     bounds = [0, *cuts, 130]
     out = [pieces.rows(a, b).prefill([b - a], [a], [[2, 2, 2]], BLOCK) for a, b in itertools.pairwise(bounds)]
     assert relative_error(torch.cat(out), expected) <= TOLERANCE
-    assert relative_error(pieces.state_pool[2], whole.state_pool[1]) <= TOLERANCE
+    assert relative_error(pieces.pools.state[2], whole.pools.state[1]) <= TOLERANCE
     assert torch.equal(pieces.history(2, 130), whole.history(1, 130))
 
 
@@ -145,13 +146,13 @@ def test_an_export_is_the_state_of_a_shorter_prefill() -> None:
     for slot, end in ((1, 64), (2, 128)):
         shorter = case.rows(0, end).copy()
         shorter.prefill([end], [0], [[4]])
-        assert relative_error(exporting.state_pool[slot], shorter.state_pool[4]) <= TOLERANCE
+        assert relative_error(exporting.pools.state[slot], shorter.pools.state[4]) <= TOLERANCE
         assert torch.equal(exporting.history(slot, end), shorter.history(4, end))
     assert same_bits(continued.prefill([150], [0], [[0, 0, 5]], BLOCK), out)
-    assert same_bits(continued.state_pool[5], exporting.state_pool[3])
+    assert same_bits(continued.pools.state[5], exporting.pools.state[3])
     resumed = exporting.rows(128, 150)
     assert relative_error(resumed.prefill([22], [128], [[0, 2, 4]], BLOCK), out[128:]) <= TOLERANCE
-    assert relative_error(exporting.state_pool[4], exporting.state_pool[3]) <= TOLERANCE
+    assert relative_error(exporting.pools.state[4], exporting.pools.state[3]) <= TOLERANCE
 
 
 def test_blocks_of_several_chunks() -> None:
@@ -192,8 +193,8 @@ def test_a_slot_outside_the_pools_or_the_table_counts_as_none() -> None:
     expected = case.copy().prefill([4, 5], [64, 0], [[0, 0], [0, 0]], BLOCK)
     for table in ([[-1, 8], [2**31 - 1, 1]], [[8, -1], [-(2**31), 1]], [[0], [0]]):
         assert torch.equal(ours.prefill([4, 5], [64, 0], table, BLOCK, nonfinite=flags), expected)
-    assert same_bits(ours.state_pool, case.state_pool)
-    assert same_bits(ours.conv_pool, case.conv_pool)
+    assert same_bits(ours.pools.state, case.pools.state)
+    assert same_bits(ours.pools.conv, case.pools.conv)
     assert not flags.any()
 
 
@@ -246,11 +247,11 @@ def test_a_sick_sequence_leaves_the_others_alone(form: str) -> None:
     healthy = case.copy()
     expected = healthy.prefill([10, 10], [0, 0], [[1], [2]])
     for name in ("qkv", "gate", "beta", "out_gate"):
-        case.tensors[name][3] = float("nan")
+        getattr(case.x, name)[3] = float("nan")
     out = case.prefill([10, 10], [0, 0], [[1], [2]])
     assert out[3].isnan().all()
     assert torch.equal(out[10:], expected[10:])
-    assert torch.equal(case.state_pool[2], healthy.state_pool[2])
+    assert torch.equal(case.pools.state[2], healthy.pools.state[2])
 
 
 @pytest.mark.gpu
@@ -272,16 +273,12 @@ def test_a_graph_replayed_with_other_slots_equals_eager() -> None:
         case.fill(slot, 64)
     steps = [([0, 100, 150], [64, 0], [[1, 4, 5], [6, 0, 0]]), ([0, 7, 140], [64, 64], [[2, 2, 0], [3, 0, 7]])]
     captured = case.copy()
-    bounds = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    context = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    table = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
+    rows = prefill_rows([0, 0], [0, 0], [[0, 0, 0]] * 2, BLOCK, DEVICE)
     # Rows as far apart as the case's own: other strides may be loaded, and so summed up, in another order.
-    out = case.tensors["qkv"].new_empty(T, 32 * 128 + 3)[:, :-3]
+    out = case.x.qkv.new_empty(T, 32 * 128 + 3)[:, :-3]
 
     def step() -> None:
-        captured.kernels.kda_prefill(
-            **captured.tensors, cu_seqlens=bounds, context_len=context, slot_table=table, block_size=BLOCK, out=out
-        )
+        captured.kernels.kda_prefill(captured.x, captured.weights, captured.pools, rows, out)
 
     step()  # compiles; all rows belong to nobody
     torch.cuda.synchronize()
@@ -289,15 +286,15 @@ def test_a_graph_replayed_with_other_slots_equals_eager() -> None:
     with torch.cuda.graph(graph):
         step()
     for new_bounds, new_context, new_table in steps:
-        bounds.copy_(torch.tensor(new_bounds))
-        context.copy_(torch.tensor(new_context))
-        table.copy_(torch.tensor(new_table))
+        rows.cu_seqlens.copy_(torch.tensor(new_bounds))
+        rows.context_len.copy_(torch.tensor(new_context))
+        rows.slot_table.copy_(torch.tensor(new_table))
         out.fill_(float("nan"))
         graph.replay()
         lengths = [b - a for a, b in itertools.pairwise(new_bounds)]
         assert same_bits(out, case.prefill(lengths, new_context, new_table, BLOCK))
-        assert same_bits(captured.state_pool, case.state_pool)
-        assert same_bits(captured.conv_pool, case.conv_pool)
+        assert same_bits(captured.pools.state, case.pools.state)
+        assert same_bits(captured.pools.conv, case.pools.conv)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from transformers.models.kimi_linear import modeling_kimi_linear as hf
 from transformers.models.kimi_linear.configuration_kimi_linear import KimiLinearConfig
 
 from kimi_vllm.kernels import reference
+from kimi_vllm.kernels.contract import Activations, Weights
 
 LENGTHS = (1, 3, 15, 16, 17, 63, 64, 65, 129, 200)
 
@@ -116,17 +117,19 @@ def test_prefill_equals_the_attention_module_of_transformers() -> None:
     gate = module.forget_gate
     with torch.no_grad():
         expected = module(x)
-        case.tensors |= {
-            "qkv": torch.cat([module.q_proj(x), module.k_proj(x), module.v_proj(x)], -1)[0],
-            "gate": gate.f_b_proj(gate.f_a_proj(x))[0],
-            "beta": module.b_proj(x)[0],
-            "out_gate": module.g_b_proj(module.g_a_proj(x))[0],
-            "conv_weight": module.conv1d.weight.squeeze(1).T.contiguous(),
-            "A_log": gate.A_log.flatten().float(),
-            "dt_bias": gate.dt_bias.flatten().float(),
-            "norm_weight": module.o_norm.weight,
-            "norm_eps": config.rms_norm_eps,
-        }
+        case.x = Activations(
+            qkv=torch.cat([module.q_proj(x), module.k_proj(x), module.v_proj(x)], -1)[0],
+            gate=gate.f_b_proj(gate.f_a_proj(x))[0],
+            beta=module.b_proj(x)[0],
+            out_gate=module.g_b_proj(module.g_a_proj(x))[0],
+        )
+        case.weights = Weights(
+            conv_weight=module.conv1d.weight.squeeze(1).T.contiguous(),
+            A_log=gate.A_log.flatten().float(),
+            dt_bias=gate.dt_bias.flatten().float(),
+            norm_weight=module.o_norm.weight,
+            norm_eps=config.rms_norm_eps,
+        )
         for spec in (True, False):
             out = case.copy().prefill([T], [0], [[1]], spec=spec)
             assert relative_error(module.o_proj(out)[None], expected) <= 1e-5
@@ -145,4 +148,4 @@ def test_spec_carries_history_and_state_between_steps() -> None:
     first = pieces.rows(0, 5).prefill([5], [0], [[2]], spec=True)
     rest = [pieces.rows(t, t + 1).decode([2], [2], [t], spec=True) for t in range(5, 9)]
     assert relative_error(torch.cat([first, *rest]), expected) <= 1e-12
-    assert relative_error(pieces.state_pool[2], whole.state_pool[1]) <= 1e-12
+    assert relative_error(pieces.pools.state[2], whole.pools.state[1]) <= 1e-12

@@ -6,7 +6,8 @@ import pytest
 import torch
 from triton_case import DEVICE
 
-from kimi_vllm.kernels.rows import step_rows
+from kimi_vllm.kernels.contract import DecodeRows
+from kimi_vllm.kernels.cuda.rows import step_rows
 
 pytestmark = pytest.mark.triton
 
@@ -24,10 +25,8 @@ def run(decode_lens, prefills, table, *, padding=0, block_size=64, num_slots=NUM
     position = torch.full((most + 2,), -7, dtype=torch.int64, device=DEVICE)
     cu_seqlens = torch.full((most + 2,), -7, dtype=torch.int32, device=DEVICE)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    step_rows(
-        table.to(DEVICE), seq_lens, starts, num_decodes, block_size, num_slots,
-        ints[0], ints[1], position, cu_seqlens, ints[2],
-    )  # fmt: skip
+    rows = DecodeRows(ints[0], ints[1], position)
+    step_rows(table.to(DEVICE), seq_lens, starts, num_decodes, block_size, num_slots, rows, cu_seqlens, ints[2])
     return ints[0], ints[1], position, cu_seqlens, ints[2]
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton_case import DEVICE
 
-from kimi_vllm.kernels import launch
-from kimi_vllm.kernels.skinny import skinny_linear
+from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.skinny import skinny_linear
 
 pytestmark = pytest.mark.triton
 

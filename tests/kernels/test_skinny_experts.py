@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton_case import DEVICE
 
-from kimi_vllm.kernels import launch
-from kimi_vllm.kernels.skinny_experts import choose_experts, skinny_experts
+from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.skinny_experts import choose_experts, skinny_experts
 
 pytestmark = pytest.mark.triton
 

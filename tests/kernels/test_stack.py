@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from kda_case import converted, decode_rows, prefill_rows
 from torch import Tensor
-from triton_case import DEVICE, ON_GPU
+from triton_case import DEVICE, ON_GPU, triton_case
 
-from kimi_vllm.kernels import decode, prefill, reference
+from kimi_vllm.kernels import reference
+from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
 
 pytestmark = pytest.mark.triton
 
@@ -27,7 +29,7 @@ class Layer:
     in_proj: Tensor
     low_rank: Tensor
     o_proj: Tensor
-    kernel: dict[str, Any]
+    weights: Weights
 
     @classmethod
     def random(cls, hidden: int, H: int, D: int, generator: torch.Generator) -> Layer:
@@ -43,30 +45,28 @@ class Layer:
             weight(3 * width + 2 * D + H + -H % 16, hidden),
             weight(2, width, D),
             weight(hidden, width),
-            {
-                "conv_weight": weight(W, 3 * width) * width**0.5,
-                "A_log": (torch.rand(H, generator=generator) * 15 + 1).log().to(DEVICE),
-                "dt_bias": weight(width) * width**0.5 - 4,
-                "norm_weight": torch.ones(D, device=DEVICE),
-                "norm_eps": 1e-5,
-            },
+            Weights(
+                conv_weight=weight(W, 3 * width) * width**0.5,
+                A_log=(torch.rand(H, generator=generator) * 15 + 1).log().to(DEVICE),
+                dt_bias=weight(width) * width**0.5 - 4,
+                norm_weight=torch.ones(D, device=DEVICE),
+                norm_eps=1e-5,
+            ),
         )
 
     def to(self, dtype: torch.dtype) -> Layer:
         """Return the layer in another dtype; what the kernels keep in float32 follows only to float64."""
-        kernel = self.kernel
-        if dtype == torch.float64:
-            kernel = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in kernel.items()}
-        return Layer(self.H, self.D, self.in_proj.to(dtype), self.low_rank.to(dtype), self.o_proj.to(dtype), kernel)
+        weights = converted(self.weights, dtype) if dtype == torch.float64 else self.weights
+        return Layer(self.H, self.D, self.in_proj.to(dtype), self.low_rank.to(dtype), self.o_proj.to(dtype), weights)
 
-    def forward(self, x: Tensor, step: Callable[..., None], pools: dict[str, Tensor], index: dict[str, Any]) -> Tensor:
+    def forward(self, x: Tensor, step: Callable[..., None], pools: Pools, rows: DecodeRows | PrefillRows) -> Tensor:
         """``[T, hidden]`` to ``[T, hidden]``, with a residual connection."""
         width = self.H * self.D
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         qkv, low_rank, beta, _ = (normed @ self.in_proj.T).split([3 * width, 2 * self.D, self.H, -self.H % 16], dim=1)
         gate, out_gate = torch.bmm(low_rank.unflatten(1, (2, -1)).transpose(0, 1), self.low_rank.transpose(1, 2))
         out = torch.full_like(gate, float("nan"))
-        step(qkv, gate, beta, out_gate, **self.kernel, **pools, **index, out=out)
+        step(Activations(qkv, gate, beta, out_gate), self.weights, pools, rows, out)
         return x + out @ self.o_proj.T
 
 
@@ -75,42 +75,29 @@ class Stack:
     """Layers with their pools, run by one pair of operations."""
 
     layers: list[Layer]
-    pools: list[dict[str, Tensor]]
-    operations: Any
-    short: Any
+    pools: list[Pools]
+    kernels: Any
 
     @classmethod
-    def of(cls, layers: list[Layer], operations: Any, short: Any, dtype: torch.dtype, state: torch.dtype) -> Stack:
+    def of(cls, layers: list[Layer], kernels: Any, dtype: torch.dtype, state: torch.dtype) -> Stack:
         """Return the layers in `dtype`, with poisoned pools in `state`."""
         pools = [
-            {
-                "conv_pool": torch.full((SLOTS, R, 3 * x.H * x.D), float("nan"), dtype=state, device=DEVICE),
-                "state_pool": torch.full((SLOTS, x.H, x.D, x.D), float("nan"), dtype=state, device=DEVICE),
-            }
+            Pools(
+                torch.full((SLOTS, R, 3 * x.H * x.D), float("nan"), dtype=state, device=DEVICE),
+                torch.full((SLOTS, x.H, x.D, x.D), float("nan"), dtype=state, device=DEVICE),
+            )
             for x in layers
         ]
-        return cls([layer.to(dtype) for layer in layers], pools, operations, short)
+        return cls([layer.to(dtype) for layer in layers], pools, kernels)
 
     def run(self, x: Tensor, lengths: list[int], context: list[int], slots: list[int]) -> Tensor:
         """Run one step, a decode step if every sequence has one token and a past, over all layers."""
         x = x.to(self.layers[0].in_proj.dtype)
-        int32 = {"dtype": torch.int32, "device": DEVICE}
+        step, rows = self.kernels.kda_prefill, prefill_rows(lengths, context, [[slot] for slot in slots], device=DEVICE)
         if max(lengths) == 1 and min(context) > 0:
-            write = torch.tensor(slots, **int32)
-            position = torch.tensor(context, dtype=torch.int64, device=DEVICE)
-            step, index = self.short, {"read_slot": write, "write_slot": write, "position": position}
-        else:
-            step, index = (
-                self.operations,
-                {
-                    "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(DEVICE),
-                    "context_len": torch.tensor(context, **int32),
-                    "slot_table": torch.tensor(slots, **int32)[:, None],
-                    "block_size": 1 << 20,
-                },
-            )
+            step, rows = self.kernels.kda_decode, decode_rows(slots, slots, context, DEVICE)
         for layer, pools in zip(self.layers, self.pools, strict=True):
-            x = layer.forward(x, step, pools, index)
+            x = layer.forward(x, step, pools, rows)
         return x
 
 
@@ -128,8 +115,8 @@ def test_layers_prefill_and_decode_as_the_spec(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     layers = [Layer.random(hidden, H, D, generator) for _ in range(num_layers)]
-    ours = Stack.of(layers, prefill.kda_prefill, decode.kda_decode, dtype, torch.float32)
-    gold = Stack.of(layers, reference.kda_prefill, reference.kda_decode, torch.float64, torch.float64)
+    ours = Stack.of(layers, triton_case(0).kernels, dtype, torch.float32)
+    gold = Stack.of(layers, reference, torch.float64, torch.float64)
     lengths, context, slots = [T, 3, T // 2], [0, 0, 0], [4, 1, 2]
     for _ in range(3):
         x = torch.randn(sum(lengths), hidden, generator=generator).to(DEVICE)

@@ -12,8 +12,8 @@ import torch
 from kda_case import Case, Tolerance, rms_error
 from triton.runtime import JITFunction
 
-from kimi_vllm.kernels import decode, launch, prefill
-from kimi_vllm.kernels.triton_math import INTERPRETED
+from kimi_vllm.kernels.cuda import decode, launch, prefill
+from kimi_vllm.kernels.cuda.math import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ON_GPU = pytest.mark.gpu

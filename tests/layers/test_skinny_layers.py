@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase
 
-from kimi_vllm.kernels import launch
+from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.layers import skinny
 
 

@@ -6,24 +6,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_vllm.kernels.triton_math import everywhere
+from kimi_vllm.kernels.cuda.math import everywhere
 
 
 @triton.jit
-def slot_or_null(table, index, width, num_slots):
+def slot_or_null(table_ptr, index, width, num_slots):
     """Return a slot of the table; 0 if the table or the pools have no such entry."""
-    slot = tl.load(table + index, mask=index < width, other=0)
+    slot = tl.load(table_ptr + index, mask=index < width, other=0)
     return tl.where((slot > 0) & (slot < num_slots), slot, 0)
 
 
 @triton.jit
 def export_history(
-    slot, read, stop, context, row, head, v, qkv, conv_pool, qkv_stride, conv_slot_stride, conv_column_stride,
+    slot, read, stop, context, row, head, v, qkv_ptr, conv_pool_ptr, qkv_stride, conv_slot_stride, conv_column_stride,
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Write the projections of channels `v` of a head before position `stop`, whose row is `row`, to a slot."""
-    source = conv_pool + read.to(tl.int64) * conv_slot_stride
-    target = conv_pool + slot.to(tl.int64) * conv_slot_stride
+    source_ptr = conv_pool_ptr + read.to(tl.int64) * conv_slot_stride
+    target_ptr = conv_pool_ptr + slot.to(tl.int64) * conv_slot_stride
     for back in tl.static_range(1, W):
         past = stop - back
         column = (past % R) * conv_column_stride
@@ -31,6 +31,8 @@ def export_history(
         old = everywhere((past < context) & (past >= 0) & (read > 0), v.shape)
         for part in tl.static_range(3):
             channel = (part * H + head) * D + v
-            x = tl.load(qkv + (row - back) * qkv_stride + channel, mask=new, other=0.0).to(tl.float32)
-            x += tl.load(source + column + channel, mask=old, other=0.0).to(tl.float32)
-            tl.store(target + column + channel, x.to(conv_pool.dtype.element_ty), mask=everywhere(past >= 0, v.shape))
+            x = tl.load(qkv_ptr + (row - back) * qkv_stride + channel, mask=new, other=0.0).to(tl.float32)
+            x += tl.load(source_ptr + column + channel, mask=old, other=0.0).to(tl.float32)
+            tl.store(
+                target_ptr + column + channel, x.to(target_ptr.dtype.element_ty), mask=everywhere(past >= 0, v.shape)
+            )

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numba import njit
 
-from kimi_vllm.kernels.cpu_simd import (
+from kimi_vllm.kernels.cpu.simd import (
     fma,
     load,
     load_bf16,

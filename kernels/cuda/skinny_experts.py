@@ -12,23 +12,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_vllm.kernels import launch
+from kimi_vllm.kernels.cuda import launch
 
 
-@triton.jit(do_not_specialize_on_alignment=["logits", "weights", "ids"])
+@triton.jit(do_not_specialize_on_alignment=["logits_ptr", "weights_ptr", "ids_ptr"])
 def _choose_experts(
-    logits, bias, weights, ids, experts, scaling,
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, experts, scaling,
     BLOCK: tl.constexpr, TOP_K: tl.constexpr, TOP_BLOCK: tl.constexpr, NORMALISE: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Of one token, the TOP_K experts of the largest biased scores, and their weights."""
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
-    offset = tl.load(bias + e, mask=e < experts, other=float("-inf"))
+    offset = tl.load(bias_ptr + e, mask=e < experts, other=float("-inf"))
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    score = 1 / (1 + tl.exp(-tl.load(logits + token * experts + e, mask=e < experts, other=0.0)))
+    score = 1 / (1 + tl.exp(-tl.load(logits_ptr + token * experts + e, mask=e < experts, other=0.0)))
     biased = score + offset
     place = tl.arange(0, TOP_BLOCK)
     chosen, weight = tl.zeros((TOP_BLOCK,), tl.int32), tl.zeros((TOP_BLOCK,), tl.float32)
@@ -40,13 +40,13 @@ def _choose_experts(
         biased = tl.where(e == best, float("-inf"), biased)
     if NORMALISE:
         weight /= tl.sum(weight, axis=0)
-    tl.store(weights + token * TOP_K + place, weight * scaling, mask=place < TOP_K)
-    tl.store(ids + token * TOP_K + place, chosen, mask=place < TOP_K)
+    tl.store(weights_ptr + token * TOP_K + place, weight * scaling, mask=place < TOP_K)
+    tl.store(ids_ptr + token * TOP_K + place, chosen, mask=place < TOP_K)
 
 
-@triton.jit(do_not_specialize_on_alignment=["x", "ids", "out"])
+@triton.jit(do_not_specialize_on_alignment=["x_ptr", "ids_ptr", "out_ptr"])
 def _experts_up(
-    x, w13, ids, out, inner, x_stride,
+    x_ptr, w13_ptr, ids_ptr, out_ptr, inner, x_stride,
     K: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Of one pair, ROWS channels of ``silu(gate x) * (up x)``."""
@@ -56,27 +56,27 @@ def _experts_up(
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    expert = tl.load(ids + pair).to(tl.int64)
-    token = x + (pair // TOP_K).to(tl.int64) * x_stride
+    expert = tl.load(ids_ptr + pair).to(tl.int64)
+    token_ptr = x_ptr + (pair // TOP_K).to(tl.int64) * x_stride
     inside = (n < inner)[:, None]
-    gates = w13 + (expert * 2 * inner + n[:, None]) * K + k[None, :]
-    ups = gates + inner.to(tl.int64) * K
+    gate_ptrs = w13_ptr + (expert * 2 * inner + n[:, None]) * K + k[None, :]
+    up_ptrs = gate_ptrs + inner.to(tl.int64) * K
     gate, up = tl.zeros((ROWS, STEP), tl.float32), tl.zeros((ROWS, STEP), tl.float32)
     for start in tl.static_range(0, K, STEP):
         mask = inside & (start + k < K)[None, :]
-        g = tl.load(gates + start, mask=mask, other=0.0, eviction_policy="evict_first")
-        u = tl.load(ups + start, mask=mask, other=0.0, eviction_policy="evict_first")
-        a = tl.load(token + start + k, mask=start + k < K, other=0.0).to(tl.float32)[None, :]
+        g = tl.load(gate_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_first")
+        u = tl.load(up_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_first")
+        a = tl.load(token_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)[None, :]
         gate += a * g.to(tl.float32)
         up += a * u.to(tl.float32)
-    z = tl.sum(gate, axis=1)
+    z = tl.sum(gate, axis=1)  # [ROWS]
     y = z / (1 + tl.exp(-z)) * tl.sum(up, axis=1)
-    tl.store(out + pair.to(tl.int64) * inner + n, y.to(out.dtype.element_ty), mask=n < inner)
+    tl.store(out_ptr + pair.to(tl.int64) * inner + n, y.to(out_ptr.dtype.element_ty), mask=n < inner)
 
 
-@triton.jit(do_not_specialize_on_alignment=["ids", "weights", "out"])
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr", "weights_ptr", "out_ptr"])
 def _experts_down(
-    act, w2, ids, weights, out, hidden,
+    act_ptr, w2_ptr, ids_ptr, weights_ptr, out_ptr, hidden,
     I: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Of one token, ROWS channels of the weighted sum over its experts."""
@@ -85,29 +85,29 @@ def _experts_down(
     k = tl.arange(0, STEP)
     inside = (n < hidden)[:, None]
     # The kernel ahead let this one start after it had waited itself, so ids are there; its own output is not yet.
-    row = w2 + (tl.load(ids + token * TOP_K).to(tl.int64) * hidden + n[:, None]) * I + k[None, :]
-    w = tl.load(row, mask=inside & (k < I)[None, :], other=0.0, eviction_policy="evict_first")
+    row_ptrs = w2_ptr + (tl.load(ids_ptr + token * TOP_K).to(tl.int64) * hidden + n[:, None]) * I + k[None, :]
+    w = tl.load(row_ptrs, mask=inside & (k < I)[None, :], other=0.0, eviction_policy="evict_first")
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     totals = tl.zeros((ROWS, STEP), tl.float32)
     for j in tl.static_range(TOP_K):
         pair = token.to(tl.int64) * TOP_K + j
-        scale = tl.load(weights + pair)
+        scale = tl.load(weights_ptr + pair)
         for start in tl.static_range(0, I, STEP):
             here = w
             if start + STEP < I:
                 w = tl.load(
-                    row + start + STEP, mask=inside & (start + STEP + k < I)[None, :], other=0.0,
+                    row_ptrs + start + STEP, mask=inside & (start + STEP + k < I)[None, :], other=0.0,
                     eviction_policy="evict_first",
                 )  # fmt: skip
             elif j + 1 < TOP_K:
-                row = w2 + (tl.load(ids + pair + 1).to(tl.int64) * hidden + n[:, None]) * I + k[None, :]
-                w = tl.load(row, mask=inside & (k < I)[None, :], other=0.0, eviction_policy="evict_first")
-            a = tl.load(act + pair * I + start + k, mask=start + k < I, other=0.0).to(tl.float32) * scale
+                row_ptrs = w2_ptr + (tl.load(ids_ptr + pair + 1).to(tl.int64) * hidden + n[:, None]) * I + k[None, :]
+                w = tl.load(row_ptrs, mask=inside & (k < I)[None, :], other=0.0, eviction_policy="evict_first")
+            a = tl.load(act_ptr + pair * I + start + k, mask=start + k < I, other=0.0).to(tl.float32) * scale
             totals += a[None, :] * here.to(tl.float32)
-    y = tl.sum(totals, axis=1)
-    tl.store(out + token.to(tl.int64) * hidden + n, y.to(out.dtype.element_ty), mask=n < hidden)
+    y = tl.sum(totals, axis=1)  # [ROWS]
+    tl.store(out_ptr + token.to(tl.int64) * hidden + n, y.to(out_ptr.dtype.element_ty), mask=n < hidden)
 
 
 def choose_experts(

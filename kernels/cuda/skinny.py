@@ -11,35 +11,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_vllm.kernels import launch
+from kimi_vllm.kernels.cuda import launch
 
 
-@triton.jit(do_not_specialize_on_alignment=["x", "out"])
+@triton.jit(do_not_specialize_on_alignment=["x_ptr", "out_ptr"])
 def _skinny(
-    x, weight, out, num_outputs, x_stride, out_stride,
+    x_ptr, weight_ptr, out_ptr, num_outputs, x_stride, out_stride,
     M: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Multiply M rows of x with ROWS rows of the weights."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, STEP)
-    rows = weight + n[:, None].to(tl.int64) * K + k[None, :]
+    row_ptrs = weight_ptr + n[:, None].to(tl.int64) * K + k[None, :]
     inside = (n < num_outputs)[:, None]
     # Weights are nobody's output: the first of them may come before the kernel ahead has ended.
-    w = tl.load(rows, mask=inside & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    w = tl.load(row_ptrs, mask=inside & (k < K)[None, :], other=0.0, eviction_policy="evict_first")  # [ROWS, STEP]
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     totals = tl.zeros((M, ROWS, STEP), tl.float32)
     m = tl.arange(0, M)
     for start in tl.static_range(0, K, STEP):
-        a = tl.load(x + m[:, None] * x_stride + start + k[None, :], mask=(start + k < K)[None, :], other=0.0)
+        a = tl.load(x_ptr + m[:, None] * x_stride + start + k[None, :], mask=(start + k < K)[None, :], other=0.0)
         here = w
         if start + STEP < K:
             ahead = inside & (start + STEP + k < K)[None, :]
-            w = tl.load(rows + start + STEP, mask=ahead, other=0.0, eviction_policy="evict_first")
+            w = tl.load(row_ptrs + start + STEP, mask=ahead, other=0.0, eviction_policy="evict_first")
         totals += a.to(tl.float32)[:, None, :] * here.to(tl.float32)[None, :, :]
-    y = tl.sum(totals, axis=2)
-    tl.store(out + m[:, None] * out_stride + n[None, :], y.to(out.dtype.element_ty), mask=(n < num_outputs)[None, :])
+    y = tl.sum(totals, axis=2)  # [M, ROWS]
+    y_ptrs = out_ptr + m[:, None] * out_stride + n[None, :]
+    tl.store(y_ptrs, y.to(out_ptr.dtype.element_ty), mask=(n < num_outputs)[None, :])
 
 
 def skinny_linear(x: Tensor, weight: Tensor, out: Tensor, config: launch.Skinny) -> Tensor:

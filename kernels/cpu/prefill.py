@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from kimi_vllm.kernels.cpu_head import (
+from kimi_vllm.kernels.cpu.head import (
     MAX_PAST,
     TILE,
     Field,
@@ -29,7 +29,7 @@ from kimi_vllm.kernels.cpu_head import (
     state_address,
     store_history,
 )
-from kimi_vllm.kernels.cpu_simd import (
+from kimi_vllm.kernels.cpu.simd import (
     VECTOR_BYTES,
     fma,
     lane,

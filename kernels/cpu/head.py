@@ -1,6 +1,6 @@
 """One head's tokens on the CPU: from projections to q, k, v and decay, and from the output to its norm.
 
-Memory is passed as addresses in a block of int64 parameters (`Field`), which `cpu.py` fills. A *window* is
+Memory is passed as addresses in a block of int64 parameters (`Field`), which `host.py` fills. A *window* is
 the raw projections of consecutive tokens of one head, W-1 past ones first, ``3·D`` floats each.
 """
 # mypy: disallow-untyped-defs=false
@@ -14,7 +14,7 @@ from enum import IntEnum
 import numpy as np
 from numba import njit
 
-from kimi_vllm.kernels.cpu_math import (
+from kimi_vllm.kernels.cpu.math import (
     decay,
     load_as,
     load_scalar_as,
@@ -22,7 +22,7 @@ from kimi_vllm.kernels.cpu_math import (
     sigmoid,
     store_as,
 )
-from kimi_vllm.kernels.cpu_simd import (
+from kimi_vllm.kernels.cpu.simd import (
     LANES,
     VECTOR_BYTES,
     first,

@@ -15,10 +15,10 @@ from typing import Any
 from numba import cfunc
 from numba.core import config
 
-from kimi_vllm.kernels.cpu_decode import decode_task
-from kimi_vllm.kernels.cpu_head import Field, parameter
-from kimi_vllm.kernels.cpu_prefill import prefill_task
-from kimi_vllm.kernels.cpu_simd import fetch_add
+from kimi_vllm.kernels.cpu.decode import decode_task
+from kimi_vllm.kernels.cpu.head import Field, parameter
+from kimi_vllm.kernels.cpu.prefill import prefill_task
+from kimi_vllm.kernels.cpu.simd import fetch_add
 
 
 def compile_worker(decode: bool, D: int) -> int:
@@ -29,7 +29,7 @@ def compile_worker(decode: bool, D: int) -> int:
         D: Channels of a head; one specialisation each.
     """
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("cpu_*.py")):
+    for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return int(_compile(decode, D, digest.hexdigest()).address)
 

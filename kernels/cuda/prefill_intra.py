@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_vllm.kernels.prefill_features import BLOCK, CHUNK, find_chunk
-from kimi_vllm.kernels.triton_math import exp2, narrow, sigmoid
+from kimi_vllm.kernels.cuda.math import exp2, narrow, sigmoid
+from kimi_vllm.kernels.cuda.prefill_features import BLOCK, CHUNK, find_chunk
 
 
 @triton.jit
@@ -75,7 +75,8 @@ def _scaled(tile, factor, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def intra_chunk(
-    beta, cu_seqlens, context_len, q_io, k_io, down_io, v_io, blocks_in, qk_out, decay_out,
+    beta_ptr, cu_seqlens_ptr, context_len_ptr,
+    q_io_ptr, k_io_ptr, down_io_ptr, v_io_ptr, blocks_in_ptr, qk_out_ptr, decay_out_ptr,
     num_sequences, beta_stride,
     H: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
@@ -85,22 +86,29 @@ def intra_chunk(
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    _, begin, context, position, length = find_chunk(chunk, cu_seqlens, context_len, num_sequences)
+    _, begin, context, position, length = find_chunk(chunk, cu_seqlens_ptr, context_len_ptr, num_sequences)
     if length <= 0:
         return
     row = (begin + position - context).to(tl.int64)
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
-    operand: tl.constexpr = q_io.dtype.element_ty
+    operand: tl.constexpr = q_io_ptr.dtype.element_ty
     chunk_head = chunk.to(tl.int64) * H + head
     i, c = tl.arange(0, CHUNK), tl.arange(0, D)
     # Tiles are [block, token in block, channel]: one thread meets one block, so a block's factors cost it little.
     block = tl.arange(0, CHUNK // BLOCK)
-    flat = chunk_head * (CHUNK * D) + i[:, None] * D + c[None, :]
-    tile = chunk_head * (CHUNK * D) + (block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])[:, :, None] * D + c[None, None, :]  # fmt: skip  # noqa: E501
+    r = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [4, BLOCK], tokens of the chunk
+    flat = chunk_head * (CHUNK * D) + i[:, None] * D + c[None, :]  # [CHUNK, D]
+    tile = chunk_head * (CHUNK * D) + r[:, :, None] * D + c[None, None, :]  # [4, BLOCK, D], the same elements
 
-    blocks = blocks_in + chunk_head * (CHUNK // BLOCK) * D + c[None, :]
-    t0, t1, t2, t3 = tl.load(blocks), tl.load(blocks + D), tl.load(blocks + 2 * D), tl.load(blocks + 3 * D)
-    tl.store(decay_out + chunk_head * D + c[None, :], exp2(t0 + t1 + t2 + t3))
+    # Decays of the four blocks; below, [4, D]: of each block, and of the blocks before and after it.
+    blocks_ptrs = blocks_in_ptr + chunk_head * (CHUNK // BLOCK) * D + c[None, :]
+    t0, t1, t2, t3 = (
+        tl.load(blocks_ptrs),
+        tl.load(blocks_ptrs + D),
+        tl.load(blocks_ptrs + 2 * D),
+        tl.load(blocks_ptrs + 3 * D),
+    )
+    tl.store(decay_out_ptr + chunk_head * D + c[None, :], exp2(t0 + t1 + t2 + t3))
     b = block[:, None]
     whole = tl.where(b == 0, t0, tl.where(b == 1, t1, tl.where(b == 2, t2, t3)))
     before = tl.where(b == 0, 0.0, tl.where(b == 1, t0, tl.where(b == 2, t0 + t1, t0 + t1 + t2)))
@@ -121,37 +129,37 @@ def intra_chunk(
     near = (block_i == block_j + 1) & (block_i % 2 == 1)
     # One tile after another, so that few are in registers; q, k and down are written over when all have read them.
     if EXACT:
-        q, k, since = tl.load(q_io + tile), tl.load(k_io + tile), tl.load(down_io + tile)
+        q, k, since = tl.load(q_io_ptr + tile), tl.load(k_io_ptr + tile), tl.load(down_io_ptr + tile)
         scores_k, scores_q = _spread(_diagonal(k, k, since)), _spread(_diagonal(q, k, since))
         down, k, q = k * exp2(whole[:, None, :] - since), k * exp2(since), q * exp2(since)
     else:
-        right = tl.trans(tl.load(down_io + flat))
-        scores_k = tl.where(same, tl.dot(tl.load(k_io + flat), right), 0.0)
-        down = tl.load(down_io + tile)
+        right = tl.trans(tl.load(down_io_ptr + flat))
+        scores_k = tl.where(same, tl.dot(tl.load(k_io_ptr + flat), right), 0.0)
+        down = tl.load(down_io_ptr + tile)
     tl.debug_barrier()
     near_right = tl.trans(_scaled(down, rest, D))
     far_right = tl.trans(_scaled(down, to_middle, D))
-    tl.store(down_io + tile, narrow(down.to(tl.float32) * to_end, operand))
+    tl.store(down_io_ptr + tile, narrow(down.to(tl.float32) * to_end, operand))
     if not EXACT:
-        k = tl.load(k_io + tile)
+        k = tl.load(k_io_ptr + tile)
     scores_k += tl.where(near, tl.dot(_scaled(k, rest, D), near_right, input_precision=PRECISION), 0.0)
     scores_k = tl.dot(_scaled(k, from_middle, D), far_right, scores_k, input_precision=PRECISION)
-    r = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    strength = sigmoid(tl.load(beta + (row + r) * beta_stride + head, mask=r < length, other=0.0).to(tl.float32))
+    strength = sigmoid(tl.load(beta_ptr + (row + r) * beta_stride + head, mask=r < length, other=0.0).to(tl.float32))
     # Eq. 6 multiplies the columns of M by beta: the values carry it already, the keys get it here.
     keys = _scaled(k, from_start * tl.where(r < length, strength, 0.0)[:, :, None], D)
     if not EXACT:
-        scores_q = tl.where(same, tl.dot(tl.load(q_io + flat), right), 0.0)
-        q = tl.load(q_io + tile)
+        scores_q = tl.where(same, tl.dot(tl.load(q_io_ptr + flat), right), 0.0)
+        q = tl.load(q_io_ptr + tile)
     scores_q += tl.where(near, tl.dot(_scaled(q, rest, D), near_right, input_precision=PRECISION), 0.0)
     scores_q = tl.dot(_scaled(q, from_middle, D), far_right, scores_q, input_precision=PRECISION)
-    tl.store(q_io + tile, narrow(q.to(tl.float32) * from_start, operand))
+    tl.store(q_io_ptr + tile, narrow(q.to(tl.float32) * from_start, operand))
 
-    scores_q = tl.where(i[:, None] >= i[None, :], scores_q, 0.0)
-    tl.store(qk_out + chunk_head * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :], narrow(scores_q, operand))
-    b_i = sigmoid(tl.load(beta + (row + i) * beta_stride + head, mask=i < length, other=0.0).to(tl.float32))
-    A = tl.where((i[:, None] > i[None, :]) & (i < length)[:, None], scores_k * b_i[:, None], 0.0)
-    values = tl.load(v_io + flat)  # on its way while A is inverted
+    # Eq. 6 and 7: the inverse, and with it w and u.
+    scores_q = tl.where(i[:, None] >= i[None, :], scores_q, 0.0)  # [CHUNK, CHUNK]
+    tl.store(qk_out_ptr + chunk_head * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :], narrow(scores_q, operand))
+    b_i = sigmoid(tl.load(beta_ptr + (row + i) * beta_stride + head, mask=i < length, other=0.0).to(tl.float32))
+    A = tl.where((i[:, None] > i[None, :]) & (i < length)[:, None], scores_k * b_i[:, None], 0.0)  # [CHUNK, CHUNK]
+    values = tl.load(v_io_ptr + flat)  # on its way while A is inverted
     M = narrow(_inverse(A, EXACT), operand)
-    tl.store(k_io + flat, narrow(tl.dot(M, keys, input_precision=PRECISION), operand))
-    tl.store(v_io + flat, narrow(tl.dot(M, values, input_precision=PRECISION), operand))
+    tl.store(k_io_ptr + flat, narrow(tl.dot(M, keys, input_precision=PRECISION), operand))
+    tl.store(v_io_ptr + flat, narrow(tl.dot(M, values, input_precision=PRECISION), operand))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 EXTEND_TOKENS = 4
 """Steps of at most this many tokens run token by token in one launch."""
@@ -80,7 +79,7 @@ class SkinnyExperts:
 @cache
 def _table() -> dict[str, list[dict[str, Any]]]:
     """Return the rules by kernel; of each list the first that fits counts."""
-    table: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "tuned" / "sm90.json").read_text())
+    table: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parents[1] / "tuned" / "sm90.json").read_text())
     return table
 
 
@@ -127,14 +126,3 @@ def _first_fit(kernel: str, heads: int, head_dim: int, state_bytes: int) -> dict
 def pdl(device: torch.device) -> dict[str, bool]:
     """Return whether launches may overlap the end of the kernel before them (programmatic dependent launch)."""
     return {"launch_pdl": device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9}
-
-
-def require_dtype(dtype: torch.dtype, **tensors: Tensor) -> None:
-    """Refuse what would corrupt memory.
-
-    Raises:
-        ValueError: names the tensor, its dtype and the one it must have.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")

@@ -1,0 +1,300 @@
+"""What a KDA layer hands its kernels, and what the kernels promise: the same for the reference, the CPU and CUDA.
+
+`reference.py` is the executable form of what stands here in words. Letters, here and in every kernel:
+
+    T tokens of the step    N sequences    H heads    K key channels    V value channels (K == V == D)
+    W conv width            R ring columns S slots    B slot-table columns    C chunk length
+
+Every tensor of a call is on one device. Kernels do not check their arguments: a layer calls `check_decode` and
+`check_prefill` once, before it serves, with what vLLM's profiling run brings. What a later step brings anew is its
+rows, and these refuse a wrong dtype when they are made, once for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+HEAD_SIZES = (64, 128)
+CONV_WIDTHS = range(2, 9)
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = {"cpu": (torch.float32,), "cuda": ACTIVATION_DTYPES}
+
+NULL_SLOT = 0
+"""The slot that holds nobody's state: never read, never written; as a write slot it marks a padded row."""
+
+
+# Tensors have no order and no plain equality, so records are compared by identity.
+@dataclass(frozen=True, slots=True, eq=False)
+class Activations:
+    """The projections of a step's tokens. Each may be a slice of a wider tensor: its last dimension is contiguous.
+
+    Attributes:
+        qkv: ``[T, 3·H·D]`` float32, bfloat16 or float16: q, k and v before the short convolution.
+        gate: ``[T, H·K]`` in the dtype of `qkv`: raw output of f_b. The log decay is formed in float32 inside.
+        beta: ``[T, H]`` in the dtype of `qkv`: raw logits of the write strength.
+        out_gate: ``[T, H·V]`` in the dtype of `qkv`: raw logits of the output gate.
+    """
+
+    qkv: Tensor
+    gate: Tensor
+    beta: Tensor
+    out_gate: Tensor
+
+    def tokens(self, start: int, stop: int) -> Activations:
+        """Return a view of the tokens from `start` up to `stop`."""
+        some = slice(start, stop)
+        return Activations(self.qkv[some], self.gate[some], self.beta[some], self.out_gate[some])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """The weights of one layer that its kernels apply. All are contiguous.
+
+    Attributes:
+        conv_weight: ``[W, 3·H·D]`` float32, 2 <= W <= 8; tap W-1 multiplies the current token.
+        A_log: ``[H]`` float32, logarithm of the decay rate of a head.
+        dt_bias: ``[H·K]`` float32, added to the gate.
+        norm_weight: ``[V]`` float32, of the output norm.
+        norm_eps: added to the mean square of the output norm.
+    """
+
+    conv_weight: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+    norm_weight: Tensor
+    norm_eps: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pools:
+    """The slots of one layer. Both pools are float32 on CPUs; float32, bfloat16 or float16 on CUDA.
+
+    Attributes:
+        conv: ``[S, R, 3·H·D]``, R >= W; the projections of token position p lie in column p mod R.
+        state: ``[S, H, V, K]``, ``[V, K]`` contiguous, other strides arbitrary.
+        nonfinite: ``[S]`` int32 contiguous, or None. Set to 1 at a written slot whose state is infinite or NaN, or an
+            output of the step on the way to it, before its norm; never cleared. A kernel may set it as well where an
+            output's square exceeds float32.
+    """
+
+    conv: Tensor
+    state: Tensor
+    nonfinite: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeRows:
+    """Sequences with one new token each. All are ``[N]`` and contiguous.
+
+    No row may read or write a slot that another row writes.
+
+    Attributes:
+        read_slot: int32. `NULL_SLOT`: a fresh sequence, nothing is read.
+        write_slot: int32. Equal to `read_slot`: a plain step. Different: read there, write here; the write slot is
+            complete afterwards, the read slot unchanged. `NULL_SLOT`: a padded row, zeros out, nothing touched.
+        position: int64, 0-based position of the row's token in its sequence.
+
+    Raises:
+        ValueError: a dtype is another one.
+    """
+
+    read_slot: Tensor
+    write_slot: Tensor
+    position: Tensor
+
+    def __post_init__(self) -> None:
+        _require_dtype(torch.int32, read_slot=self.read_slot, write_slot=self.write_slot)
+        _require_dtype(torch.int64, position=self.position)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefillRows:
+    """Sequences with several new tokens each, packed one after another.
+
+    Attributes:
+        cu_seqlens: ``[N + 1]`` int32 contiguous; sequence n owns tokens ``cu_seqlens[n]`` up to ``cu_seqlens[n + 1]``.
+            Empty sequences are skipped. Output rows beyond ``cu_seqlens[N]`` become zeros.
+        context_len: ``[N]`` int32 contiguous, tokens of the sequence computed before this step.
+        slot_table: ``[N, B]`` int32; entry j is the slot of the state after token ``min((j + 1)·block_size, end)``
+            with ``end = context + new``. Read: entry ``(context - 1) // block_size`` if context > 0; 0 there means a
+            zero state. Written: the nonzero entries from ``context // block_size`` to ``(end - 1) // block_size``, in
+            this order, so that a slot named twice keeps the later state. Other entries may be stale: they are never
+            used. A sequence may overwrite the slot it read; no other sequence may read or write it.
+        block_size: tokens per entry of the table; on CUDA a multiple of 64.
+
+    Raises:
+        ValueError: a dtype is another one.
+    """
+
+    cu_seqlens: Tensor
+    context_len: Tensor
+    slot_table: Tensor
+    block_size: int
+
+    def __post_init__(self) -> None:
+        index = {"cu_seqlens": self.cu_seqlens, "context_len": self.context_len, "slot_table": self.slot_table}
+        _require_dtype(torch.int32, **index)
+
+
+class KdaDecode(Protocol):
+    """One token more of every sequence: convolution, gate, state update and gated norm in one pass."""
+
+    def __call__(self, x: Activations, weights: Weights, pools: Pools, rows: DecodeRows, out: Tensor) -> None:
+        """Advance every row's sequence by one token: Eq. 1 and 10 of arXiv 2510.26692.
+
+        On CUDA the kernel reads rows, weights and pools before the one launched just ahead of it has ended: that one
+        may write activations, not these. In a layer a matrix product lies between.
+
+        Args:
+            x: N tokens, one a row.
+            weights: of the layer.
+            pools: of the layer; only write slots are changed, and their flags.
+            rows: the slots and the position of each token.
+            out: ``[N, H·V]`` in the dtype of the activations, written.
+
+        Cost:
+            Reads and writes ``2·N·H·V·K·sizeof(state)`` bytes of state (4.2 MB per row with H=32, D=128 in float32).
+
+        Raises:
+            IndexError: on CPU, a slot outside the pools; such rows are skipped. On CUDA they are padded rows and
+                nothing is raised: the host would have to wait for the device.
+        """
+
+
+class KdaPrefill(Protocol):
+    """Several tokens more of every sequence."""
+
+    def __call__(self, x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
+        """Run every sequence over its new tokens and export its state at block boundaries and at its end.
+
+        The history of a token before position 0 is zeros by the position test, never by memory content.
+
+        Args:
+            x: the packed tokens.
+            weights: of the layer.
+            pools: of the layer; only slots that the rows' table says are written change, and their flags.
+            rows: the sequences.
+            out: ``[T, H·V]`` in the dtype of the activations, written.
+
+        Raises:
+            ValueError: on CUDA, a block size that is not a multiple of 64.
+            IndexError: on CPU, a needed slot outside the pools, or outside the table; it counts as 0. On CUDA it
+                counts as 0 too, and nothing is raised.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One platform's implementation.
+
+    Attributes:
+        name: for people to read.
+        kda_decode: one token more of every sequence.
+        kda_prefill: several tokens more of every sequence.
+        prepare: compiles what heads of so many channels need, as far as that alone decides it.
+    """
+
+    name: str
+    kda_decode: KdaDecode
+    kda_prefill: KdaPrefill
+    prepare: Callable[[int], None]
+
+
+def check_decode(x: Activations, weights: Weights, pools: Pools, rows: DecodeRows, out: Tensor) -> None:
+    """Check the arguments of a decode step without looking at their values.
+
+    Raises:
+        ValueError: names the tensor, what it is and what it must be.
+    """
+    _check_layer(x, weights, pools, out)
+    N = x.qkv.shape[0]
+    _expect("read_slot", rows.read_slot, (N,), (torch.int32,))
+    _expect("write_slot", rows.write_slot, (N,), (torch.int32,))
+    _expect("position", rows.position, (N,), (torch.int64,))
+
+
+def check_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
+    """Check the arguments of a prefill step without looking at their values.
+
+    Raises:
+        ValueError: names the tensor, what it is and what it must be.
+    """
+    _check_layer(x, weights, pools, out)
+    N = rows.context_len.shape[0] if rows.context_len.dim() == 1 else -1
+    _expect("context_len", rows.context_len, (N,), (torch.int32,))
+    _expect("cu_seqlens", rows.cu_seqlens, (N + 1,), (torch.int32,))
+    if rows.slot_table.dim() != 2 or rows.slot_table.shape[1] == 0:
+        raise ValueError(f"slot_table has shape {list(rows.slot_table.shape)}; it must be [{N}, B] with B >= 1")
+    _expect("slot_table", rows.slot_table, (N, rows.slot_table.shape[1]), (torch.int32,), contiguous=False)
+    if rows.block_size < 1:
+        raise ValueError(f"block_size is {rows.block_size}; it must be at least 1 token")
+
+
+def _check_layer(x: Activations, weights: Weights, pools: Pools, out: Tensor) -> None:
+    """Check what both operations share."""
+    if pools.state.dim() != 4 or pools.conv.dim() != 3:
+        raise ValueError(
+            f"pools.state and pools.conv have {pools.state.dim()} and {pools.conv.dim()} dimensions; "
+            "they must be [S, H, V, K] and [S, R, 3·H·D]"
+        )
+    S, H, V, D = pools.state.shape
+    if D not in HEAD_SIZES or V != D:
+        raise ValueError(
+            f"pools.state holds heads of {V} value and {D} key channels; the kernels support {HEAD_SIZES}, both equal"
+        )
+    W, R = weights.conv_weight.shape[0], pools.conv.shape[1]
+    if W not in CONV_WIDTHS:
+        raise ValueError(f"conv_weight has {W} taps; the kernels support 2 to 8")
+    if R < W:
+        raise ValueError(f"pools.conv has a ring of {R} columns; a convolution of width {W} needs at least {W}")
+    fp32 = (torch.float32,)
+    _expect("conv_weight", weights.conv_weight, (W, 3 * H * D), fp32)
+    _expect("A_log", weights.A_log, (H,), fp32)
+    _expect("dt_bias", weights.dt_bias, (H * D,), fp32)
+    _expect("norm_weight", weights.norm_weight, (D,), fp32)
+
+    T, same = x.qkv.shape[0], (x.qkv.dtype,)
+    _expect("qkv", x.qkv, (T, 3 * H * D), ACTIVATION_DTYPES, contiguous=False)
+    _expect("beta", x.beta, (T, H), same, contiguous=False)
+    for name, tensor in (("gate", x.gate), ("out_gate", x.out_gate), ("out", out)):
+        _expect(name, tensor, (T, H * D), same, contiguous=False)
+
+    kept = STATE_DTYPES.get(x.qkv.device.type, ACTIVATION_DTYPES)
+    advice = f" on {x.qkv.device.type}: set state_dtype"
+    _expect("pools.conv", pools.conv, (S, R, 3 * H * D), kept, contiguous=False, advice=advice)
+    _expect("pools.state", pools.state, (S, H, D, D), kept, contiguous=False, advice=advice)
+    if pools.state.stride(2) != D:
+        raise ValueError(f"pools.state has strides {pools.state.stride()}; its [V, K] matrices must be contiguous")
+    if pools.nonfinite is not None:
+        _expect("pools.nonfinite", pools.nonfinite, (S,), (torch.int32,))
+
+
+def _expect(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    contiguous: bool = True,
+    advice: str = "",
+) -> None:
+    """Raise ValueError unless the tensor has this shape, one of these dtypes and unit stride at the end."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}{advice}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} has strides {tensor.stride()}; its last dimension must be contiguous")
+
+
+def _require_dtype(dtype: torch.dtype, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")

@@ -1,0 +1,233 @@
+"""Prefill on CUDA: packed sequences of any lengths, in chunks of 64 tokens, three or four launches per layer.
+
+The first (`prefill_features.py`) turns projections into features, for blocks of 16 tokens; the second
+(`prefill_intra.py`) does what can be done inside a chunk; both for all chunks at once. The third, here, walks the
+chunks of each sequence with the state in registers (Eq. 8 and 9)::
+
+    v' = u - w S    o = qg S + qk v'    S = decay*S + kg^T v'
+
+It reads the first state from the pool by slot, writes the states at block ends where the table has a slot, and
+the last one, and with each the convolution's history. A program that owns a whole head also applies the gated
+norm; heads split along their value channels, which is faster wherever it was measured, leave the norm to a fourth.
+Steps of a few tokens take one launch instead (`extend.py`). Nothing is planned on the host or waits for the device.
+"""
+# mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kimi_vllm.kernels.contract import Activations, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.extend import extend_sequences
+from kimi_vllm.kernels.cuda.math import everywhere, gated_rms_norm
+from kimi_vllm.kernels.cuda.prefill_features import BLOCK, CHUNK, SLACK, chunk_features, first_chunk
+from kimi_vllm.kernels.cuda.prefill_intra import intra_chunk
+from kimi_vllm.kernels.cuda.slots import export_history, slot_or_null
+
+_CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width"],
+    do_not_specialize_on_alignment=["slot_table_ptr"],
+)
+def inter_chunk(
+    qkv_ptr, out_gate_ptr, out_ptr, norm_weight_ptr, norm_eps, conv_pool_ptr, state_pool_ptr,
+    cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size,
+    w_in_ptr, u_in_ptr, qg_in_ptr, kg_in_ptr, qk_in_ptr, decay_in_ptr,
+    num_sequences, num_tokens, num_slots, table_stride, table_width, qkv_stride, out_gate_stride, out_stride,
+    conv_slot_stride, conv_column_stride, state_slot_stride, state_head_stride, nonfinite_ptr,
+    H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    STAGES: tl.constexpr, EXACT: tl.constexpr, launch_pdl: tl.constexpr,
+):  # fmt: skip
+    """Walk one sequence with BV value channels of one head; the last programs clear rows that belong to nobody."""
+    program = tl.program_id(0)
+    first = (program % (D // BV)) * BV
+    head = (program // (D // BV)) % H
+    n = program // (D // BV * H)
+    i, k, v = tl.arange(0, CHUNK), tl.arange(0, D), tl.arange(0, BV)
+    PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
+    begin = tl.load(cu_seqlens_ptr + n)
+    if n == num_sequences:
+        if launch_pdl:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        for start in range(begin, num_tokens, CHUNK):
+            rows = (start + i).to(tl.int64)[:, None]
+            zeros = tl.zeros((CHUNK, BV), out_ptr.dtype.element_ty)
+            tl.store(out_ptr + rows * out_stride + (head * D + first + v)[None, :], zeros, mask=rows < num_tokens)
+        return
+    length = tl.load(cu_seqlens_ptr + n + 1) - begin
+    context = tl.load(context_len_ptr + n)
+    end = context + length
+    table_ptr = slot_table_ptr + n.to(tl.int64) * table_stride
+    read = tl.full((), 0, tl.int32)
+    if context > 0:
+        read = slot_or_null(table_ptr, (context - 1) // block_size, table_width, num_slots)
+    matrix_ptr = state_pool_ptr + read.to(tl.int64) * state_slot_stride + head * state_head_stride
+    state = tl.load(matrix_ptr + (first + v)[None, :] * D + k[:, None], mask=everywhere(read > 0, (D, BV)), other=0.0)
+    state = state.to(tl.float32)  # [D, BV], keys first: the transposed rows of the pool
+    if launch_pdl:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    grid = context // CHUNK
+    num_chunks = tl.where(length > 0, (end - 1) // CHUNK - grid + 1, 0)
+    chunk_head = first_chunk(begin, n).to(tl.int64) * H + head
+    operand = w_in_ptr.dtype.element_ty
+    tile = i[:, None] * D + k[None, :]  # [CHUNK, D]
+    spoiled = tl.zeros((CHUNK, BV), tl.float32)
+    for c in tl.range(0, num_chunks, num_stages=STAGES):
+        here = chunk_head + c * H
+        w = tl.load(w_in_ptr + here * (CHUNK * D) + tile)
+        u = tl.load(u_in_ptr + here * (CHUNK * D) + i[:, None] * D + (first + v)[None, :])
+        qg = tl.load(qg_in_ptr + here * (CHUNK * D) + tile)
+        kg = tl.load(kg_in_ptr + here * (CHUNK * D) + tile)
+        qk = tl.load(qk_in_ptr + here * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :])
+        decay = tl.load(decay_in_ptr + here * D + k)
+        # Eq. 8 and 9. All operands of a chunk come from the second launch; only the state is of the chunk before.
+        right = state.to(operand)
+        written = (u.to(tl.float32) - tl.dot(w, right, input_precision=PRECISION)).to(operand)  # [CHUNK, BV]
+        o = tl.dot(qg, right, input_precision=PRECISION)  # [CHUNK, BV]
+        state = tl.dot(tl.trans(kg), written, state * decay[:, None], input_precision=PRECISION)
+        o = tl.dot(qk, written, o, input_precision=PRECISION)
+        if nonfinite_ptr is not None:
+            spoiled += o * 0.0  # zero as long as outputs are finite
+
+        # Chunks lie on the grid of absolute positions: the first and the last can be shorter.
+        position = tl.maximum(context, (grid + c) * CHUNK)
+        stop = tl.minimum((grid + c + 1) * CHUNK, end)
+        rows = (begin + position - context + i).to(tl.int64)[:, None]
+        mask = rows < begin + stop - context
+        o = o.to(out_ptr.dtype.element_ty)
+        if BV == D:
+            o = o.to(tl.float32)
+            inverse_rms = tl.rsqrt(tl.sum(o * o, axis=1) / D + norm_eps)[:, None]
+            z = tl.load(out_gate_ptr + rows * out_gate_stride + (head * D + v)[None, :], mask=mask, other=0.0)
+            weight = tl.load(norm_weight_ptr + v)[None, :]
+            o = gated_rms_norm(o, inverse_rms, weight, z.to(tl.float32)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rows * out_stride + (head * D + first + v)[None, :], o, mask=mask)
+
+        # The state at the end of a block, or of the sequence, goes to the pool where the table has a slot for it.
+        if (stop == end) | (stop % block_size == 0):
+            slot = slot_or_null(table_ptr, (stop - 1) // block_size, table_width, num_slots)
+            if slot > 0:
+                target_ptr = state_pool_ptr + slot.to(tl.int64) * state_slot_stride + head * state_head_stride
+                tl.store(target_ptr + (first + v)[None, :] * D + k[:, None], state.to(state_pool_ptr.dtype.element_ty))
+                export_history(
+                    slot, read, stop, context, (begin + stop - context).to(tl.int64), head, first + v,
+                    qkv_ptr, conv_pool_ptr, qkv_stride, conv_slot_stride, conv_column_stride, H, D, W, R,
+                )  # fmt: skip
+                if nonfinite_ptr is not None:
+                    stored = state.to(state_pool_ptr.dtype.element_ty).to(tl.float32)
+                    total = tl.sum(tl.sum(stored * 0.0, axis=0), axis=0) + tl.sum(tl.sum(spoiled, axis=0), axis=0)
+                    tl.store(nonfinite_ptr + slot, 1, mask=(total == 0.0) == 0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _norm(
+    out_ptr, out_gate_ptr, norm_weight_ptr, norm_eps, num_rows, out_stride, out_gate_stride,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, launch_pdl: tl.constexpr,
+):  # fmt: skip
+    """Apply the gated norm in place to ROWS heads of packed rows."""
+    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row, head = index // H, index % H
+    mask = (row < num_rows)[:, None]
+    v = tl.arange(0, D)[None, :]
+    weight = tl.load(norm_weight_ptr + v)
+    z = tl.load(out_gate_ptr + (row * out_gate_stride + head * D)[:, None] + v, mask=mask, other=0.0).to(tl.float32)
+    if launch_pdl:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    here_ptrs = out_ptr + (row * out_stride + head * D)[:, None] + v
+    o = tl.load(here_ptrs, mask=mask, other=0.0).to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(o * o, axis=1) / D + norm_eps)[:, None]
+    tl.store(here_ptrs, gated_rms_norm(o, inverse_rms, weight, z).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def kda_prefill(
+    x: Activations,
+    weights: Weights,
+    pools: Pools,
+    rows: PrefillRows,
+    out: Tensor,
+    exact: bool | None = None,
+    config: launch.Prefill | None = None,
+) -> None:
+    """Run every sequence over its new tokens; see `contract.KdaPrefill`.
+
+    Args:
+        x, weights, pools, rows, out: as there.
+        exact: True: float32 operands, every exponent taken, decays of at least e^-25 per token, error below 1e-5 of
+            the largest output (1e-6 with the gates of trained models). False: bfloat16 operands and decays of at
+            least e^-10 per token, error about 3e-3. None: exact for float32 activations.
+        config: launch parameters; from the checked-in table if None.
+
+    Raises:
+        ValueError: the block size is not a multiple of 64: states exist at ends of chunks.
+    """
+    T, N, device = x.qkv.shape[0], rows.context_len.shape[0], x.qkv.device
+    if N == 0:
+        out.zero_()  # the kernels look up each row's sequence
+        return
+    if T == 0:
+        return
+    if rows.block_size % _CHUNK:
+        raise ValueError(
+            f"block_size is {rows.block_size}; on {device.type} it must be a multiple of {_CHUNK}: set --block-size"
+        )
+    if T <= launch.EXTEND_TOKENS and exact is None and config is None:
+        extend_sequences(x, weights, pools, rows, out)
+        return
+    exact = x.qkv.dtype == torch.float32 if exact is None else exact
+    S, H, _, D = pools.state.shape
+    config = config or launch.prefill(N * H, D, exact)
+    chunks = (T + _SLACK * N) // _CHUNK
+    q, k, down, v, scores, blocks, decay = _workspace(chunks * H, D, exact, device)
+    table = rows.slot_table
+    index = (rows.cu_seqlens, rows.context_len, table, rows.block_size)
+    conv_strides, state_strides = pools.conv.stride()[:2], pools.state.stride()[:2]
+    shape = {"H": H, "D": D, "EXACT": exact, **launch.pdl(device)}
+    conv_shape = {"W": weights.conv_weight.shape[0], "R": pools.conv.shape[1]}
+    chunk_features[(chunks * _CHUNK // _BLOCK * H,)](
+        x.qkv, x.gate, x.beta, weights.conv_weight, weights.A_log, weights.dt_bias, pools.conv,
+        *index, q, k, down, v, blocks,
+        N, S, table.stride(0), table.shape[1], x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), *conv_strides,
+        **shape, **conv_shape, num_warps=config.features_warps, num_stages=1,
+    )  # fmt: skip
+    intra_chunk[(chunks * H,)](
+        x.beta, rows.cu_seqlens, rows.context_len, q, k, down, v, blocks, scores, decay, N, x.beta.stride(0),
+        **shape, num_warps=config.intra_warps, num_stages=1,
+    )  # fmt: skip
+    # From here on q, k, down and v hold what the second launch made of them: qg, w, kg and u.
+    splits = D // config.value_block
+    inter_chunk[(splits * H * (N + 1),)](
+        x.qkv, x.out_gate, out, weights.norm_weight, weights.norm_eps, pools.conv, pools.state,
+        *index, k, v, q, down, scores, decay,
+        N, T, S, table.stride(0), table.shape[1], x.qkv.stride(0), x.out_gate.stride(0), out.stride(0),
+        *conv_strides, *state_strides, pools.nonfinite,
+        **shape, **conv_shape, BV=config.value_block, STAGES=config.inter_stages, num_warps=config.inter_warps,
+    )  # fmt: skip
+    if splits > 1:
+        rows_per_program = 2048 // D
+        _norm[(triton.cdiv(T * H, rows_per_program),)](
+            out, x.out_gate, weights.norm_weight, weights.norm_eps, T, out.stride(0), x.out_gate.stride(0),
+            H=H, D=D, ROWS=rows_per_program, num_warps=4, **launch.pdl(device),
+        )  # fmt: skip
+
+
+def _workspace(chunk_heads: int, D: int, exact: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """Return what the launches hand one another, per chunk and head: four tiles, scores, and decays in float32.
+
+    Tiles are ``[64, D]`` and scores ``[64, 64]``; the decays are of four blocks and of the whole chunk, ``[D]`` each.
+    """
+    # Triton's interpreter, the only way to run this on a CPU, multiplies the bits of bfloat16 as integers.
+    operand = torch.float32 if exact or device.type == "cpu" else torch.bfloat16
+    tile, scores = chunk_heads * _CHUNK * D, chunk_heads * _CHUNK * _CHUNK
+    blocks, decay = chunk_heads * _CHUNK // _BLOCK * D, chunk_heads * D
+    # One piece for each dtype, so that the allocator is asked twice and not seven times.
+    operands = torch.empty(4 * tile + scores, dtype=operand, device=device).split([tile] * 4 + [scores])
+    return *operands, *torch.empty(blocks + decay, dtype=torch.float32, device=device).split([blocks, decay])

@@ -1,0 +1,98 @@
+"""One token of KDA in Triton, once for the kernels that go token by token: decode.py and extend.py (Eq. 1 and 10).
+
+With ``d`` the decay, both products of the decayed state are taken in one pass, and the output follows without a
+second one::
+
+    s = S·d    e = s k    o' = s q    u = beta (v - e)    o = o' + u (k·q)    S = s + u k^T
+
+A tile of the state is ``[rows, FOLD, D/FOLD]``: with FOLD > 1 a thread holds FOLD vectors of a row, so that a row sum
+is mostly additions within a thread and few shuffles between threads. Decode takes some value channels at a time,
+extend the whole head.
+
+The order of operations is part of the code: decode needs 126 registers with Triton 3.6, which lets four programs share
+a multiprocessor. With 129, which an output formed before its state is stored can cost, three do.
+"""
+# mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kimi_vllm.kernels.cuda.math import add3, gated_rms_norm, inverse_norm, log2_decay, sigmoid
+
+
+@triton.jit
+def state_tile(start, ROWS: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr):
+    """Return where the elements of ROWS rows of a state lie that begins at `start`."""
+    tile = start + tl.arange(0, ROWS)[:, None, None] * D
+    tile += tl.arange(0, FOLD)[None, :, None] * (D // FOLD) + tl.arange(0, D // FOLD)[None, None, :]
+    return tile  # [ROWS, FOLD, D/FOLD]
+
+
+@triton.jit
+def fold(x, FOLD: tl.constexpr, D: tl.constexpr):
+    """Lay a vector of channels along the rows of a state's tile."""
+    return tl.reshape(x, (FOLD, D // FOLD))[None, :, :]  # [1, FOLD, D/FOLD]
+
+
+@triton.jit
+def decay_and_strength(gate_ptrs, beta_ptr, rate, bias):
+    """Return the log2 decay of a token's channels and its write strength."""
+    g = log2_decay(tl.load(gate_ptrs).to(tl.float32), rate, bias)  # [D]
+    return g, sigmoid(tl.load(beta_ptr).to(tl.float32))
+
+
+@triton.jit
+def normalise(q, k, D: tl.constexpr):
+    """Return q and k as unit vectors, q times D^-0.5, and their product."""
+    # Three sums in one reduction: one round of barriers instead of three.
+    qq, kk, kq = tl.reduce((q * q, k * k, k * q), 0, add3)
+    q_scale, k_scale = inverse_norm(qq) * (D**-0.5), inverse_norm(kk)
+    return q * q_scale, k * k_scale, kq * q_scale * k_scale
+
+
+@triton.jit
+def decayed_products(s, d, q, k):
+    """Let some rows of a state decay, and multiply them by key and query.
+
+    Args:
+        s: the rows, ``[rows, FOLD, D/FOLD]``.
+        d, q, k: decay, query and key, ``[1, FOLD, D/FOLD]``.
+
+    Returns:
+        The rows, ``e`` and ``o'``.
+    """
+    s = s * d
+    return s, tl.sum(tl.sum(s * k, axis=1), axis=1), tl.sum(tl.sum(s * q, axis=1), axis=1)  # [rows]
+
+
+@triton.jit
+def delta_rule(s, k, e, v, b):
+    """Write into some rows of a state what they lack of a key's values.
+
+    Args:
+        s, e: the decayed rows and what they hold for the key, as `decayed_products` returns them.
+        k: key, ``[1, FOLD, D/FOLD]``.
+        v: values of these rows, ``[rows]``.
+        b: write strength.
+
+    Returns:
+        The rows, and ``u``, from which the output follows: ``o = o' + u (k·q)``.
+    """
+    u = b * (v - e)
+    return s + u[:, None, None] * k, u
+
+
+@triton.jit
+def finish(o, out_gate_ptrs, norm_weight, norm_eps, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Round the output of the recurrence, here as in the spec, normalise it and apply the output gate.
+
+    Returns:
+        The head's output, and the sum of squares before the norm. That is not finite if the state is not: every row
+        of the state is summed with q. A state that outgrows float16 shows only at the next token.
+    """
+    o = o.to(DTYPE).to(tl.float32)  # [D]
+    square = tl.sum(o * o, axis=0)
+    z = tl.load(out_gate_ptrs).to(tl.float32)  # [D]
+    return gated_rms_norm(o, tl.rsqrt(square / D + norm_eps), norm_weight, z).to(DTYPE), square

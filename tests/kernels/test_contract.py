@@ -1,0 +1,101 @@
+"""What the kernels refuse, by the checks of a layer's first step or by themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kda_case import Case, decode_rows, prefill_rows
+
+from kimi_vllm.cache import slots
+from kimi_vllm.kernels import contract
+from kimi_vllm.kernels.dispatch import load_backend
+
+
+def arguments(operation: str) -> dict[str, Any]:
+    """Return the arguments of a step of fresh sequences: five decodes, or a prefill of five tokens."""
+    case = Case(5)
+    rows = decode_rows([0] * 5, [1, 2, 3, 4, 5], [0] * 5) if operation == "decode" else prefill_rows([5], [0], [[1]])
+    out = case.x.qkv.new_empty(5, case.H * case.D)
+    return {"x": case.x, "weights": case.weights, "pools": case.pools, "rows": rows, "out": out}
+
+
+def changed(operation: str, name: str, value: Any) -> dict[str, Any]:
+    """Return them with another value for one name, such as ``pools.state``."""
+    step = arguments(operation)
+    record, _, attribute = name.partition(".")
+    return step | {record: replace(step[record], **{attribute: value}) if attribute else value}
+
+
+WRONG = {
+    "head-size": ("pools.state", torch.zeros(8, 2, 96, 96), r"96 value and 96 key channels; .* support \(64, 128\)"),
+    "unequal-heads": ("pools.state", torch.zeros(8, 2, 128, 64), "128 value and 64 key"),
+    "ring": ("pools.conv", torch.zeros(8, 3, 384), "ring of 3 columns; a convolution of width 4 needs at least 4"),
+    "conv-width": ("weights.conv_weight", torch.zeros(9, 384), "9 taps; the kernels support 2 to 8"),
+    "conv-slots": ("pools.conv", torch.zeros(7, 8, 384), r"pools.conv has shape \[7, 8, 384\]"),
+    "conv-layout": ("weights.conv_weight", torch.zeros(384, 4).T, "conv_weight has strides"),
+    "qkv-columns": ("x.qkv", torch.zeros(5, 385), r"qkv has shape \[5, 385\]; it must be \[5, 384\]"),
+    "qkv-layout": ("x.qkv", torch.zeros(384, 5).T, "last dimension must be contiguous"),
+    "qkv-dtype": ("x.qkv", torch.zeros(5, 384, dtype=torch.float64), "qkv is torch.float64"),
+    "gate-dtype": ("x.gate", torch.zeros(5, 128, dtype=torch.bfloat16), "gate is torch.bfloat16; it must be torch.f"),
+    "weights-dtype": ("weights.A_log", torch.zeros(2, dtype=torch.bfloat16), "A_log is torch.bfloat16"),
+    "state-dtype": ("pools.state", torch.zeros(8, 2, 64, 64, dtype=torch.bfloat16), "on cpu: set state_dtype"),
+    "conv-dtype": ("pools.conv", torch.zeros(8, 8, 384, dtype=torch.float16), "on cpu: set state_dtype"),
+    "state-layout": ("pools.state", torch.zeros(8, 2, 64, 128)[..., :64], "matrices must be contiguous"),
+    "state-dims": ("pools.state", torch.zeros(8, 2, 64), r"must be \[S, H, V, K\]"),
+    "flags-dtype": ("pools.nonfinite", torch.zeros(8, dtype=torch.bool), "nonfinite is torch.bool"),
+    "flags-slots": ("pools.nonfinite", torch.zeros(7, dtype=torch.int32), r"nonfinite has shape \[7\]; .* be \[8\]"),
+    "out-rows": ("out", torch.zeros(4, 128), r"out has shape \[4, 128\]"),
+}
+WRONG_ROWS = {
+    "decode": {
+        "slots-dtype": ("rows.read_slot", torch.zeros(5, dtype=torch.int64), "read_slot is torch.int64"),
+        "position-dtype": ("rows.position", torch.zeros(5, dtype=torch.int32), "position is torch.int32"),
+        "slots-rows": ("rows.write_slot", torch.zeros(4, dtype=torch.int32), r"write_slot has shape \[4\]"),
+    },
+    "prefill": {
+        "bounds": ("rows.cu_seqlens", torch.zeros(1, dtype=torch.int32), r"shape \[1\]; it must be \[2\]"),
+        "table-dims": ("rows.slot_table", torch.zeros(1, dtype=torch.int32), r"slot_table has shape \[1\]"),
+        "table-dtype": ("rows.slot_table", torch.zeros(1, 1), "slot_table is torch.float32"),
+        "block-size": ("rows.block_size", 0, "block_size is 0"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong"), [(name, wrong) for name, rows in WRONG_ROWS.items() for wrong in (*WRONG, *rows)]
+)
+def test_wrong_arguments_are_named(operation: str, wrong: str) -> None:
+    name, value, message = (WRONG | WRONG_ROWS[operation])[wrong]
+    with pytest.raises(ValueError, match=message):
+        getattr(contract, f"check_{operation}")(**changed(operation, name, value))
+
+
+@pytest.mark.parametrize("operation", WRONG_ROWS)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("pools.state", torch.zeros(8, 2, 64, 64, dtype=torch.float64), "set state_dtype"),
+        ("pools.conv", torch.zeros(8, 8, 384, dtype=torch.float64), "set state_dtype"),
+        ("pools.nonfinite", torch.zeros(8, dtype=torch.int64), "int32"),
+        ("x.gate", torch.zeros(5, 128, dtype=torch.bfloat16), "gate is torch.bfloat16"),
+        ("out", torch.zeros(5, 128, dtype=torch.float64), "out is torch.float64"),
+    ],
+    ids=["state", "conv", "nonfinite", "gate", "out"],
+)
+def test_the_cpu_kernels_themselves_refuse_what_would_corrupt_memory(
+    operation: str, name: str, value: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(load_backend("cpu"), f"kda_{operation}")(**changed(operation, name, value))
+
+
+def test_cuda_takes_states_of_two_bytes() -> None:
+    assert contract.STATE_DTYPES["cuda"] == (torch.float32, torch.bfloat16, torch.float16)
+    assert contract.STATE_DTYPES["cpu"] == (torch.float32,)
+
+
+def test_both_null_slots_are_one() -> None:
+    assert slots.NULL_SLOT == contract.NULL_SLOT == 0

@@ -1,0 +1,121 @@
+"""The operator of a KDA layer: what torch.compile and CUDA graphs see, and what a layer checks before it serves."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from vllm.forward_context import get_forward_context, override_forward_context
+
+from kimi_vllm.cache.metadata import KDAMetadata, rehearsal
+from kimi_vllm.kernels.contract import DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.dispatch import load_backend
+from kimi_vllm.layers import kda
+
+H, D, T, SLOTS = 2, 64, 5, 8
+NAME = "model.layers.0.self_attn"
+
+
+def small_layer() -> kda.KimiDeltaAttention:
+    """A layer with what its operator needs, without the projections around it."""
+    torch.manual_seed(0)
+    layer = kda.KimiDeltaAttention.__new__(kda.KimiDeltaAttention)
+    nn.Module.__init__(layer)
+    conv_weight, dt_bias = torch.randn(4, 3 * H * D), torch.randn(H * D)
+    layer.weights = Weights(conv_weight, torch.zeros(H), dt_bias, torch.ones(D), 1e-5)
+    flags = torch.zeros(SLOTS, dtype=torch.int32)
+    layer.pools = Pools(torch.zeros(SLOTS, 8, 3 * H * D), torch.zeros(SLOTS, H, D, D), flags)
+    layer.backend = load_backend("cpu")
+    layer.metadata_name, layer.block_size, layer.max_num_seqs = "rows", 64, 4
+    return layer
+
+
+def activations() -> list[torch.Tensor]:
+    """qkv, gate, beta, out_gate and out."""
+    torch.manual_seed(1)
+    return [*(torch.randn(T, width) for width in (3 * H * D, H * D, H, H * D)), torch.zeros(T, H * D)]
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+STEPS = {
+    "decode": KDAMetadata(T, T, DecodeRows(int32(0, 0, 0, 0, 0), int32(1, 2, 3, 4, 5), torch.zeros(T).long()), None),
+    "prefill": KDAMetadata(0, T, None, PrefillRows(int32(0, T), int32(0), int32(1)[:, None], 64)),
+    "both": KDAMetadata(
+        2,
+        4,
+        DecodeRows(int32(0, 0), int32(1, 2), torch.zeros(2).long()),
+        PrefillRows(int32(0, 2), int32(0), int32(3)[:, None], 64),
+    ),
+    "profiling": None,
+}
+
+
+@pytest.fixture(params=STEPS)
+def layer(request: pytest.FixtureRequest):
+    """A layer in the forward pass of such a step."""
+    layer, step = small_layer(), STEPS[request.param]
+    metadata = None if step is None else {"rows": step}
+    with override_forward_context(SimpleNamespace(no_compile_layers={NAME: layer}, attn_metadata=metadata)):
+        yield layer
+
+
+def test_opcheck(layer) -> None:
+    torch.library.opcheck(torch.ops.vllm.kimi_delta_attention.default, (*activations(), NAME))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile_sees_one_graph(layer, backend: str) -> None:
+    def mixer(*arguments: torch.Tensor) -> torch.Tensor:
+        torch.ops.vllm.kimi_delta_attention(*arguments, NAME)
+        return arguments[-1] * 2
+
+    arguments = activations()
+    arguments[0][0] = float("nan")
+    expected = mixer(*(each.clone() for each in arguments))
+    pools, flags = [pool.clone() for pool in (layer.pools.conv, layer.pools.state)], layer.pools.nonfinite.clone()
+    layer.pools.nonfinite.zero_()
+    with torch._dynamo.config.patch(disable=False):
+        result = torch.compile(mixer, backend=backend, fullgraph=True)(*arguments)
+    for ours, gold in zip((result, layer.pools.conv, layer.pools.state), (expected, *pools), strict=True):
+        torch.testing.assert_close(ours, gold, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(layer.pools.nonfinite, flags)
+    assert flags.nonzero().flatten().tolist() == ([] if get_forward_context().attn_metadata is None else [1])
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_tracing_needs_neither_a_step_nor_a_device(device: str) -> None:
+    with FakeTensorMode():
+        fake = [torch.empty(tensor.shape, device=device) for tensor in activations()]
+        assert torch.ops.vllm.kimi_delta_attention(*fake, NAME) is None
+
+
+def test_the_tail_of_a_padded_step_becomes_zeros() -> None:
+    layer, (*x, out) = small_layer(), activations()
+    out.fill_(float("nan"))
+    layer.advance(kda.Activations(*x), out, STEPS["both"])
+    assert out[:4].isfinite().all()
+    assert not out[4:].any()
+
+
+@pytest.mark.parametrize("tokens", [2, T], ids=["decodes", "prefills"])
+def test_the_profiling_run_refuses_what_the_kernels_do_not_take(tokens: int) -> None:
+    layer, (*x, out) = small_layer(), [each[:tokens] for each in activations()]
+    out.fill_(1)
+    layer.rehearse(kda.Activations(*x), out)
+    assert not out.any()
+    with pytest.raises(ValueError, match=r"out is torch\.float64; it must be torch\.float32"):
+        layer.rehearse(kda.Activations(*x), out.double())
+    layer.pools = Pools(layer.pools.conv, layer.pools.state.half())
+    with pytest.raises(ValueError, match="set state_dtype"):
+        layer.rehearse(kda.Activations(*x), out)
+
+
+def test_a_rehearsal_touches_no_slot() -> None:
+    layer, (*x, out) = small_layer(), activations()
+    layer.advance(kda.Activations(*x), out, rehearsal(T, 2, 64, out.device))
+    assert not layer.pools.state.any()
+    assert not layer.pools.conv.any()
