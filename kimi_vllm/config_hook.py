@@ -35,7 +35,7 @@ NATURAL_BLOCK_SIZE = 64
 """Tokens per MLA page, and so the grid on which prefixes can be resumed."""
 
 _SCHEDULER = "kimi_vllm.cache.scheduler.KimiScheduler"
-_WORKER = "kimi_vllm.worker.KimiWorker"
+_WORKER = "kimi_vllm.cache.worker.KimiWorker"
 _GEOMETRY_ATTRIBUTE = "kimi_geometry"
 _KV_BYTES_ATTRIBUTE = "kimi_kv_bytes"
 

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import torch
 
+from kimi_vllm.cache.layout import SlotLayout
 from kimi_vllm.cache.slots import MIN_SLOTS
-from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.precision import conv_dtype, router_dtype

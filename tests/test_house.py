@@ -69,7 +69,7 @@ def modules_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["kimi_vllm", "kimi_vllm._vllm", "kimi_vllm.doctor"])
+@pytest.mark.parametrize("module", ["kimi_vllm", "kimi_vllm._vllm", "kimi_vllm.cli.doctor"])
 def test_import_brings_neither_torch_nor_vllm(module: str) -> None:
     assert not modules_after(f"import {module}") & {"torch", "vllm", "numba", "triton", "transformers"}
 

@@ -15,10 +15,10 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from kimi_vllm.cache.layout import SlotLayout
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.metadata import KDAStateBackend
 from kimi_vllm.cache.pool import StatePool
-from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.precision import conv_dtype

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kimi_vllm.cache.spec import SlotLayout
+from kimi_vllm.cache.layout import SlotLayout
 
 
 class StatePool:

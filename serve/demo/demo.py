@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from server import Server, ServerError
 
-from kimi_vllm.doctor import check_entry_point, check_environment, check_vllm_command
+from kimi_vllm.cli.doctor import check_entry_point, check_environment, check_vllm_command
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "configs" / "models" / "recall"

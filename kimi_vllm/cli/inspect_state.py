@@ -35,7 +35,7 @@ def inspect_state(
         raise typer.BadParameter("give one of --prompt and --tokens.")
     # Read when it is imported; it warns that its CPU kernels are not the fastest.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from kimi_vllm import inspection, inspection_report
+    from kimi_vllm.cli import inspection, inspection_report
 
     try:
         if plot is not None:

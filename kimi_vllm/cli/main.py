@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kimi_vllm.doctor import Finding, diagnose
-from kimi_vllm.inspection_command import inspect_state
-from kimi_vllm.plan_command import plan
+from kimi_vllm.cli.doctor import Finding, diagnose
+from kimi_vllm.cli.inspect_state import inspect_state
+from kimi_vllm.cli.plan import plan
 
 app = typer.Typer(
     add_completion=False,

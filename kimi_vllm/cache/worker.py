@@ -21,8 +21,8 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from kimi_vllm.cache.exchange import MOVES, NONFINITE
 from kimi_vllm.cache.guard import StateGuard
 from kimi_vllm.cache.pool import StatePool
+from kimi_vllm.cache.warm_up import logprob_columns, step_sizes
 from kimi_vllm.config_hook import planned_kv_bytes
-from kimi_vllm.warm_up import logprob_columns, step_sizes
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker

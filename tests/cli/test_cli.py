@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kimi_vllm import _vllm, cpu_quantization, doctor
-from kimi_vllm.cli import app
-from kimi_vllm.doctor import Finding
+from kimi_vllm import _vllm, cpu_quantization
+from kimi_vllm.cli import app, doctor
+from kimi_vllm.cli.doctor import Finding
 
-CONFIG_48B = Path(__file__).parents[1] / "configs" / "models" / "48b-a3b"
+CONFIG_48B = Path(__file__).parents[2] / "configs" / "models" / "48b-a3b"
 HEAVY = ("torch", "vllm", "numba", "transformers")
 
 

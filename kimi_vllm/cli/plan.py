@@ -81,7 +81,7 @@ def plan(
     """
     import torch
 
-    from kimi_vllm.plan_report import Plan, draw, read_model, show
+    from kimi_vllm.cli.plan_report import Plan, draw, read_model, show
     from kimi_vllm.planning import Demand, PlanError
 
     try:

@@ -12,7 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from kimi_vllm.inspection import QUANTILES, Head, Inspection, InspectionError
+from kimi_vllm.cli.inspection import QUANTILES, Head, Inspection, InspectionError
 
 LEGEND = (
     "|S|: norm of the state after the prompt, max: its largest element. alpha: decay of a step, 1st, 50th and 99th "

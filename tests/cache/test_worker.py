@@ -7,10 +7,10 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
-from kimi_vllm import worker
+from kimi_vllm.cache import worker
 from kimi_vllm.cache.exchange import NONFINITE
-from kimi_vllm.warm_up import step_sizes
-from kimi_vllm.worker import _with_sick_slots
+from kimi_vllm.cache.warm_up import step_sizes
+from kimi_vllm.cache.worker import _with_sick_slots
 
 DECLARED = sorted(name for name in vars(AsyncModelRunnerOutput) if not name.startswith("_"))
 
