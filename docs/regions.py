@@ -5,11 +5,8 @@ Each function makes one part as Markdown. Numbers that change have no other home
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
-from inspect import cleandoc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,13 +196,6 @@ def soak() -> str:
     )
 
 
-def option_meanings() -> dict[str, str]:
-    """What each option of `--additional-config` means, from the docstring of `KimiOptions`."""
-    attributes = cleandoc(KimiOptions.__doc__ or "").split("Attributes:\n")[1]
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.M)
-    return {name: re.sub(r"\s+", " ", text).replace("``", "`") for name, text in entries}
-
-
 @_region
 def compatibility() -> str:
     """What tests have run where: a row a feature, a column a vLLM and device."""
@@ -224,12 +214,11 @@ def compatibility() -> str:
 @_region
 def options() -> str:
     """The options of the plugin."""
-    meanings = option_meanings()
     cells = []
-    for field in fields(KimiOptions):
+    for name, field in KimiOptions.model_fields.items():
         default = "by memory" if field.default is None else str(field.default)
         shown = f'`"{default}"`' if isinstance(field.default, str) else default
-        cells.append([f"`{field.name}`", shown, meanings[field.name]])
+        cells.append([f"`{name}`", shown, str(field.description)])
     return _table(["option", "default", "meaning"], cells)
 
 

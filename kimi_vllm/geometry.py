@@ -7,12 +7,18 @@ Kimi-K3 shares the ``model_type`` and adds fields; a config that uses one is ref
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 SUPPORTED_HEAD_DIMS = (64, 128)
 MAX_CONV_WIDTH = 8
 LARGEST = 2**20
 """No number of a config.json is above it: what is, is damage, and a list of so many layers would fill memory."""
+
+GEOMETRY_ATTRIBUTE = "kimi_geometry"
+"""Attribute of the Hugging Face config in which the geometry travels to vLLM's worker processes."""
 
 _UNSERVED = {
     "mla_use_output_gate": (None, False),
@@ -104,7 +110,7 @@ class KimiGeometry:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, so that it travels inside a Hugging Face config to vLLM's worker processes."""
+        """Plain values, which a Hugging Face config can carry."""
         return asdict(self)
 
     @classmethod
@@ -149,6 +155,20 @@ class KimiGeometry:
             v_head_dim=_integer(config, "v_head_dim"),
             moe=_moe(config) if any(sparse) else None,
         )
+
+
+def geometry_of(model_config: "ModelConfig") -> KimiGeometry:
+    """The geometry that our config hook attached to vLLM's configuration of the model.
+
+    Raises:
+        GeometryError: The hook did not run: the plugin is only half registered.
+    """
+    values = getattr(model_config.hf_config, GEOMETRY_ATTRIBUTE, None)
+    if values is None:
+        raise GeometryError(
+            "kimi-vllm's config hook did not run. Is the plugin listed in VLLM_PLUGINS? Run `kimi-vllm doctor`."
+        )
+    return KimiGeometry.from_dict(values)
 
 
 def _refuse_unserved(config: Mapping[str, Any]) -> None:

@@ -4,7 +4,8 @@ Layers alternate Kimi Delta Attention (state in our slots) and MLA (latents in v
 is which, `weights.py` maps checkpoint names to parameters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
@@ -27,14 +28,14 @@ from vllm.sequence import IntermediateTensors
 
 from kimi_vllm import patches
 from kimi_vllm.cache.group import StateHome
-from kimi_vllm.config_hook import checkpoint_format, geometry_of
-from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.geometry import KimiGeometry, geometry_of
 from kimi_vllm.graph_breaks import check_graph_breaks
 from kimi_vllm.layers import skinny
 from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
 from kimi_vllm.layers.kda import KimiDeltaAttention, kimi_delta_attention
 from kimi_vllm.layers.mla import KimiMLA
 from kimi_vllm.layers.mla_latent import LatentAttention
+from kimi_vllm.quantization import QuantizationError, WeightFormat, as_written
 from kimi_vllm.weights import check_whole, load_weights, packed_modules_mapping
 
 
@@ -136,10 +137,11 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
             check_graph_breaks(vllm_config, kimi_delta_attention, unified_mla_attention_with_output)
         self.config = vllm_config.model_config.hf_config  # vLLM's adapters for embeddings and classes read it
         self.geometry = geometry_of(vllm_config.model_config)
+        self.dtype = vllm_config.model_config.dtype
         self.loaded = False
         self.updated: set[str] = set()
-        self.renamed = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
-        self.quantization = checkpoint_format(vllm_config.model_config)
+        self.renamed = as_written(vars(self.config)) is not None
+        self.quantization = _known_format(vars(self.config))
         self.skinny = skinny.serves(vllm_config)
         self.model = KimiLinearModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
@@ -173,6 +175,13 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         """``[N, hidden]`` to ``[N, vocab]``."""
         logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
         return logits
+
+    def warm_up_kernels(self, max_num_tokens: int) -> None:
+        """Compile the KDA and skinny kernels for steps of up to `max_num_tokens`, before the first request."""
+        if self.skinny:
+            skinny.warm_up(self, self.dtype)
+        if (layer := next((m for m in self.modules() if isinstance(m, KimiDeltaAttention)), None)) is not None:
+            layer.warm_up(max_num_tokens, self.dtype)  # the layers are alike
 
     def process_weights_after_loading(self) -> None:
         """Called by vLLM when all parameters are in place for the first time, dummy ones too."""
@@ -208,6 +217,13 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         for module in self.modules():
             if isinstance(module, LatentAttention):
                 module.forget_projections()
+
+
+def _known_format(config: Mapping[str, Any]) -> WeightFormat | None:
+    try:
+        return WeightFormat.of_config(config)
+    except QuantizationError:
+        return None  # vLLM may still load it; then only its loaders check shapes
 
 
 def _state_home(geometry: KimiGeometry, vllm_config: VllmConfig, prefix: str) -> StateHome | None:

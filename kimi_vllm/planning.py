@@ -190,7 +190,7 @@ class Sizing:
         costs, block_size = self.costs, self.demand.block_size
         longest = ", ".join(f"{self.longest(count):,} for {count:,} at once" for count in _steps(self.live))
         lines = [
-            "kimi-vllm divides the memory of each worker so:",
+            "kimi-vllm memory per worker:",
             f"  weights           about {_bytes(costs.weights)}",
             f"  state slots       {_bytes(costs.slot)} each, {_bytes(self.state_bytes)} in all and one null slot",
             f"    live            {self.live:,}: requests that run at once (--max-num-seqs)",

@@ -166,6 +166,16 @@ class WeightFormat:
         return cls(method, (_Rule(stored),), tuple(ignored), "glob")
 
     @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Self | None:
+        """The format that a config.json declares; None if it declares none.
+
+        Raises:
+            QuantizationError: See `of_checkpoint`.
+        """
+        written = as_written(config)
+        return None if written is None else cls.of_checkpoint(written)
+
+    @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> Self:
         """A checkpoint's ``quantization_config``.
 
@@ -194,6 +204,11 @@ class WeightFormat:
             if not rule.targets or any(_matches(target, name, rule.match) for target in rule.targets):
                 return rule.stored.get(scope)
         return None
+
+
+def as_written(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a config.json, under either of its names."""
+    return config.get("quantization_config") or config.get("compression_config")
 
 
 def _matches(pattern: str, name: str, match: Match) -> bool:

@@ -61,9 +61,7 @@ def _additional(name: str) -> Callable[[VllmConfig], bool]:
 
 
 def _without_slots(asked: Callable[[VllmConfig], object]) -> Callable[[VllmConfig], object]:
-    return lambda config: (
-        asked(config) and KimiOptions.from_additional_config(config.additional_config).state_slots is None
-    )
+    return lambda config: asked(config) and KimiOptions.of(config).state_slots is None
 
 
 _MAMBA_UNSET = (None, "none", "auto")

@@ -92,6 +92,28 @@ def test_kernels_know_nobody(path: Path) -> None:
     assert strangers == []
 
 
+ABOVE = {
+    "cache": ("layers", "model", "sizing", "planning", "config_hook", "refusals", "metrics", "cli", "bench"),
+    "layers": ("model", "sizing", "planning", "config_hook", "refusals", "metrics", "cli", "bench"),
+    "model.py": ("sizing", "planning", "config_hook", "refusals", "metrics", "cli", "bench"),
+}
+"""Rooms of kimi_vllm to those that they must not import: arrows between rooms point down."""
+
+
+@pytest.mark.parametrize("room", ABOVE)
+def test_imports_between_rooms_point_down(room: str) -> None:
+    inside = ROOT / "kimi_vllm" / room
+    files = [inside] if inside.is_file() else sorted(inside.rglob("*.py"))
+    assert files
+    upwards = [
+        f"{relative(path)}: {name}"
+        for path in files
+        for name in imports(path)
+        if name.startswith("kimi_vllm.") and name.split(".")[1] in ABOVE[room]
+    ]
+    assert upwards == []
+
+
 @pytest.mark.parametrize("path", python_files(*SOURCE_FOLDERS), ids=relative)
 def test_no_bare_import_of_kernels(path: Path) -> None:
     assert not [name for name in imports(path) if name.split(".")[0] == "kernels"]

@@ -37,7 +37,7 @@ from kimi_vllm.bench.traces import BLOCK, Tokens, Turn, prompt_of
 from kimi_vllm.cache.layout import SlotLayout
 from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 from kimi_vllm.cache.scheduler import KimiScheduler
-from kimi_vllm.config_hook import geometry_of
+from kimi_vllm.geometry import geometry_of
 
 CHECKPOINT = Path(__file__).parents[2] / "configs" / "models" / "recall"
 ALIGN_BLOCK = 1920

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from kimi_vllm.cache.exchange import PlannedMemory
 from kimi_vllm.cache.layout import SlotLayout
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.metadata import KDAStateBackend
@@ -75,7 +76,7 @@ class StateHome:
     ) -> None:
         device = vllm_config.device_config.device
         self.prefix = prefix
-        self.options = KimiOptions.from_additional_config(vllm_config.additional_config)
+        self.options = KimiOptions.of(vllm_config)
         layout = SlotLayout.of(
             geometry,
             num_layers,
@@ -83,9 +84,9 @@ class StateHome:
             state_dtype=getattr(torch, self.options.state_dtype),
             conv_dtype=conv_dtype(device.type, vllm_config.model_config.dtype),
         )
-        # The config hook chose it, so that scheduler and workers have the same number.
-        assert self.options.state_slots is not None
-        self.num_slots = 1 + self.options.state_slots
+        planned = PlannedMemory.of(vllm_config.model_config)
+        assert planned is not None  # the config hook ran, or there would be no geometry
+        self.num_slots = 1 + planned.state_slots
         # Equal on all stages, whatever their own slots weigh: vLLM takes unequal specs for groups of their own.
         self.largest_slot = replace(layout, num_layers=max(kda_layers_by_stage(geometry, vllm_config))).slot_bytes
         num_host_slots = int(self.options.host_memory_gib * 2**30 // self.largest_slot)

@@ -53,7 +53,7 @@ class _StateScheduling:
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._states: KDAStateManager = next(m for m in managers if isinstance(m, KDAStateManager))
         self._page_managers = [m for m in managers if m is not self._states]
-        self._on_nonfinite = KimiOptions.from_additional_config(self.vllm_config.additional_config).on_nonfinite
+        self._on_nonfinite = KimiOptions.of(self.vllm_config).on_nonfinite
         self._steps: deque[tuple[SchedulerOutput, Step]] = deque()
         self._overrun: WeakSet[Request] = WeakSet()
         self._resumed: set[str] = set()

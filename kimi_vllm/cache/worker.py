@@ -18,11 +18,10 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from kimi_vllm.cache.exchange import MOVES, NONFINITE
+from kimi_vllm.cache.exchange import MOVES, NONFINITE, PlannedMemory
 from kimi_vllm.cache.guard import StateGuard
 from kimi_vllm.cache.pool import StatePool
 from kimi_vllm.cache.warm_up import logprob_columns, step_sizes
-from kimi_vllm.config_hook import planned_kv_bytes
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -51,8 +50,8 @@ class KimiWorker(PlatformWorker):
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: on a GPU those planned before loading, unless fewer turn out to be free."""
         measured = int(super().determine_available_memory())
-        planned = planned_kv_bytes(self.model_config)
-        if planned is None:
+        plan = PlannedMemory.of(self.model_config)
+        if plan is None or (planned := plan.kv_bytes) is None:
             return measured
         if measured < planned:
             logger.warning(
@@ -111,18 +110,10 @@ class KimiWorker(PlatformWorker):
             model.finish_update()
 
     def _warm_up_kernels(self) -> None:
-        from kimi_vllm.layers import skinny
-        from kimi_vllm.layers.kda import KimiDeltaAttention
-
         model = self.get_model()
-        if getattr(model, "skinny", False):
+        if hasattr(model, "warm_up_kernels"):
             with torch.inference_mode():
-                skinny.warm_up(model, self.model_config.dtype)
-        for module in model.modules():
-            if isinstance(module, KimiDeltaAttention):
-                with torch.inference_mode():
-                    module.warm_up(self.scheduler_config.max_num_batched_tokens, self.model_config.dtype)
-                return  # the layers are alike
+                model.warm_up_kernels(self.scheduler_config.max_num_batched_tokens)
 
     def _warm_up_steps(self) -> None:
         started = time.perf_counter()

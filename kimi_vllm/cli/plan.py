@@ -85,7 +85,9 @@ def plan(
     from kimi_vllm.planning import Demand, PlanError
 
     try:
-        options = KimiOptions(state_slots, parse_tokens(typical_tokens), checkpoint_share=checkpoint_share)
+        options = KimiOptions.checked(
+            state_slots=state_slots, typical_tokens=parse_tokens(typical_tokens), checkpoint_share=checkpoint_share
+        )
         geometry, written, longest, stored = read_model(model)
         if quantization is not None and stored is None:
             stored = WeightFormat.online(quantization)

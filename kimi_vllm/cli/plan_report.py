@@ -172,9 +172,7 @@ def read_model(path: Path) -> tuple[KimiGeometry, torch.dtype, int | None, Weigh
         raise GeometryError(f"--model {path}: expected a config.json or a folder with one ({error}).") from error
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
     longest = config.get("model_max_length") or config.get("max_position_embeddings")
-    written = config.get("quantization_config") or config.get("compression_config")
-    stored = None if written is None else WeightFormat.of_checkpoint(written)
-    return KimiGeometry.from_config(config), dtype, longest, stored
+    return KimiGeometry.from_config(config), dtype, longest, WeightFormat.of_config(config)
 
 
 def show(plan: Plan) -> None:
@@ -191,7 +189,9 @@ def show(plan: Plan) -> None:
     )
     console.print(plan.sizing.table(), markup=False)
     if plan.sizing.live < demand.max_num_seqs:
-        console.print(f"  --max-num-seqs {demand.max_num_seqs} does not fit and is lowered to {plan.sizing.live}.")
+        console.print(
+            f"  --max-num-seqs {demand.max_num_seqs} does not fit; the engine lowers it to {plan.sizing.live}."
+        )
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("\ncontext", no_wrap=True)
     sizes, counts = ("ours\nGiB", "all-MLA\nGiB", "\nsaved", "in-tree\nGiB"), ("so", "at best", "all-MLA", "in-tree")

@@ -11,7 +11,7 @@ from kimi_vllm.bench.replay import Memory, attention_spec, build, configuration,
 from kimi_vllm.cache.group import StateHome
 from kimi_vllm.cache.manager import KDAStateManager
 from kimi_vllm.cache.scheduler import KimiScheduler
-from kimi_vllm.config_hook import geometry_of
+from kimi_vllm.geometry import geometry_of
 
 OF_48B = tuple(layer not in (3, 7, 11, 15, 19, 23, 26) for layer in range(27))
 

@@ -72,7 +72,7 @@ def test_the_kv_cache_is_what_was_planned_unless_less_is_free(measured, planned,
     monkeypatch.setattr(worker.PlatformWorker, "determine_available_memory", lambda self: measured)
     said = []
     monkeypatch.setattr(worker.logger, "warning", lambda text, *values: said.append(text % values))
-    config = SimpleNamespace(hf_config=SimpleNamespace(**({} if planned is None else {"kimi_kv_bytes": planned})))
+    config = SimpleNamespace(hf_config=SimpleNamespace(**({} if planned is None else {"kimi_memory": (8, planned)})))
     assert worker_with(model_config=config).determine_available_memory() == got
     assert bool(said) == (planned is not None and measured < planned)
 

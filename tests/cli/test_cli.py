@@ -246,7 +246,7 @@ def test_plan_table_says_what_the_json_says() -> None:
     _, text = run_plan("--max-num-seqs", "400")
     assert f"state slots       43,909,120 B (41.88 MiB) each, {sizing['state_bytes']:,} B" in text
     assert f"{sizing['kv_tokens']:,} tokens in blocks of 64" in text
-    assert f"--max-num-seqs 400 does not fit and is lowered to {sizing['live']}." in text
+    assert f"--max-num-seqs 400 does not fit; the engine lowers it to {sizing['live']}." in text
     assert "lowered" not in run_plan("--max-num-seqs", "2")[1]
 
 
@@ -283,7 +283,7 @@ def test_plan_draws_a_picture(tmp_path: Path) -> None:
         ((), "141XB", "'141XB': expected 141GB"),
         (("--contexts", "4k,long"), "141GB", "'long': expected 4k, 1M or a number of tokens"),
         (("--tp", "3"), "141GB", "--tensor-parallel-size 3: the model's 32 KDA heads do not divide by it"),
-        (("--checkpoint-share", "1.5"), "141GB", "kimi.checkpoint_share=1.5: expected a number from 0 to below 1"),
+        (("--checkpoint-share", "1.5"), "141GB", "kimi.checkpoint_share=1.5: must be less than 1"),
         (
             ("--kv-cache-dtype", "fp8", "--device", "cpu"),
             "80GB",

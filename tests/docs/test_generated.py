@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import engine_regions
 import generate
 import pictures
 import regions
-
-from kimi_vllm.options import KimiOptions
 
 README_LINES = 250
 
@@ -50,10 +47,6 @@ def test_every_part_is_in_a_document() -> None:
 
 def test_the_readme_can_be_read_in_one_sitting() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
-
-
-def test_every_option_has_a_meaning() -> None:
-    assert list(regions.option_meanings()) == [field.name for field in fields(KimiOptions)]
 
 
 def test_other_rows_make_a_stale_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -94,7 +93,7 @@ def test_options_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", WITH_COMMANDS, ids=ids)
 def test_options_of_the_plugin_exist(document: Path) -> None:
-    known = {field.name for field in fields(KimiOptions)}
+    known = set(KimiOptions.model_fields)
     keys = (re.search(r'"kimi": \{(.*?)\}', piece.text) for piece in documents.code(document))
     named = {key for match in keys if match for key in re.findall(r'"(\w+)":', match[1])}
     named |= {name for piece in spans(document) for name in re.findall(r"\bkimi\.([a-z_]+)", piece.text)}
@@ -104,7 +103,7 @@ def test_options_of_the_plugin_exist(document: Path) -> None:
 def test_every_option_and_variable_of_the_plugin_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     variables = set(re.findall(r"\bKIMI_VLLM_\w+", "\n".join(_texts("kimi_vllm"))))
-    assert [name for name in (*variables, *(field.name for field in fields(KimiOptions))) if name not in text] == []
+    assert [name for name in (*variables, *KimiOptions.model_fields) if name not in text] == []
 
 
 @pytest.mark.parametrize("document", WITH_COMMANDS, ids=ids)

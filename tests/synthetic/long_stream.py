@@ -10,7 +10,7 @@ from rich.table import Table
 from support.engine import Engine, engine
 from vllm import SamplingParams, TokensPrompt
 
-from kimi_vllm.config_hook import geometry_of
+from kimi_vllm.geometry import geometry_of
 from synthetic.tasks import BOS, FILLERS, FIRST_FILLER, NEEDLE_KEYS, NEEDLE_VALUES, TASKS
 
 DEPTHS = (0.01, 0.5, 0.99)

@@ -11,7 +11,7 @@ from serving.plan import Plan
 from serving.profile_steps import profile_kernels, summarise
 from serving.step_clock import StepClock, percentile, summary_ms
 
-from kimi_vllm.config_hook import weight_format
+from kimi_vllm.sizing import weight_format
 
 Point = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
 """What is measured, at which case, and how."""
