@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kimi_vllm.cache.eviction import Eviction
+
 
 class OptionsError(ValueError):
     """An option that does not exist or has an unusable value. The message names the option and what it accepts."""
@@ -47,7 +49,7 @@ class KimiOptions(BaseModel):
         "one slot per running sequence. Idle slots hold checkpoints too, so this is what is left for them at full "
         "load; a larger share costs KV cache, without which a checkpoint cannot be resumed.",
     )
-    eviction: Literal["value", "lru"] = Field(
+    eviction: Eviction = Field(
         default="value",
         description="Which checkpoint is evicted first: `value`, the one that saves the least computation, or `lru`, "
         "the least recently used.",

@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from kimi_vllm.cache.checkpoints import boundaries_to_keep
+from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.slot_pool import SlotPool
 from kimi_vllm.cache.slots import NULL_SLOT
 
@@ -54,7 +55,7 @@ class KDAStateSpec(AttentionSpec):
     slot_bytes: int = 0
     num_host_slots: int = 0
     checkpoint_interval: int = 0
-    eviction: str = "value"
+    eviction: Eviction = "value"
 
     @classmethod
     def beside(cls, attention: AttentionSpec, **values: Any) -> Self:

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.request import Request
 
-from kimi_vllm.cache.eviction import POLICIES
+from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.host_tier import HostTier
 from kimi_vllm.cache.prefixes import Lineage
 from kimi_vllm.cache.slots import NULL_SLOT, SlotAllocator
@@ -24,7 +24,7 @@ class SlotPool:
         hash_block_size: tokens per block hash.
         block_size: tokens per block of a lineage.
         num_host_slots: states that host memory has room for.
-        eviction: name of a policy in `eviction.POLICIES`.
+        eviction: See `EvictionQueue`.
 
     Attributes:
         moves: copies ``(source, target)`` for the workers to make, in order, before their next step. Ids from
@@ -33,10 +33,15 @@ class SlotPool:
     """
 
     def __init__(
-        self, num_slots: int, hash_block_size: int, block_size: int, num_host_slots: int = 0, eviction: str = "value"
+        self,
+        num_slots: int,
+        hash_block_size: int,
+        block_size: int,
+        num_host_slots: int = 0,
+        eviction: Eviction = "value",
     ) -> None:
-        self.slots = SlotAllocator(num_slots, POLICIES[eviction]())
-        self.host = HostTier(num_host_slots, POLICIES[eviction]())
+        self.slots = SlotAllocator(num_slots, eviction)
+        self.host = HostTier(num_host_slots, eviction)
         self.hash_block_size, self.block_size = hash_block_size, block_size
         handles = [KVCacheBlock(slot, pool=self) for slot in range(num_slots + num_host_slots)]  # type: ignore[arg-type]
         self.blocks, self.host_blocks = handles[:num_slots], handles[num_slots:]
