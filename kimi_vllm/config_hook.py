@@ -71,8 +71,8 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         """
         options = KimiOptions.of(vllm_config)
         _refuse_device()
-        refuse_unserved(vllm_config)
         _settle_block_size(vllm_config.cache_config)
+        refuse_unserved(vllm_config)
         _split_compiled_graphs(vllm_config.compilation_config)
         if current_platform.is_cpu():
             written = as_written(vars(vllm_config.model_config.hf_config))

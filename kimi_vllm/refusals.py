@@ -107,6 +107,12 @@ REFUSALS = (
         "Drop it; kimi.checkpoint_interval in --additional-config keeps states at an interval.",
     ),
     Refusal(
+        "--prefix-match-unit",
+        lambda config: config.cache_config.prefix_match_unit not in (None, config.cache_config.block_size),
+        "KDA states are kept at block boundaries, so a hit cannot end inside a block.",
+        "Drop it, or set it to the block size.",
+    ),
+    Refusal(
         "--mamba-backend (and --mamba-*, --enable-mamba-cache-stochastic-rounding)",
         lambda config: config.mamba_config != MambaConfig(),
         _KERNELS,
