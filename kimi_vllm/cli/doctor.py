@@ -238,11 +238,11 @@ def check_compiler() -> Finding:
     return Finding("C++ compiler", "OK", path)
 
 
-def check_patches() -> Finding:
-    """What the plugin changes in other people's modules; see `kimi_vllm.patches`."""
-    from kimi_vllm.patches import PATCHES
+def check_intrusions() -> Finding:
+    """What the plugin changes in other packages, or uses of them although it is private; see `kimi_vllm.intrusions`."""
+    from kimi_vllm.intrusions import INTRUSIONS
 
-    return Finding("Patches", "OK", ", ".join(patch.target for patch in PATCHES) or "none")
+    return Finding("Intrusions", "OK", "; ".join(intrusion.what for intrusion in INTRUSIONS))
 
 
 def _plugin_entry_points() -> tuple[EntryPoint, ...]:
@@ -278,5 +278,5 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_kernels,
     check_quantised_weights,
     check_threads,
-    check_patches,
+    check_intrusions,
 )
