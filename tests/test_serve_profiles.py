@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from kimi_vllm.cli.plan import parse_memory
-from kimi_vllm.cli.plan_report import read_model
+from kimi_vllm.cli.plan_data import read_model
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.planning import Costs, Demand, Sizing, cache_bytes, size
 from kimi_vllm.quantization import WeightFormat

@@ -267,7 +267,7 @@ def test_plan_of_quantised_weights(tmp_path: Path) -> None:
         status, output = run_plan("--json", *option, model=tmp_path, memory="80GB")
         assert json.loads(output)["sizing"] == fp8["sizing"]
     status, output = run_plan("--quantization", "fp8_per_block", model=tmp_path, memory="80GB")
-    assert "--quantization fp8_per_block: the checkpoint says it is fp8. Drop the option." in output
+    assert "--quantization fp8_per_block: the checkpoint is quantised by fp8. Drop the option." in output
 
 
 def test_plan_draws_a_picture(tmp_path: Path) -> None:
