@@ -1,6 +1,6 @@
-"""What vLLM asks of a model before anything is built: our entry in its table of per-architecture config hooks.
+"""Our entry in vLLM's table of per-architecture config hooks.
 
-Runs in the process that parses the arguments. Wrong configs and options are refused here, before weights are read.
+It runs in the process that parses the arguments, so wrong configs and options are refused before weights are read.
 """
 
 import os
@@ -26,36 +26,36 @@ from kimi_vllm.sizing import divide_memory
 logger = init_logger("vllm.kimi_vllm")
 
 MOE_CONFIGS = Path(__file__).parent / "moe_configs"
-"""Launch parameters of vLLM's fused experts where vLLM ships none for a shape; `serve/bench/tune_moe.py` makes them."""
+"""Launch parameters for vLLM's fused experts in shapes for which vLLM ships none, from `serve/bench/tune_moe.py`."""
 
 NATURAL_BLOCK_SIZE = 64
-"""Tokens per MLA page, and so the grid on which prefixes can be resumed."""
+"""Default tokens per MLA page, and so the spacing of boundaries at which prefixes can be resumed."""
 
 _SCHEDULER = "kimi_vllm.cache.scheduler.KimiScheduler"
 _WORKER = "kimi_vllm.cache.worker.KimiWorker"
 
 
 class KimiLinearConfigHook(VerifyAndUpdateConfig):
-    """Checks the model and the options, and keeps vLLM's defaults for other models away from this one."""
+    """Checks model and options, divides memory, and sets what vLLM must do differently for this model."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Parse config.json as written and hand the geometry to the workers inside the Hugging Face config.
+        """Read config.json as written, and attach the geometry to the Hugging Face config.
 
         Raises:
-            GeometryError: see `KimiGeometry.from_config`.
+            GeometryError: See `KimiGeometry.from_config`.
         """
         geometry = KimiGeometry.from_config(_config_as_written(model_config))
         setattr(model_config.hf_config, GEOMETRY_ATTRIBUTE, geometry.to_dict())
         if current_platform.is_cpu():
-            # vLLM's reference MLA for CPUs wants 576-wide latents and 16-token blocks and turns chunked prefill and
-            # prefix caching off. Ours has no such limits, so this model must not count as one of vLLM's MLA models.
+            # vLLM's MLA for CPUs takes 576-wide latents and 16-token blocks, without chunked prefill and prefix
+            # caching. Ours has no such limits, so this model must not count as one of vLLM's MLA models.
             model_config.model_arch_config.is_deepseek_mla = False
-            # For this architecture vLLM trades torch.compile for graphs that only CUDA has.
+            # For this architecture vLLM replaces torch.compile by graphs that only CUDA has.
             os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
             patches.apply_all()
         elif model_config.dtype == torch.float32:
-            # Who serves float32 on a GPU checks numbers. Triton would round the operands of vLLM's MoE to TF32.
+            # float32 on a GPU is for checking numbers; Triton would round the operands of vLLM's MoE to TF32.
             os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
         if current_platform.is_cuda() and MOE_CONFIGS.is_dir():
             os.environ.setdefault("VLLM_TUNED_CONFIG_FOLDER", str(MOE_CONFIGS))
@@ -95,14 +95,14 @@ def _config_as_written(model_config: ModelConfig) -> dict[str, Any]:
 
 
 def _settle_block_size(cache_config: CacheConfig) -> None:
-    """Our block size unless the user has another, which CUDA kernels want to be a multiple of it.
+    """Set our block size unless the user set one.
 
     Raises:
-        ValueError: it is not.
+        ValueError: The user's block size is not a multiple of ours, on a GPU.
     """
     if not cache_config.user_specified_block_size:
         cache_config.block_size = NATURAL_BLOCK_SIZE
-        # vLLM replaces block sizes that nobody asked for: by 128 on CPUs, by what its backend prefers on GPUs.
+        # vLLM replaces block sizes that nobody asked for.
         cache_config.user_specified_block_size = True
     if not current_platform.is_cpu() and cache_config.block_size % NATURAL_BLOCK_SIZE:
         raise ValueError(
@@ -112,10 +112,7 @@ def _settle_block_size(cache_config: CacheConfig) -> None:
 
 
 def _split_compiled_graphs(compilation: CompilationConfig) -> None:
-    """Let vLLM's compiler leave KDA out of its graphs, as it leaves out attention.
-
-    Only where the user has switched off the graphs that break at run time, vLLM's choice for this architecture.
-    """
+    """Make vLLM's compiler split graphs at KDA, as at attention, if the user switched breakable graphs off."""
     if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") != "0" or compilation.splitting_ops is not None:
         return
     if not current_platform.is_cpu():
@@ -135,7 +132,7 @@ def _refuse_device() -> None:
 
 
 def _bring_our_own(vllm_config: VllmConfig) -> None:
-    """Put our scheduler and worker, thin layers over vLLM's, in their places."""
+    """Set our scheduler and worker."""
     for option, config, name, default, ours in (
         ("--scheduler-cls", vllm_config.scheduler_config, "scheduler_cls", None, _SCHEDULER),
         ("--worker-cls", vllm_config.parallel_config, "worker_cls", "auto", _WORKER),
@@ -149,12 +146,12 @@ def _bring_our_own(vllm_config: VllmConfig) -> None:
 
 
 def _refuse_stages(vllm_config: VllmConfig) -> None:
-    # Block tables of states come with those of MLA, and the last stage's KDA layers report states that are not finite.
+    # The state group's members stand beside MLA layers, and the last stage reports states that are not finite.
     geometry, stages = geometry_of(vllm_config.model_config), vllm_config.parallel_config.pipeline_parallel_size
     for stage in range(stages):
         first, end = get_pp_indices(geometry.num_layers, stage, stages)
         if len(set(geometry.kda[first:end])) < 2:
             raise ValueError(
-                f"--pipeline-parallel-size {stages}: stage {stage} has layers {first} to {end - 1}, and a pipeline "
-                "stage needs at least one KDA layer and one MLA layer. Use fewer, or set VLLM_PP_LAYER_PARTITION."
+                f"--pipeline-parallel-size {stages}: stage {stage} has layers {first} to {end - 1}, but "
+                "needs at least one KDA layer and one MLA layer. Use fewer stages, or set VLLM_PP_LAYER_PARTITION."
             )

@@ -4,7 +4,7 @@ Paged KV can be shared block by block; a recurrent state cannot, for it stands f
 resume only where somebody kept a state, and keeping one costs a slot. `boundaries_to_keep` says where that pays;
 `CheckpointIndex` finds kept states by key and knows what each of them saves; `eviction.py` says which one goes first.
 
-Pure on purpose: slots are integers, keys are opaque. No vLLM, no torch.
+Pure: slots are integers, keys are opaque. No vLLM, no torch.
 """
 
 from collections import defaultdict
@@ -29,11 +29,11 @@ def boundaries_to_keep(
     without a state (Marconi's admission, arXiv 2411.19379).
 
     Args:
-        num_prompt_tokens: length of the prompt.
-        block_size: tokens per block; every boundary is a multiple of it.
-        junction: end of a prefix known to be shared, or 0.
-        interval: also keep one boundary per so many tokens, rounded up to blocks; 0 for none.
-        start, end: only positions after `start` and up to `end`, a step's; the whole prompt by default.
+        num_prompt_tokens: Length of the prompt.
+        block_size: Tokens per block; every boundary is a multiple of it.
+        junction: End of a prefix known to be shared, or 0.
+        interval: Also keep one boundary per so many tokens, rounded up to blocks; 0 for none.
+        start, end: Only positions after `start` and up to `end`, a step's; the whole prompt by default.
     """
     end = num_prompt_tokens if end is None else min(end, num_prompt_tokens)
     kept = {num_prompt_tokens, num_prompt_tokens - 1, junction}

@@ -1,7 +1,7 @@
 """The state group on the worker: the modules through which vLLM sees our slots, and the pool behind them.
 
-vLLM forms cache groups by spec and sizes them alike, so the state group has exactly as many members as there are MLA
-layers: then there are two groups, one block table and one metadata build for all KDA layers, and no page is enlarged.
+vLLM forms cache groups by spec, all of one size. With one member per MLA layer there are exactly two groups: one block
+table and one metadata build serve all KDA layers, and no page is enlarged.
 """
 
 from dataclasses import replace
@@ -26,20 +26,20 @@ from kimi_vllm.precision import conv_dtype
 
 
 def kda_layers_by_stage(geometry: KimiGeometry, vllm_config: VllmConfig) -> list[int]:
-    """How many KDA layers each pipeline stage has."""
+    """Number of KDA layers of each pipeline stage."""
     stages = vllm_config.parallel_config.pipeline_parallel_size
     return [sum(geometry.kda[slice(*get_pp_indices(geometry.num_layers, stage, stages))]) for stage in range(stages)]
 
 
 class StateGroupMember(nn.Module, AttentionLayerBase):
-    """Stands beside one MLA layer and asks vLLM for a block table of slot ids.
+    """Requests a block table of slot ids from vLLM; one stands beside each MLA layer.
 
-    The cache view vLLM binds to it aliases the MLA pages. It is never read or written.
+    The cache view that vLLM binds to it aliases the MLA pages. It is never read or written.
 
     Args:
-        beside: the MLA layer whose page the spec copies.
-        values: the attributes of `KDAStateSpec` that are not the page's.
-        prefix: a name with exactly one integer, as vLLM's cache binding requires.
+        beside: The MLA layer whose page the spec copies.
+        values: `KDAStateSpec`'s own attributes.
+        prefix: A name with exactly one integer, as vLLM's cache binding requires.
     """
 
     def __init__(
@@ -56,19 +56,19 @@ class StateGroupMember(nn.Module, AttentionLayerBase):
         return KDAStateBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KDAStateSpec:
-        """A page like the MLA layer's, and what the scheduler must know of the pool."""
+        """A page like the MLA layer's, and the sizes of the pool."""
         attention = cast("AttentionSpec", self._beside[0].get_kv_cache_spec(vllm_config))
         return KDAStateSpec.beside(attention, **self._values)
 
 
 class StateHome:
-    """Where the KDA layers of one pipeline stage find their slots and their metadata.
+    """Slots and metadata of the KDA layers of one pipeline stage.
 
     Args:
-        geometry: the model.
+        geometry: The model.
         num_layers: KDA layers on this stage.
-        mla_layer: index of one MLA layer on this stage; its group member's name is the metadata's.
-        prefix: of the layers, ``model.layers``.
+        mla_layer: Index of an MLA layer on this stage, under whose group member the metadata is found.
+        prefix: Prefix of the layers, ``model.layers``.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class StateHome:
         planned = PlannedMemory.of(vllm_config.model_config)
         assert planned is not None  # the config hook ran, or there would be no geometry
         self.num_slots = 1 + planned.state_slots
-        # Equal on all stages, whatever their own slots weigh: vLLM takes unequal specs for groups of their own.
+        # Equal on all stages: vLLM would form separate groups of unequal specs.
         self.largest_slot = replace(layout, num_layers=max(kda_layers_by_stage(geometry, vllm_config))).slot_bytes
         num_host_slots = int(self.options.host_memory_gib * 2**30 // self.largest_slot)
         self.pool = StatePool(layout, self.num_slots, device, num_host_slots)

@@ -1,6 +1,6 @@
 """States that were evicted from the pool, kept in the host's memory: found by key, given up by the same policy.
 
-Pure on purpose: host slots are integers, keys are opaque. No vLLM, no torch. `SlotPool.moves` tells who copies what.
+Pure: host slots are integers, keys are opaque. No vLLM, no torch. `SlotPool.moves` tells who copies what.
 """
 
 from collections.abc import Hashable
@@ -14,7 +14,7 @@ class HostTier:
     """Host slots, each free or holding one state that nobody is using.
 
     Args:
-        num_slots: host slots, from 0; none at all is fine.
+        num_slots: Host slots, from 0; none at all is fine.
         eviction: See `EvictionQueue`.
     """
 

@@ -4,7 +4,7 @@ A slot is in one of three states: *free*; *live*, referenced by at least one req
 resuming from it); or *idle checkpoint*, referenced by nobody and kept because a later request may resume from it.
 Slot 0 is none of these: it is the null slot of padded rows. So free + live + idle = number of slots - 1, always.
 
-Pure on purpose: slots are integers, keys are opaque. No vLLM, no torch.
+Pure: slots are integers, keys are opaque. No vLLM, no torch.
 """
 
 from collections import deque
@@ -29,7 +29,7 @@ class SlotAllocator:
     Every method either succeeds or changes nothing.
 
     Args:
-        num_slots: all slots, the null slot included; at least `MIN_SLOTS`.
+        num_slots: All slots, the null slot included; at least `MIN_SLOTS`.
         eviction: See `EvictionQueue`.
     """
 
@@ -73,7 +73,7 @@ class SlotAllocator:
             are whatever they were: a fresh slot is never read before it is written.
 
         Raises:
-            NoSlotError: nothing is free and every checkpoint is in use.
+            NoSlotError: Nothing is free and every checkpoint is in use.
         """
         if self._free:
             slot, origin = self._free.popleft(), None

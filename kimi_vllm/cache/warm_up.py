@@ -1,4 +1,4 @@
-"""Which steps and products are run before a GPU worker is ready, so that no request waits for a compiler."""
+"""Which step sizes a GPU worker runs before it is ready, so that no request waits for a compiler."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,11 @@ _NEIGHBOURS_BELOW = 64
 
 
 def step_sizes(max_num_tokens: int) -> list[int]:
-    """Token counts that between them meet every variant of every kernel a step of up to `max_num_tokens` can need.
+    """Token counts that together need every kernel variant of steps of up to `max_num_tokens`.
 
-    vLLM chooses launch parameters by token count, with thresholds, or rows of a tuned table, at powers of two and at
-    three times powers of two. Triton compiles a kernel once more for counts that 16 does not divide, and a small count
-    is padded in two ways, so the neighbours of each size are steps of their own.
+    vLLM chooses launch parameters by token count, with thresholds at powers of two and three times powers of two.
+    Triton compiles another variant for counts that 16 does not divide, and small counts are padded in two ways, so the
+    neighbours of each size are included.
     """
     sizes = {max_num_tokens, max_num_tokens - 1}
     for size in _grid(max_num_tokens):
@@ -21,15 +21,14 @@ def step_sizes(max_num_tokens: int) -> list[int]:
 
 
 def logprob_columns(max_logprobs: int, vocab_size: int) -> list[int]:
-    """Column counts that between them meet every variant of vLLM's kernel for log-probabilities.
+    """Column counts that together need every variant of vLLM's kernel for log-probabilities.
 
-    A request's log-probabilities have a column for its own token and one for each of the most probable ones it asks
-    for. The kernel reads them in blocks of a power of two, up to 1,024, and Triton compiles it once more for a count
-    of one and for counts that 16 divides.
+    There is a column for the sampled token and one for each of the most probable tokens asked for. The kernel reads
+    columns in blocks of a power of two, up to 1,024, and Triton compiles other variants for 1 and for multiples of 16.
 
     Args:
-        max_logprobs: vLLM's option, the most that a request may ask for; -1 allows the whole vocabulary.
-        vocab_size: tokens.
+        max_logprobs: vLLM's option; -1 allows the whole vocabulary.
+        vocab_size: Tokens of the vocabulary.
     """
     most = 1 + (vocab_size if max_logprobs < 0 else min(max_logprobs, vocab_size))
     blocks = [2**i for i in range(11)]

@@ -99,9 +99,9 @@ def test_vllm_out_of_range_is_named_with_the_command_that_fixes_it(monkeypatch: 
         ("0.32.0", "cpu", "OK", "tested on cpu"),
         ("0.32.0+cpu", "cpu", "OK", "tested on cpu"),
         ("0.33.0", "cuda", "OK", "tested on cuda"),
-        ("0.33.0", "cpu", "WARN", "never served in a test on cpu"),
-        ("0.33.1", "cuda", "WARN", "never served in a test on cuda"),
-        ("0.33.1.dev12", "cuda", "WARN", "never served in a test on cuda"),
+        ("0.33.0", "cpu", "WARN", "in range but not tested on cpu"),
+        ("0.33.1", "cuda", "WARN", "in range but not tested on cuda"),
+        ("0.33.1.dev12", "cuda", "WARN", "in range but not tested on cuda"),
         ("0.34.0", "cuda", "FAIL", "supported: "),
     ],
 )

@@ -179,7 +179,7 @@ def _options() -> set[str]:
     for text in _texts(*SOURCES):
         if "typer" in text:
             found |= set(re.findall(r'"(--[a-z-]+)"', text))
-            annotated = re.findall(r"^    (\w+): (?:Annotated\[|Json\b)", text, re.M)
+            annotated = re.findall(r"^    (\w+): (?:Annotated\[|_[A-Z]|Json\b)", text, re.M)
             names = {name.replace("_", "-") for name in annotated}
             found |= {f"--{start}{name}" for name in names for start in ("", "no-")}
     return found
