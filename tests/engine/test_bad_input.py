@@ -152,7 +152,7 @@ def compressed(group, ignore=EXPERTS, form="pack-quantized"):
         (
             None,
             {"quantization": "fp8"},
-            "--quantization fp8: vLLM has no kernel for it on CPUs. Drop the option. On any",
+            "--quantization fp8: vLLM has no kernel for it on CPUs. Drop the option. Any x86-64 CPU",
         ),
         (
             {"quant_method": "fp8", "activation_scheme": "dynamic"},
