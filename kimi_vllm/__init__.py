@@ -11,14 +11,13 @@ logger = logging.getLogger("vllm.kimi_vllm")
 
 
 def register() -> None:
-    """Tell vLLM that `KimiLinearForCausalLM` is ours. vLLM calls this in every process, possibly more than once.
+    """Register the model class with vLLM, which calls this in every process, possibly more than once.
 
-    Imports nothing heavy: the model is named by a string and loaded only when it is served. Outside the supported
-    range of vLLM the in-tree model stays, with one warning; ``KIMI_VLLM_STRICT=1`` makes that an error, and
-    ``KIMI_VLLM_DISABLE=1`` leaves vLLM untouched without a word.
+    Imports nothing heavy: the model class is named by a string. Outside the supported range of vLLM the in-tree model
+    stays, with one warning. ``KIMI_VLLM_DISABLE=1`` leaves vLLM untouched.
 
     Raises:
-        RuntimeError: only with ``KIMI_VLLM_STRICT=1``.
+        RuntimeError: Registration failed and ``KIMI_VLLM_STRICT=1`` is set.
     """
     if os.environ.get("KIMI_VLLM_DISABLE") == "1":
         return
@@ -31,7 +30,7 @@ def register() -> None:
 
 
 def _register() -> str | None:
-    """Register, or say why not."""
+    """Register, or return why that failed."""
     from kimi_vllm._vllm import SUPPORTED_VLLM, installed_vllm
 
     found = installed_vllm()

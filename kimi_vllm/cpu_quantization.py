@@ -1,8 +1,7 @@
-"""Which quantised weights vLLM's kernels for x86-64 CPUs multiply, by instruction set; the others are refused by name.
+"""Which quantised weights vLLM's kernels for x86-64 CPUs support, by instruction set; the others are refused by name.
 
-vLLM itself finds out late, at the first request or once all weights are loaded, and says only that an operator is not
-there. What it has is in its three libraries: for AVX2, for AVX-512, and for AVX-512 with bfloat16, in which those that
-want AMX are too. Its kernels for experts do not take Kimi Linear's routing, but for FP8 in blocks.
+vLLM itself fails late, at the first request or after loading, with a missing operator. Its kernels for quantised
+experts do not support Kimi Linear's routing, except for FP8 in blocks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,8 @@ from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.quantization import BLOCK, QuantizationError, WeightFormat
 
 _SERVED = (
-    "On any x86-64 CPU unquantised checkpoints are served, and compressed-tensors with int8 (W8A8) or FP8 weights, a "
-    "scale per output (FP8_DYNAMIC), the experts left out (`ignore`); with AVX-512 also 4 bits (W4A16, AWQ, GPTQ)."
+    "Any x86-64 CPU serves unquantised checkpoints, and compressed-tensors with int8 (W8A8) or FP8 weights, a scale "
+    "per output (FP8_DYNAMIC), without the experts (`ignore`); with AVX-512 also 4 bits (W4A16, AWQ, GPTQ)."
 )
 _NEVER = "vLLM has no kernel for it on CPUs"
 _FOUR_BITS, _BLOCKS = "4-bit weights", "FP8 weights in blocks"
@@ -25,7 +24,7 @@ _NEEDED = {_FOUR_BITS: "AVX-512", _BLOCKS: "AMX"}
 
 
 def instruction_sets() -> frozenset[str]:
-    """Those of this CPU, beyond AVX2, that vLLM's kernels ask for."""
+    """Instruction sets of this CPU beyond AVX2 that vLLM's kernels require."""
     found = {"AVX-512": torch.cpu._is_avx512_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
     return frozenset(name for name, present in found.items() if present)
 
@@ -34,9 +33,9 @@ def refuse_unserved(vllm_config: VllmConfig, geometry: KimiGeometry, written: Ma
     """Refuse a quantisation that would fail on this CPU.
 
     Args:
-        vllm_config: Of the engine.
+        vllm_config: The engine's configuration.
         geometry: The model.
-        written: The checkpoint's ``quantization_config``; None if vLLM shall quantise while it loads.
+        written: The checkpoint's ``quantization_config``; None if vLLM quantises at load time.
 
     Raises:
         QuantizationError: Names what was asked, what this CPU lacks for it, and what it serves.
@@ -58,14 +57,14 @@ def refuse_unserved(vllm_config: VllmConfig, geometry: KimiGeometry, written: Ma
 
 
 def lacking_for(available: frozenset[str]) -> dict[str, str]:
-    """Kinds of quantised weights that other CPUs serve, and what this one with its instruction sets lacks for them."""
+    """Kinds of quantised weights that other CPUs serve, and the instruction set that is missing for each."""
     return {kind: needed for kind, needed in _NEEDED.items() if needed not in available}
 
 
 def _demands(
     geometry: KimiGeometry, written: Mapping[str, Any], available: frozenset[str]
 ) -> Iterator[tuple[str, str, str]]:
-    """Weights in the checkpoint, their kind, and why they cannot be served; empty if they can."""
+    """Weights in the checkpoint, their kind, and why they cannot be served, or an empty string."""
     kinds, lacks = list(_kinds(written)), lacking_for(available)
     for asked, kind in kinds:
         if kind in lacks:
@@ -83,7 +82,7 @@ def _demands(
 
 
 def _kinds(written: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names of the weights in the checkpoint, for messages, and their kind; empty if vLLM has no kernel for it."""
+    """Descriptions of the weights in the checkpoint, and their kind; empty if vLLM has no kernel for them."""
     method = str(written.get("quant_method"))
     if method in ("awq", "gptq"):
         bits = written.get("bits") or written.get("w_bit")

@@ -1,18 +1,24 @@
-"""The model: one object made from any form of config.json, and a clear no for what cannot be served.
+"""The shape of a model, read from either form of config.json; what is not served is refused by key.
 
-Two forms are in the world. The hub's (moonshotai/Kimi-Linear-48B-A3B-Instruct) names layers in ``linear_attn_config``,
-counted from 1; transformers' `KimiLinearConfig.save_pretrained` writes ``layer_types`` and ``mlp_layer_types``.
-Kimi-K3 shares the ``model_type`` and adds fields; a config that uses one is refused by that field's name.
+The hub's form (moonshotai/Kimi-Linear-48B-A3B-Instruct) lists layers in ``linear_attn_config``, counted from 1;
+transformers' `KimiLinearConfig.save_pretrained` writes ``layer_types`` and ``mlp_layer_types``. Kimi-K3 shares the
+``model_type`` and adds fields.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 SUPPORTED_HEAD_DIMS = (64, 128)
 MAX_CONV_WIDTH = 8
 LARGEST = 2**20
-"""No number of a config.json is above it: what is, is damage, and a list of so many layers would fill memory."""
+"""Upper bound of all numbers in config.json: a list of more layers would fill memory."""
+
+GEOMETRY_ATTRIBUTE = "kimi_geometry"
+"""Attribute of the Hugging Face config in which the geometry travels to vLLM's worker processes."""
 
 _UNSERVED = {
     "mla_use_output_gate": (None, False),
@@ -26,7 +32,7 @@ _UNSERVED = {
     "linear_attn_config.use_full_rank_gate": (None, False),
     "linear_attn_config.gate_lower_bound": (None,),
 }
-"""Fields of Kimi-K3 and of other relatives, and the values that mean "not used"."""
+"""Fields of Kimi-K3 and other relatives, and their values that mean "not used"."""
 
 _FIXED = {
     "hidden_act": ("silu",),
@@ -39,16 +45,16 @@ _FIXED = {
     "mla_use_nope": (True,),
     "tie_word_embeddings": (False, None),
 }
-"""Fields of Kimi Linear of which one value exists; `mla_use_nope` false would mean a rotated MLA."""
+"""Fields with a single served value. `mla_use_nope` false would mean a rotated MLA."""
 
 
 class GeometryError(ValueError):
-    """A config.json that is wrong, incomplete, or of a model this plugin does not serve. Names the key."""
+    """A config.json that is wrong, incomplete, or of a model that is not served. Names the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class MoEGeometry:
-    """The sparse feed-forward: sigmoid router, selection-only bias, top-k, scaled, plus shared experts."""
+    """The mixture of experts: sigmoid router, bias for selection only, top-k, scaling, shared experts."""
 
     num_experts: int
     num_experts_per_token: int
@@ -60,15 +66,15 @@ class MoEGeometry:
 
 @dataclass(frozen=True, slots=True)
 class KimiGeometry:
-    """Everything about a Kimi Linear model that shapes depend on. Layers are counted from 0.
+    """All sizes of a Kimi Linear model. Layers are counted from 0.
 
     Attributes:
-        kda: per layer, True for Kimi Delta Attention, False for MLA.
-        sparse: per layer, True for MoE, False for a dense MLP.
-        linear_num_heads, linear_head_dim: heads of a KDA layer and their size K == V.
-        conv_width: taps of the short convolution on q, k and v.
-        kv_lora_rank, qk_rope_head_dim: the two parts of an MLA latent; the second is never rotated (NoPE).
-        moe: None when every layer is dense.
+        kda: Per layer, True for Kimi Delta Attention, False for MLA.
+        sparse: Per layer, True for MoE, False for a dense MLP.
+        linear_num_heads, linear_head_dim: Heads of a KDA layer and their size K == V.
+        conv_width: Taps of the short convolution on q, k and v.
+        kv_lora_rank, qk_rope_head_dim: The two parts of an MLA latent; the second is not rotated (NoPE).
+        moe: None if every layer is dense.
     """
 
     vocab_size: int
@@ -104,7 +110,7 @@ class KimiGeometry:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, so that it travels inside a Hugging Face config to vLLM's worker processes."""
+        """Plain values, which a Hugging Face config can carry."""
         return asdict(self)
 
     @classmethod
@@ -120,8 +126,8 @@ class KimiGeometry:
         """Read config.json, given as a mapping, in the hub's or in transformers' form.
 
         Raises:
-            GeometryError: a key is missing, has a value of the wrong kind or out of range, contradicts another, or
-                belongs to a model that is not served. The message starts with the key.
+            GeometryError: A key is missing, of the wrong type, out of range, in contradiction to another, or of a model
+                that is not served. The message starts with the key.
         """
         if not isinstance(config, Mapping):
             raise GeometryError(f"config.json: expected an object, not {type(config).__name__}.")
@@ -149,6 +155,20 @@ class KimiGeometry:
             v_head_dim=_integer(config, "v_head_dim"),
             moe=_moe(config) if any(sparse) else None,
         )
+
+
+def geometry_of(model_config: "ModelConfig") -> KimiGeometry:
+    """The geometry that our config hook attached to vLLM's configuration of the model.
+
+    Raises:
+        GeometryError: The hook did not run: the plugin is only half registered.
+    """
+    values = getattr(model_config.hf_config, GEOMETRY_ATTRIBUTE, None)
+    if values is None:
+        raise GeometryError(
+            "kimi-vllm's config hook did not run. Is the plugin listed in VLLM_PLUGINS? Run `kimi-vllm doctor`."
+        )
+    return KimiGeometry.from_dict(values)
 
 
 def _refuse_unserved(config: Mapping[str, Any]) -> None:

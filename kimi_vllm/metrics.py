@@ -1,9 +1,8 @@
 """The state cache on vLLM's ``/metrics``.
 
-The engine's process counts (`cache/scheduler.py`) and sends its numbers along with vLLM's own statistics. This logger,
-which vLLM finds by the entry point ``vllm.stat_logger_plugins``, turns them into Prometheus metrics in the process that
-answers ``/metrics``, so they work with several API servers as vLLM's do. vLLM makes one whatever it serves while
-kimi-vllm is installed; it shows nothing for models that are not ours. Numbers only: no prompt, no token, no request.
+`cache/scheduler.py` counts, and sends its numbers along with vLLM's own statistics. This logger, which vLLM finds by
+the entry point ``vllm.stat_logger_plugins``, turns them into Prometheus metrics in the process that serves
+``/metrics``, so they work with several API servers. For other models it shows nothing. Numbers only: no prompts.
 """
 
 from typing import Any
@@ -21,9 +20,9 @@ _LABELS = ("model_name", "engine")
 _HIT_BUCKETS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)
 _SLOT_KINDS = {"slots_live": "live", "slots_checkpoint": "checkpoint", "slots_free": "free", "slots_host": "host"}
 _COUNTERS = {
-    "hit_tokens": "Prompt tokens that a request resumed after, from a kept state.",
-    "miss_tokens": "Prompt tokens that had to be computed.",
-    "evictions": "Checkpoints given up because a slot was needed.",
+    "hit_tokens": "Prompt tokens that were skipped because a request resumed from a checkpoint.",
+    "miss_tokens": "Prompt tokens that were computed.",
+    "evictions": "Checkpoints that were evicted to free a slot.",
     "swaps_out": "States copied to host memory.",
     "swaps_in": "States copied back from host memory.",
     "swap_bytes": "Bytes copied to and from host memory, on a worker of the stage with the most KDA layers.",
@@ -45,14 +44,14 @@ class StateCacheMetrics(AggregateStatLoggerBase):
         self._model: Any = vllm_config.model_config.served_model_name
         slots = Gauge(
             f"{PREFIX}slots",
-            "KDA state slots by what they hold: live requests, idle checkpoints, nothing; and states in host memory.",
+            "KDA state slots: of live requests, idle checkpoints, free; and states in host memory.",
             (*_LABELS, "kind"),
             multiprocess_mode="mostrecent",
         )
         counters = {name: Counter(f"{PREFIX}{name}", text, _LABELS) for name, text in _COUNTERS.items()}
         hits = Histogram(
             f"{PREFIX}hit_length_tokens",
-            "Tokens of a request's prompt that were resumed after, 0 for none.",
+            "Prompt tokens per request that were skipped by resuming from a checkpoint, 0 for none.",
             _LABELS,
             buckets=_HIT_BUCKETS,
         )
@@ -75,7 +74,7 @@ class StateCacheMetrics(AggregateStatLoggerBase):
         mm_cache_stats: MultiModalCacheStats | None = None,
         engine_idx: int = 0,
     ) -> None:
-        """Add what one step reported."""
+        """Add the numbers of one step."""
         if not self._active or scheduler_stats is None:
             return
         for key, value in scheduler_stats.running_lora_adapters.items():
@@ -89,4 +88,4 @@ class StateCacheMetrics(AggregateStatLoggerBase):
                     self._hits[engine_idx].observe(int(name.removeprefix("hit_length:")))
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say at start: the table of slots is the config hook's."""
+        """Log nothing: the config hook has logged the sizes."""

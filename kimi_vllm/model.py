@@ -1,10 +1,11 @@
 """Kimi Linear for vLLM: embedding, blocks, logits.
 
-Layers alternate Kimi Delta Attention (state in our slots) and MLA (latents in vLLM's pages); `geometry.py` says which
-is which, `weights.py` maps checkpoint names to parameters.
+Layers are Kimi Delta Attention (state in our slots) or MLA (latents in vLLM's pages), as `geometry.py` says;
+`weights.py` maps checkpoint names to parameters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
@@ -27,19 +28,19 @@ from vllm.sequence import IntermediateTensors
 
 from kimi_vllm import patches
 from kimi_vllm.cache.group import StateHome
-from kimi_vllm.config_hook import checkpoint_format, geometry_of
-from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.geometry import KimiGeometry, geometry_of
 from kimi_vllm.graph_breaks import check_graph_breaks
 from kimi_vllm.layers import skinny
 from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
 from kimi_vllm.layers.kda import KimiDeltaAttention, kimi_delta_attention
 from kimi_vllm.layers.mla import KimiMLA
 from kimi_vllm.layers.mla_latent import LatentAttention
+from kimi_vllm.quantization import QuantizationError, WeightFormat, as_written
 from kimi_vllm.weights import check_whole, load_weights, packed_modules_mapping
 
 
 class KimiDecoderLayer(nn.Module):
-    """Norm, attention of either kind, norm, feed-forward of either kind; residual carried beside."""
+    """Norm, KDA or MLA, norm, MLP or MoE; the residual is passed beside."""
 
     def __init__(self, geometry: KimiGeometry, vllm_config: VllmConfig, home: StateHome | None, prefix: str) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class KimiDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``[T, hidden]`` and the residual stream so far, to the same two."""
+        """Hidden states ``[T, hidden]`` and the residual stream, to the same two."""
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
@@ -124,22 +125,23 @@ class KimiLinearModel(nn.Module):
 
 
 class KimiLinearForCausalLM(nn.Module, SupportsPP):
-    """The class vLLM resolves `KimiLinearForCausalLM` to when this plugin is active."""
+    """What vLLM resolves `KimiLinearForCausalLM` to when this plugin is active."""
 
     packed_modules_mapping = packed_modules_mapping
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         if current_platform.is_cpu():
-            patches.apply_all()  # the config hook did, maybe in another process
+            patches.apply_all()  # the config hook may have run in another process
         else:
             check_graph_breaks(vllm_config, kimi_delta_attention, unified_mla_attention_with_output)
-        self.config = vllm_config.model_config.hf_config  # vLLM's adapters for embeddings and classes read it
+        self.config = vllm_config.model_config.hf_config  # read by vLLM's adapters for embeddings and classification
         self.geometry = geometry_of(vllm_config.model_config)
+        self.dtype = vllm_config.model_config.dtype
         self.loaded = False
         self.updated: set[str] = set()
-        self.renamed = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
-        self.quantization = checkpoint_format(vllm_config.model_config)
+        self.renamed = as_written(vars(self.config)) is not None
+        self.quantization = _known_format(vars(self.config))
         self.skinny = skinny.serves(vllm_config)
         self.model = KimiLinearModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
@@ -174,16 +176,23 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
         return logits
 
+    def warm_up_kernels(self, max_num_tokens: int) -> None:
+        """Compile the KDA and skinny kernels for steps of up to `max_num_tokens`, before the first request."""
+        if self.skinny:
+            skinny.warm_up(self, self.dtype)
+        if (layer := next((m for m in self.modules() if isinstance(m, KimiDeltaAttention)), None)) is not None:
+            layer.warm_up(max_num_tokens, self.dtype)  # the layers are alike
+
     def process_weights_after_loading(self) -> None:
-        """Called by vLLM when all parameters are in place for the first time, dummy ones too."""
+        """Called by vLLM after the first load, also of dummy weights."""
         self.loaded = True
         if self.skinny:
             skinny.install(self)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint, at first all of it and later any part; see `kimi_vllm.weights.load_weights`.
+        """Load a checkpoint: at first all of it, later any part; see `kimi_vllm.weights.load_weights`.
 
-        Quantised checkpoints rename tensors, so for them vLLM's own check of uninitialised parameters has to do.
+        Quantised checkpoints rename tensors, so whether they are complete is left to vLLM's own check.
         """
         loaded, seen = load_weights(self, self.geometry, weights, quantization=self.quantization)
         if self.loaded:
@@ -194,10 +203,10 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         return loaded
 
     def finish_update(self) -> None:
-        """Call when weights have changed, in whatever way.
+        """Call after every change of weights.
 
         Raises:
-            WeightsError: the tensors that came since the last call leave a module half loaded, see `check_whole`.
+            WeightsError: The tensors since the last call leave a module half loaded, see `check_whole`.
         """
         if not self.renamed:
             check_whole(self, self.geometry, self.updated, all_modules=False)
@@ -208,6 +217,13 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         for module in self.modules():
             if isinstance(module, LatentAttention):
                 module.forget_projections()
+
+
+def _known_format(config: Mapping[str, Any]) -> WeightFormat | None:
+    try:
+        return WeightFormat.of_config(config)
+    except QuantizationError:
+        return None  # vLLM may still load it; then only its loaders check shapes
 
 
 def _state_home(geometry: KimiGeometry, vllm_config: VllmConfig, prefix: str) -> StateHome | None:

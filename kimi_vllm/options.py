@@ -1,96 +1,102 @@
-"""The user's wishes: ``--additional-config '{"kimi": {...}}'`` as a validated object."""
+"""The plugin's options: ``--additional-config '{"kimi": {...}}'`` as a validated, immutable object."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from kimi_vllm.cache.eviction import POLICIES
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-STATE_DTYPES = ("float32", "bfloat16", "float16")
+from kimi_vllm.cache.eviction import Eviction
 
 
 class OptionsError(ValueError):
-    """An option that does not exist or has a value that cannot be used. Names the option."""
+    """An option that does not exist or has an unusable value. The message names the option and what it accepts."""
 
 
-@dataclass(frozen=True, slots=True)
-class KimiOptions:
-    """What can be set, each with its default.
+class KimiOptions(BaseModel):
+    """Everything that can be set, with defaults. The descriptions are the options table of the documentation."""
 
-    Attributes:
-        state_slots: slots of the KDA state pool that requests and checkpoints share. Default: chosen from
-            memory by `planning.size`, at most one per sequence (``--max-num-seqs``) beside those for checkpoints.
-        typical_tokens: tokens of a request at its end. Where memory is short of a slot per sequence, `state_slots` is
-            chosen so that each running request has a KV cache of so many: 8192 gives the 48B model's state and KV cache
-            about half of the memory each. Set it to what your requests have.
-        state_dtype: of KDA's recurrent state. "float32", as the checkpoint was trained; on GPUs also "bfloat16" or
-            "float16", which halve a request's state and round it after every step.
-        checkpoint_interval: with prefix caching, also keep the state every so many tokens of a prompt, rounded up
-            to the attention block. 0 keeps only the boundaries that a later request is likely to resume at.
-        checkpoint_share: share of the memory for state and KV cache, from 0 to below 1, that slots for checkpoints may
-            take beside those for running sequences. A tenth: slots that no running request needs hold checkpoints too,
-            so this is what remains of them when every sequence runs, and more would cost pages, without which a
-            checkpoint cannot be resumed.
-        eviction: which checkpoint goes first when a slot is needed: "value", the one that saves least computation, or
-            "lru", the one unused for longest.
-        host_memory_gib: host memory per worker for states that were evicted or whose request was preempted, in GiB.
-            0 recomputes them. The states only: pages of the KV cache that vLLM has given away are computed again.
-        on_nonfinite: what happens to a request whose state becomes NaN or infinite: "abort" ends it with an error,
-            "resume" computes it again from its last good checkpoint, once.
-    """
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    state_slots: int | None = None
-    typical_tokens: int = 8192
-    state_dtype: str = "float32"
-    checkpoint_interval: int = 0
-    checkpoint_share: float = 0.1
-    eviction: str = "value"
-    host_memory_gib: float = 0
-    on_nonfinite: str = "abort"
-
-    def __post_init__(self) -> None:
-        if self.state_slots is not None and (not _is_int(self.state_slots) or self.state_slots < 2):
-            raise OptionsError(
-                f"kimi.state_slots={self.state_slots!r}: expected an integer of at least 2. A request that resumes "
-                "from a checkpoint reads one slot and writes another, so one slot could wait for itself."
-            )
-        if not _is_int(self.typical_tokens) or self.typical_tokens < 1:
-            raise OptionsError(f"kimi.typical_tokens={self.typical_tokens!r}: expected a number of tokens.")
-        if not _is_int(self.checkpoint_interval) or self.checkpoint_interval < 0:
-            raise OptionsError(
-                f"kimi.checkpoint_interval={self.checkpoint_interval!r}: expected a number of tokens, or 0."
-            )
-        share = self.checkpoint_share
-        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share < 1:
-            raise OptionsError(f"kimi.checkpoint_share={share!r}: expected a number from 0 to below 1.")
-        memory = self.host_memory_gib
-        if not isinstance(memory, int | float) or isinstance(memory, bool) or not 0 <= memory < float("inf"):
-            raise OptionsError(f"kimi.host_memory_gib={memory!r}: expected a number of GiB, or 0.")
-        for name, known in {
-            "state_dtype": STATE_DTYPES,
-            "eviction": tuple(POLICIES),
-            "on_nonfinite": ("abort", "resume"),
-        }.items():
-            if (value := getattr(self, name)) not in known:
-                raise OptionsError(f"kimi.{name}={value!r}: expected one of {', '.join(known)}.")
+    state_slots: Annotated[int | None, Field(ge=2)] = Field(
+        default=None,
+        description="Slots of the KDA state pool, shared by requests and checkpoints. At least 2: a request that "
+        "resumes from a checkpoint reads one slot and writes another. Default: sized from free memory, at most one "
+        "per sequence (`--max-num-seqs`) plus those for checkpoints.",
+    )
+    typical_tokens: int = Field(
+        default=8192,
+        ge=1,
+        description="Expected prompt + output tokens per request. Where memory does not allow a slot per sequence, "
+        "`state_slots` is chosen so that every running request has KV cache for this many tokens; 8192 splits memory "
+        "about evenly between state and KV cache for the 48B model.",
+    )
+    state_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Dtype of KDA's recurrent state. `float32` is what the checkpoint was trained with. `bfloat16` "
+        "and `float16` (GPUs only) halve the state of a request and round it after every step.",
+    )
+    checkpoint_interval: int = Field(
+        default=0,
+        ge=0,
+        description="With prefix caching, also keep the state every N tokens of a prompt, rounded up to the attention "
+        "block. 0 keeps only the boundaries at which a later request is likely to resume.",
+    )
+    checkpoint_share: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Maximum share of the memory for state and KV cache that goes to slots for checkpoints, on top of "
+        "one slot per running sequence. Idle slots hold checkpoints too, so this is what is left for them at full "
+        "load; a larger share costs KV cache, without which a checkpoint cannot be resumed.",
+    )
+    eviction: Eviction = Field(
+        default="value",
+        description="Which checkpoint is evicted first: `value`, the one that saves the least computation, or `lru`, "
+        "the least recently used.",
+    )
+    host_memory_gib: float = Field(
+        default=0,
+        ge=0,
+        description="Host memory per worker, in GiB, for the states of evicted checkpoints and preempted requests. 0 "
+        "recomputes them. KV cache blocks are not offloaded; evicted ones are recomputed.",
+    )
+    on_nonfinite: Literal["abort", "resume"] = Field(
+        default="abort",
+        description="What happens to a request whose state becomes NaN or infinite: `abort` ends it with an error, "
+        "`resume` recomputes it once from its last good checkpoint.",
+    )
 
     @classmethod
-    def from_additional_config(cls, additional_config: object) -> "KimiOptions":
-        """Read the ``kimi`` entry of vLLM's ``--additional-config``.
+    def of(cls, vllm_config: Any) -> Self:
+        """The ``kimi`` entry of vLLM's ``--additional-config``, which nothing else reads and nobody changes.
+
+        Args:
+            vllm_config: A `VllmConfig`, or engine arguments.
 
         Raises:
-            OptionsError: the entry is no mapping, or has a key that does not exist.
+            OptionsError: The entry is not a mapping, has an unknown key, or a value of the wrong type or range.
         """
-        if not isinstance(additional_config, Mapping):
-            return cls()
-        values: Any = additional_config.get("kimi", {})
+        given = vllm_config.additional_config
+        values = given.get("kimi", {}) if isinstance(given, Mapping) else {}
         if not isinstance(values, Mapping):
             raise OptionsError('--additional-config: expected {"kimi": {"option": value}}.')
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise OptionsError(f"kimi.{unknown[0]}: no such option. Known: {', '.join(known)}.")
-        return cls(**values)
+        return cls.checked(**values)
 
+    @classmethod
+    def checked(cls, **values: Any) -> Self:
+        """Options from keyword arguments.
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        Raises:
+            OptionsError: See `of`.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as invalid:
+            error = invalid.errors()[0]
+            name = str(error["loc"][0])
+            if error["type"] == "extra_forbidden":
+                raise OptionsError(f"kimi.{name}: no such option. Known: {', '.join(cls.model_fields)}.") from None
+            requirement = error["msg"].replace("Input should be", "must be")
+            raise OptionsError(
+                f"kimi.{name}={error['input']!r}: {requirement}. {cls.model_fields[name].description}"
+            ) from None

@@ -1,7 +1,7 @@
-"""How memory is divided before anything is loaded: weights, state slots, KV cache; and how many requests that serves.
+"""How memory is divided before anything is loaded: weights, state slots, KV cache, and how many requests that serves.
 
-The engine's config hook and `kimi-vllm plan` both call `size`, so a plan is what the engine will do. All bytes are
-those of one worker. Pure arithmetic: no vLLM, and torch only for the sizes of its dtypes.
+The engine and `kimi-vllm plan` both call `size`, so the plan is what the engine does. All bytes are per worker.
+Pure arithmetic: no vLLM, and torch only for the sizes of its dtypes.
 """
 
 import sys
@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import torch
 
+from kimi_vllm.cache.layout import SlotLayout
 from kimi_vllm.cache.slots import MIN_SLOTS
-from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.precision import conv_dtype, router_dtype
@@ -24,17 +24,17 @@ _ALLOWANCE_SHARE = 18
 
 
 class PlanError(ValueError):
-    """What was asked does not fit into memory. Says what is needed, what is there and which option changes it."""
+    """What was asked does not fit into memory. Says what is needed, what is there, and which option changes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What things weigh on one worker, in bytes.
+    """Bytes on one worker.
 
     Attributes:
-        weights: parameters, in the dtypes in which we hold them.
+        weights: All parameters, in the dtypes in which we hold them.
         slot: KDA state of one request; 0 for a model without KDA.
-        page: one block of the KV cache, all MLA layers together.
+        page: One block of the KV cache, all MLA layers together.
     """
 
     weights: int
@@ -59,21 +59,21 @@ class Costs:
         """The costs of a model, or of one pipeline stage given as a geometry of fewer layers.
 
         Args:
-            geometry: the model.
-            itemsize: bytes per weight.
-            block_size: tokens per block of the KV cache.
-            ranks: tensor-parallel size. Heads are split over ranks, and so is the state; the latents of MLA are not.
-            expert_ranks: workers over which the routed experts are split, if not `ranks`.
-            state_dtype: of the recurrent matrix.
-            cache_itemsize: bytes per cached latent element, if not `itemsize`.
-            gpu_dtype: the model's dtype if a GPU serves it; see `precision`.
-            quantization: how linear layers are stored, if not in the model's dtype.
-            first_layer: number of a pipeline stage's first layer, by which `quantization` may name it.
+            geometry: The model.
+            itemsize: Bytes per weight.
+            block_size: Tokens per block of the KV cache.
+            ranks: Tensor-parallel size. Heads and states are split over ranks; MLA latents are not.
+            expert_ranks: Workers over which the routed experts are split. Default: `ranks`.
+            state_dtype: Dtype of the recurrent matrix.
+            cache_itemsize: Bytes per cached latent element. Default: `itemsize`.
+            gpu_dtype: The model's dtype on a GPU; None on a CPU. See `precision`.
+            quantization: How linear layers are stored. Default: in the model's dtype.
+            first_layer: Number of the pipeline stage's first layer, by which `quantization` may name it.
 
         Raises:
-            ValueError: the heads do not divide over the ranks.
-            PlanError: there is no MLA layer beside which states could be kept; or a CPU shall keep states in another
-                dtype than float32.
+            ValueError: The heads do not divide over the ranks.
+            PlanError: There is no MLA layer beside which states could be kept, or the state dtype is not float32 on a
+                CPU.
         """
         if gpu_dtype is None and state_dtype != torch.float32:
             raise PlanError(f"kimi.state_dtype: on CPUs states are float32, not {state_dtype}. Drop the option.")
@@ -104,25 +104,25 @@ class Costs:
 
     @classmethod
     def heaviest(cls, stages: Sequence[Self]) -> Self:
-        """One worker that is as heavy as the heaviest in each respect: all workers must agree on one division."""
+        """The maximum of each cost: all workers must agree on one division."""
         return cls(*(max(values) for values in zip(*((s.weights, s.slot, s.page) for s in stages), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is asked of the engine.
+    """What the engine is asked to serve.
 
     Attributes:
-        max_num_seqs: requests that may run at once.
-        max_model_len: tokens of the longest request.
-        block_size: tokens per block of the KV cache.
-        prefix_caching: whether states are kept for later requests.
-        checkpoint_share: see `KimiOptions`.
-        state_slots: slots asked for by the user; None to choose.
-        typical_tokens: see `KimiOptions`. A slot without pages is of no use: the request would be preempted.
-        num_pages: blocks of the KV cache asked for by the user; None to choose.
-        fill: whether to use all memory, as is the custom on a GPU. Otherwise no more than the sequences can use.
-        any_length: whether `max_model_len` may still be lowered to what fits (``--max-model-len auto``).
+        max_num_seqs: Maximum number of running requests.
+        max_model_len: Tokens of the longest request.
+        block_size: Tokens per block of the KV cache.
+        prefix_caching: Whether states are kept for later requests.
+        checkpoint_share: See `KimiOptions`.
+        state_slots: Slots set by the user; None to choose.
+        typical_tokens: See `KimiOptions`. A slot without KV cache is useless: the request would be preempted.
+        num_pages: Blocks of the KV cache set by the user; None to choose.
+        fill: Whether to use all memory, as usual on a GPU, or no more than the sequences can fill.
+        any_length: Whether `max_model_len` may still be lowered to what fits (``--max-model-len auto``).
     """
 
     max_num_seqs: int
@@ -137,18 +137,18 @@ class Demand:
     any_length: bool = False
 
     def blocks(self, tokens: int) -> int:
-        """Blocks that hold so many tokens."""
+        """Blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """The division of memory. Slots and pages are counted without the null slot, but with the null page, as vLLM does.
+    """The division of memory.
 
     Attributes:
-        live: slots for running requests, and so the most that run at once.
-        checkpoints: further slots. Slots that no running request needs hold checkpoints too.
-        num_pages: blocks of the KV cache. One of them is vLLM's null block.
+        live: Slots for running requests, and so the maximum that run at once. The null slot is not counted.
+        checkpoints: Further slots. Idle live slots hold checkpoints too.
+        num_pages: Blocks of the KV cache, vLLM's null block included.
     """
 
     costs: Costs
@@ -178,30 +178,27 @@ class Sizing:
         return (self.num_pages - 1) * self.demand.block_size
 
     def concurrency(self, tokens: int) -> int:
-        """Requests of so many tokens that run at once without preempting each other."""
+        """Requests of `tokens` tokens that run at once without preemption."""
         return min(self.live, (self.num_pages - 1) // self.demand.blocks(tokens))
 
     def longest(self, requests: int) -> int:
-        """Tokens each of so many requests can have at once; at most `max_model_len`."""
+        """Tokens that each of `requests` concurrent requests can have; at most `max_model_len`."""
         return min(self.demand.max_model_len, (self.num_pages - 1) // requests * self.demand.block_size)
 
     def table(self) -> str:
-        """What the engine logs when it starts, in lines."""
-        costs, block_size = self.costs, self.demand.block_size
-        longest = ", ".join(f"{self.longest(count):,} for {count:,} at once" for count in _steps(self.live))
-        lines = [
-            "kimi-vllm divides the memory of each worker so:",
-            f"  weights           about {_bytes(costs.weights)}",
-            f"  state slots       {_bytes(costs.slot)} each, {_bytes(self.state_bytes)} in all and one null slot",
-            f"    live            {self.live:,}: requests that run at once (--max-num-seqs)",
-            f"    checkpoints     {self.checkpoints:,}: prefixes to resume at, besides those in idle live slots",
-            f"  KV cache          {_bytes(self.kv_bytes)}: {self.kv_tokens:,} tokens in blocks of {block_size}",
-            f"  longest contexts  {longest}",
-        ]
-        return "\n".join(lines)
+        """The log message of the engine at start."""
+        steps = sorted({1, min(8, self.live), self.live})
+        longest = ", ".join(f"{self.longest(count):,} for {count:,}" for count in steps)
+        return f"""kimi-vllm memory per worker:
+  weights           {_bytes(self.costs.weights)}, estimated
+  state slots       {_bytes(self.costs.slot)} each, {_bytes(self.state_bytes)} in total with the null slot
+    live            {self.live:,} running requests (--max-num-seqs)
+    checkpoints     {self.checkpoints:,} cached prefixes, plus those in idle live slots
+  KV cache          {_bytes(self.kv_bytes)}: {self.kv_tokens:,} tokens in blocks of {self.demand.block_size}
+  longest contexts  {longest} concurrent requests"""
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """Plain values."""
         return asdict(self) | {
             "state_slots": self.state_slots,
             "state_bytes": self.state_bytes,
@@ -211,16 +208,16 @@ class Sizing:
 
 
 def allowance(memory: int) -> int:
-    """Bytes set aside for activations, CUDA graphs and libraries: 4.5 GiB, or an eighteenth of a smaller memory.
+    """Bytes reserved for activations, CUDA graphs and libraries: 4.5 GiB, or an eighteenth of a smaller memory.
 
     On one H100 the 48B model needed 3.94 GiB with steps of 8192 tokens and 222 sequences: 0.95 for CUDA and libraries,
-    1.65 for activations and 1.34 for graphs. A worker that finds less to be free says so and has a smaller KV cache.
+    1.65 for activations and 1.34 for graphs. A worker that has less free memory warns and shrinks its KV cache.
     """
     return min(_ALLOWANCE, memory // _ALLOWANCE_SHARE)
 
 
 def cache_bytes(memory: int, utilization: float, costs: Costs) -> int:
-    """Bytes left for state and KV cache; negative when not even the weights fit."""
+    """Bytes left for state and KV cache; negative if the weights do not fit."""
     return int(memory * utilization) - allowance(memory) - costs.weights
 
 
@@ -228,10 +225,10 @@ def size(costs: Costs, demand: Demand, available: int) -> Sizing:
     """Divide `available` bytes, those of `cache_bytes`, between state slots and KV cache.
 
     Live slots come first, each with KV cache for `typical_tokens`, up to one per sequence; then checkpoints within
-    their share; the KV cache gets the rest. Numbers that the user gave are taken as they are.
+    their share; the KV cache gets the rest. Numbers set by the user are kept.
 
     Raises:
-        PlanError: not even two slots and one request of `max_model_len` fit.
+        PlanError: Two slots and one request of `max_model_len` do not fit.
     """
     longest = 1 if demand.any_length else demand.blocks(demand.max_model_len)
     if demand.state_slots is not None:
@@ -245,7 +242,7 @@ def size(costs: Costs, demand: Demand, available: int) -> Sizing:
         if not demand.fill:
             pages = min(pages, 1 + live * demand.blocks(demand.max_model_len))
     sizing = Sizing(costs, demand, live, checkpoints, pages)
-    # Of the pages that the user fixed, vLLM asks only that the request fits; of ours one is its null block.
+    # vLLM checks pages set by the user itself, and without its null block.
     if live < 1 or pages < longest + (demand.num_pages is None):
         slots = (1 + (demand.state_slots or MIN_SLOTS - 1)) * costs.slot
         needed = slots + (1 + longest) * costs.page
@@ -268,22 +265,21 @@ def _slots(costs: Costs, demand: Demand, available: int, longest: int) -> tuple[
         # The longest request must fit whatever the number of slots, or vLLM refuses to start once all is loaded.
         live = min(_fit(left - costs.page, costs.slot + typical), _fit(left - (1 + longest) * costs.page, costs.slot))
     live = min(live, demand.max_num_seqs)
-    # A checkpoint needs at least one page of its own. Memory that is not set aside anyway stays free for others: then
-    # as many checkpoints as sequences.
+    # A checkpoint needs at least one page of its own. Where memory is not filled, one checkpoint per sequence.
     useful = _fit(left - live * costs.slot, costs.page) if demand.fill else live
     checkpoints = min(_fit(share, costs.slot), max(0, useful))
-    # One that resumes from a checkpoint reads one slot and writes another.
+    # A request that resumes from a checkpoint reads one slot and writes another.
     return live, max(checkpoints, MIN_SLOTS - 1 - live) if live > 0 else 0
 
 
 def best_concurrency(costs: Costs, demand: Demand, available: int, tokens: int) -> int:
-    """Requests of so many tokens that fit with as many slots as requests and no checkpoints."""
+    """Requests of `tokens` tokens that fit with one slot each and no checkpoints."""
     left = available - costs.slot - costs.page
     return max(0, _fit(left, costs.slot + demand.blocks(tokens) * costs.page))
 
 
 def memory_needed(costs: Costs, demand: Demand, utilization: float) -> int:
-    """The least memory of a device on which the engine starts: weights, two slots, one request of `max_model_len`."""
+    """Memory of the smallest device that holds the weights, two slots and one request of `max_model_len`."""
     cache = MIN_SLOTS * costs.slot + (1 + demand.blocks(demand.max_model_len)) * costs.page
     small = (costs.weights + cache) / (utilization - 1 / _ALLOWANCE_SHARE)
     return round(small if allowance(int(small)) < _ALLOWANCE else (costs.weights + cache + _ALLOWANCE) / utilization)
@@ -291,10 +287,6 @@ def memory_needed(costs: Costs, demand: Demand, utilization: float) -> int:
 
 def _fit(available: int, each: int) -> int:
     return available // each if each else sys.maxsize
-
-
-def _steps(most: int) -> list[int]:
-    return sorted({1, min(8, most), most})
 
 
 def _gib(count: int) -> str:

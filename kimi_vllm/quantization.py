@@ -1,7 +1,7 @@
-"""How a quantised model's linear layers are stored: which of them are quantised, and the bytes of each.
+"""How a quantised model's linear layers are stored: which are quantised, and the bytes of each.
 
-Read from config.json's ``quantization_config`` or from vLLM's online options (``--quantization fp8``), without vLLM, so
-that the engine and `kimi-vllm plan` size the same model by the same rule.
+Read from config.json's ``quantization_config`` or from ``--quantization``, without vLLM, so that the engine and
+`kimi-vllm plan` agree.
 """
 
 import re
@@ -19,19 +19,19 @@ BLOCK = 128
 
 
 class QuantizationError(ValueError):
-    """A quantisation whose weights cannot be sized. Names the method, and those that can."""
+    """A quantisation whose weights cannot be sized. Names the method, and the known ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How the elements of one weight matrix are kept.
+    """How the elements of one weight matrix are stored.
 
     Attributes:
         bits: Bits per element.
-        strategy: Elements that share a scale: all, an output's, a group of an output's, or a block.
-        group: Inputs per group, and with blocks ``(outputs, inputs)``.
+        strategy: What shares a scale: all elements, those of an output, a group of an output's, or a block.
+        group: Outputs and inputs per group or block.
         scale_bytes: Bytes per scale.
-        zero_bits: Bits per zero point, one beside each scale; 0 for symmetric formats.
+        zero_bits: Bits per zero point, one per scale; 0 for symmetric formats.
     """
 
     bits: int
@@ -56,16 +56,13 @@ class Stored:
         return outputs * inputs * self.bits // 8 + scales * self.scale_bytes + scales * self.zero_bits // 8
 
     def part(self, suffix: str, outputs: int, inputs: int, itemsize: int, method: str) -> tuple[int, ...] | None:
-        """Shape of one of the tensors that stand for an ``[outputs, inputs]`` weight in a checkpoint.
+        """Shape of one of a checkpoint's tensors for an ``[outputs, inputs]`` weight; None if there is none so named.
 
         Args:
             suffix: The tensor's name behind the layer's.
-            outputs, inputs: Shape of the weight on all workers together.
-            itemsize: Bytes per element of the tensor, into which several elements of the weight may be packed.
+            outputs, inputs: Shape of the whole weight.
+            itemsize: Bytes per element of the tensor, which may pack several elements of the weight.
             method: Name of the quantisation.
-
-        Returns:
-            None if checkpoints of this kind have no tensor of that name.
         """
         rows, columns = self.scales(outputs, inputs)
 
@@ -96,7 +93,7 @@ _SPECS: dict[str, Stored] = {
     "fp8_per_block_static": FP8_PER_BLOCK,
     "int8_per_channel_static": Stored(8, "channel"),
 }
-"""vLLM's names of what `quantization_config` can ask for linear layers and for experts."""
+"""By vLLM's names for linear layers and experts in ``--quantization-config``."""
 
 _ONLINE: dict[str, tuple[str | None, str]] = {
     "fp8": ("fp8_per_tensor_static", "fp8_per_tensor_static"),
@@ -106,16 +103,16 @@ _ONLINE: dict[str, tuple[str | None, str]] = {
     "int8_per_channel_weight_only": (None, "int8_per_channel_static"),
 }
 ONLINE = tuple(_ONLINE)
-"""Values of ``--quantization`` that quantise 16-bit weights while they are loaded."""
+"""Values of ``--quantization`` that quantise 16-bit weights at load time."""
 
 Match = Literal["exact", "substring", "pattern", "glob"]
-"""How vLLM compares a config's list with the name of a layer: AWQ by substring, FP8 exactly, compressed-tensors exactly
-or by regular expression, online quantisation also by wildcards."""
+"""How vLLM matches a config's list with layer names: AWQ by substring, FP8 exactly, compressed-tensors exactly or by
+regular expression, online quantisation also by wildcards."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """A group of layers that are stored alike; no targets means all."""
+    """Layers that are stored alike; no targets means all."""
 
     stored: Mapping[Scope, Stored]
     targets: tuple[str, ...] = ()
@@ -140,7 +137,7 @@ class WeightFormat:
 
     @classmethod
     def online(cls, method: str, ignored: Sequence[str] = ()) -> Self:
-        """Weights that vLLM quantises while it loads them, as a value of ``--quantization``.
+        """The format of a value of ``--quantization``, which quantises at load time.
 
         Raises:
             QuantizationError: The method is none of `ONLINE`.
@@ -151,7 +148,7 @@ class WeightFormat:
 
     @classmethod
     def of_specs(cls, method: str, linear: str | None, experts: str | None, ignored: Sequence[str] = ()) -> Self:
-        """The same, by vLLM's names of how linear layers and experts are stored; None leaves them as they are.
+        """The format with vLLM's names for linear layers and experts; None leaves them unquantised.
 
         Raises:
             QuantizationError: One of the names is unknown.
@@ -166,8 +163,18 @@ class WeightFormat:
         return cls(method, (_Rule(stored),), tuple(ignored), "glob")
 
     @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Self | None:
+        """The format that a config.json declares; None if it declares none.
+
+        Raises:
+            QuantizationError: See `of_checkpoint`.
+        """
+        written = as_written(config)
+        return None if written is None else cls.of_checkpoint(written)
+
+    @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> Self:
-        """A checkpoint's ``quantization_config``.
+        """The format of a checkpoint's ``quantization_config``.
 
         Raises:
             QuantizationError: The method is unknown, or its config lacks what sizes are computed from.
@@ -183,17 +190,22 @@ class WeightFormat:
                 re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
         except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
             raise QuantizationError(f"quantization_config of method {method}: {error!r} in {dict(config)}.") from error
-        # A layer's own name decides before its class does.
+        # A layer's own name takes precedence over its class.
         return cls(method, tuple(sorted(rules, key=lambda rule: not rule.targets)), tuple(ignored), match)
 
     def stored(self, name: str, scope: Scope) -> Stored | None:
-        """How the layer of this name in the checkpoint is stored; None if in the model's dtype."""
+        """How the layer with this checkpoint name is stored; None if in the model's dtype."""
         if any(_matches(pattern, name, self.match) for pattern in self.ignored):
             return None
         for rule in self.rules:
             if not rule.targets or any(_matches(target, name, rule.match) for target in rule.targets):
                 return rule.stored.get(scope)
         return None
+
+
+def as_written(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a config.json, under either of its names."""
+    return config.get("quantization_config") or config.get("compression_config")
 
 
 def _matches(pattern: str, name: str, match: Match) -> bool:
@@ -238,7 +250,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Read:
         if isinstance(shape, str):
             shape = shape.split("x")
         packed = (weights.get("type") == "int" and bits < 8) or "pack" in str(group.get("format", config.get("format")))
-        # Packed integers have scales of the activations' dtype, four-bit floats eight bits, eight-bit numbers float32.
+        # Packed integers have scales of two bytes, four-bit floats of one, eight-bit numbers of four.
         scale_bytes = 1 if strategy == "tensor_group" else 2 if packed else 4
         stored = Stored(
             bits,
@@ -247,7 +259,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Read:
             scale_bytes,
             zero_bits=0 if weights.get("symmetric", True) else bits,
         )
-        # "Linear" is a class, and all that can be quantised here are of it.
+        # "Linear" is the class of all layers that can be quantised here.
         rules.append(_everywhere(stored, () if "Linear" in group["targets"] else group["targets"]))
     return rules, config.get("ignore") or ()
 
@@ -289,6 +301,6 @@ def _grouped(bits: int, group_size: int) -> Stored:
 
 def _unknown(method: str) -> QuantizationError:
     return QuantizationError(
-        f"quantisation {method}: the size of its weights is unknown. Known are --quantization {', '.join(ONLINE)} and "
+        f"quantisation {method}: the size of its weights is unknown. Known: --quantization {', '.join(ONLINE)}; "
         f"checkpoints of {', '.join(_READERS)}."
     )

@@ -1,6 +1,6 @@
-"""vLLM's options that Kimi Linear is not served with, as data. Each is refused by name, before weights are read.
+"""vLLM's options that are not supported with KDA state. Each is refused by name, before weights are read.
 
-`tests/test_engine_arguments.py` knows for every argument of an engine whether it is here, is served, or has no effect.
+`tests/test_engine_arguments.py` has for every engine argument whether it is refused, served, or without effect.
 """
 
 from collections.abc import Callable
@@ -16,27 +16,27 @@ from kimi_vllm import ARCHITECTURE
 from kimi_vllm.options import KimiOptions
 
 KDA_OPERATION = "vllm::kimi_delta_attention"
-"""What vLLM's compiler must leave out of the graphs it captures, as it leaves out attention."""
+"""The operator at which vLLM's compiler must split graphs, as at attention."""
 
 _DROP = "Drop the option, or set KIMI_VLLM_DISABLE=1 to use vLLM's own Kimi Linear."
-_OTHER_CACHE = "it is for vLLM's own cache of states, which kimi-vllm replaces."
+_OTHER_CACHE = "it configures vLLM's own state cache, which kimi-vllm replaces."
 _DTYPE = "Drop it; kimi.state_dtype in --additional-config sets the dtype of states."
-_HALVES = "it cuts a step inside a prompt, and the second part needs the state after the first."
-_KERNELS = "it chooses among vLLM's kernels for states, and kimi-vllm has its own."
-_UNTRIED = "it moves weights while requests run, which has not been tried with kimi-vllm."
-_OWN_SLOTS = "processes that are started apart would each choose a number of state slots, by the memory they find."
-_GIVE_SLOTS = "Set kimi.state_slots in --additional-config, to the same number everywhere."
+_HALVES = "it splits a step inside a prompt, and the second half needs the state after the first."
+_KERNELS = "it selects one of vLLM's kernels, and kimi-vllm has its own."
+_UNTRIED = "it moves weights while requests run, which is untested with kimi-vllm."
+_OWN_SLOTS = "processes that are started separately would each size their state slots from the memory they find."
+_GIVE_SLOTS = "Set kimi.state_slots in --additional-config to the same number everywhere."
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One option, or one use of it.
+    """An option, or one use of it.
 
     Attributes:
-        option: what the user wrote.
-        asked: whether this configuration asks for it.
-        why: what would go wrong; empty where nobody has tried to serve it.
-        instead: what to do.
+        option: What the user wrote.
+        asked: Returns whether a configuration uses it.
+        why: What would go wrong; empty if it was never tried.
+        instead: What to do.
     """
 
     option: str
@@ -46,7 +46,7 @@ class Refusal:
 
 
 def _set(path: str, *unset: object) -> Callable[[VllmConfig], object]:
-    """Whether the value at a dotted path says something: it is none of `unset` or, without these, true."""
+    """Whether the value at a dotted path is none of `unset` or, without these, true."""
     read = attrgetter(path)
     return (lambda config: read(config) not in unset) if unset else read
 
@@ -61,9 +61,7 @@ def _additional(name: str) -> Callable[[VllmConfig], bool]:
 
 
 def _without_slots(asked: Callable[[VllmConfig], object]) -> Callable[[VllmConfig], object]:
-    return lambda config: (
-        asked(config) and KimiOptions.from_additional_config(config.additional_config).state_slots is None
-    )
+    return lambda config: asked(config) and KimiOptions.of(config).state_slots is None
 
 
 _MAMBA_UNSET = (None, "none", "auto")
@@ -82,13 +80,13 @@ REFUSALS = (
     Refusal(
         "--kv-offloading-size",
         _set("cache_config.kv_offloading_size", None),
-        "vLLM's connector knows pages only, and a KDA state is none.",
+        "vLLM's connector offloads KV cache pages only, not KDA states.",
         "Drop it; kimi.host_memory_gib in --additional-config keeps states in host memory.",
     ),
     Refusal(
         "--kv-cache-dtype-skip-layers",
         _set("cache_config.kv_cache_dtype_skip_layers"),
-        "MLA layers with pages of two sizes would make vLLM pad the attention block.",
+        "MLA pages of two sizes would make vLLM pad the attention block.",
     ),
     Refusal("--ec-transfer-config", _set("ec_transfer_config"), "the model has no encoder.", "Drop it."),
     Refusal("--mamba-cache-mode", _set("cache_config.mamba_cache_mode", *_MAMBA_UNSET), _OTHER_CACHE, _DTYPE),
@@ -100,13 +98,19 @@ REFUSALS = (
         "--enable-mamba-shared-prefix-checkpoint",
         _set("cache_config.enable_mamba_shared_prefix_checkpoint"),
         _OTHER_CACHE,
-        "Drop it: the state where two prompts part is kept anyway.",
+        "Drop it: the state where two prompts diverge is kept anyway.",
     ),
     Refusal(
         "--prefix-cache-retention-interval",
         _set("cache_config.prefix_cache_retention_interval", 0),
         _OTHER_CACHE,
         "Drop it; kimi.checkpoint_interval in --additional-config keeps states at an interval.",
+    ),
+    Refusal(
+        "--prefix-match-unit",
+        lambda config: config.cache_config.prefix_match_unit not in (None, config.cache_config.block_size),
+        "KDA states are kept at block boundaries, so a hit cannot end inside a block.",
+        "Drop it, or set it to the block size.",
     ),
     Refusal(
         "--mamba-backend (and --mamba-*, --enable-mamba-cache-stochastic-rounding)",
@@ -120,7 +124,7 @@ REFUSALS = (
         lambda config: (
             current_platform.is_cpu() and (config.attention_config.backend or config.attention_config.backend_per_kind)
         ),
-        "on CPUs kimi-vllm has an MLA of its own, and no other.",
+        "on CPUs kimi-vllm has its own MLA only.",
         "Drop it.",
     ),
     Refusal(
@@ -136,7 +140,7 @@ REFUSALS = (
             and config.compilation_config.splitting_ops
             and KDA_OPERATION not in config.compilation_config.splitting_ops
         ),
-        "KDA would be captured in graphs, and its metadata changes with every step.",
+        "KDA would be captured in graphs, but its metadata changes with every step.",
         f"Add {KDA_OPERATION} to the list, or drop it.",
     ),
     Refusal(
@@ -154,7 +158,7 @@ REFUSALS = (
     Refusal(
         "--enable-sleep-mode",
         _set("model_config.enable_sleep_mode"),
-        "after sleep of level 2 the state slots are what memory happens to hold.",
+        "after level 2 sleep, state slots have undefined contents.",
     ),
     Refusal("--enable-eplb", _set("parallel_config.enable_eplb"), _UNTRIED),
     Refusal("--enable-elastic-ep", _set("parallel_config.enable_elastic_ep"), _UNTRIED),
@@ -166,12 +170,12 @@ REFUSALS = (
     Refusal(
         "--enable-return-routed-experts",
         _set("aux_output_config.enable_return_routed_experts"),
-        "for a few tokens the experts are chosen by a kernel that does not report them.",
+        "for few tokens our routing kernel does not report the experts.",
     ),
     Refusal(
         "--model-class-overrides",
         lambda config: ARCHITECTURE in config.model_config.model_class_overrides,
-        "the state cache belongs to kimi-vllm's own class.",
+        "the state cache needs kimi-vllm's own class.",
     ),
     Refusal(
         "--hf-overrides",
@@ -191,9 +195,9 @@ REFUSALS = (
         lambda config: (
             current_platform.is_cpu() and config.model_config.is_moe and config.parallel_config.data_parallel_size > 1
         ),
-        "vLLM for CPUs cannot send tokens to the experts of another replica (all_gatherv is not implemented there) and "
-        "would fail at the first request.",
-        "Start several servers behind a balancer.",
+        "vLLM for CPUs cannot send tokens to experts of another replica (it lacks all_gatherv) and would fail at the "
+        "first request.",
+        "Start several servers behind a load balancer.",
     ),
     Refusal(
         "--enable-expert-parallel",
@@ -202,17 +206,17 @@ REFUSALS = (
             and config.parallel_config.enable_expert_parallel
             and config.parallel_config.tensor_parallel_size * config.parallel_config.data_parallel_size > 1
         ),
-        "vLLM's experts for CPUs do not know which of them a worker holds, and it dies at the first request.",
+        "vLLM's experts for CPUs ignore which of them a worker holds, and it crashes at the first request.",
         "Drop the option: --tensor-parallel-size splits every expert instead.",
     ),
 )
 
 
 def refuse_unserved(vllm_config: VllmConfig) -> None:
-    """Refuse a configuration by the first option of `REFUSALS` that it uses.
+    """Check a configuration against `REFUSALS`.
 
     Raises:
-        ValueError: names the option, and says why it is refused and what to do.
+        ValueError: The configuration uses a refused option. Names the first, says why, and what to do.
     """
     for refusal in REFUSALS:
         if not refusal.asked(vllm_config):

@@ -1,4 +1,4 @@
-"""A model's parameters, matrix by matrix: their shapes, and what they weigh on one worker, quantised or not."""
+"""A model's parameters: their shapes, and their bytes on one worker, quantised or not."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ Kind = Literal["linear", "experts", "plain", "router", "float32"]
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A matrix or a vector, or one of each expert.
+    """A matrix or a vector, or one per expert.
 
     Attributes:
-        name: As in the checkpoint, without ``.weight``; of experts the first's.
-        outputs, inputs: Its shape on one worker; a vector has one input.
-        kind: "linear" and "experts" may be quantised, "plain" follows the model's dtype, "router" is kept as
-            `precision.router_dtype` says, "float32" always is.
-        count: How many experts have one.
+        name: Checkpoint name without ``.weight``; of experts the first one's.
+        outputs, inputs: Shape on one worker; a vector has one input.
+        kind: "linear" and "experts" may be quantised, "plain" has the model's dtype, "router" that of
+            `precision.router_dtype`, "float32" is always float32.
+        count: Number of experts that have one.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Weight:
 
 
 def input_filling(heads: int, *, quantised: bool) -> int:
-    """Columns of zeros behind b in KDA's input projection, of which `heads` are this worker's.
+    """Columns of zeros behind b in KDA's input projection, which has `heads` columns for b on this worker.
 
-    Kernels want rows that start at a multiple of 16 bytes, and matrix products want 16 columns, in bfloat16 to be fast
-    and in FP8 to work at all. Of quantised weights, Intel's AMX packs int8 in columns of 32, blocks that share
-    a scale are 128 wide and none may hold two tensors of the checkpoint, and Marlin wants columns in 64s.
+    Rows must start at multiples of 16 bytes, and matrix products need multiples of 16 columns: in bfloat16 to be fast,
+    in FP8 to work. Of quantised weights, AMX packs int8 in columns of 32, Marlin needs multiples of 64, and blocks that
+    share a scale are 128 wide and may not hold two tensors of the checkpoint.
     """
     return -heads % (_QUANTISED_COLUMNS if quantised else _COLUMNS)
 
@@ -59,7 +59,7 @@ def checkpoint_shapes(geometry: KimiGeometry) -> dict[str, tuple[int, int]]:
 
 
 def num_parameters(geometry: KimiGeometry) -> int:
-    """Parameters of the model, as its checkpoint has them."""
+    """Number of parameters in the model's checkpoint."""
     return sum(weight.count * weight.outputs * weight.inputs for weight in weights(geometry, 1, 1))
 
 
@@ -77,15 +77,14 @@ def weight_bytes(
     """Bytes of all parameters on one worker.
 
     Args:
-        geometry: The model, or one pipeline stage as a geometry of fewer layers.
+        geometry: The model, or a pipeline stage as a geometry of fewer layers.
         itemsize: Bytes per element of the model's dtype.
         router_itemsize: Bytes per element of the router's weights.
         ranks: Tensor-parallel size.
         expert_ranks: Workers over which the routed experts are split.
-        quantization: Which layers are stored otherwise, and how.
+        quantization: How linear layers are stored.
         first_layer: Number of the stage's first layer, by which `quantization` may name it.
-        absorbed: Whether vLLM's MLA keeps its up-projections a second time, in the model's dtype and in the form in
-            which decodes absorb them into query and output.
+        absorbed: Whether vLLM's MLA keeps its up-projections a second time, absorbed for decodes.
     """
     itemsizes = {"router": router_itemsize, "float32": torch.float32.itemsize}
     total = 0
@@ -98,7 +97,7 @@ def weight_bytes(
     if absorbed:
         heads, up = geometry.num_attention_heads // ranks, geometry.qk_nope_head_dim + geometry.v_head_dim
         total += (geometry.num_layers - sum(geometry.kda)) * heads * up * geometry.kv_lora_rank * itemsize
-    # Rows and columns that are filled up: of the embeddings by vLLM, of KDA's input projection by us.
+    # Padding: of the embeddings by vLLM, of KDA's input projection by us.
     total += 2 * (-geometry.vocab_size % _VOCAB_MULTIPLE) // ranks * geometry.hidden_size * itemsize
     columns = input_filling(geometry.linear_num_heads // ranks, quantised=quantization is not None)
     for layer, is_kda in enumerate(geometry.kda, first_layer):
@@ -129,7 +128,7 @@ def weights(geometry: KimiGeometry, ranks: int, expert_ranks: int, first_layer: 
         moe, name = geometry.moe, f"{prefix}block_sparse_moe."
         yield Weight(f"{name}gate", moe.num_experts, hidden, "router")
         yield Weight(f"{name}gate.e_score_correction_bias", moe.num_experts, 1, "float32")
-        # Each expert is whole on one worker, or a slice of each is on every worker: the same bytes, but for scales.
+        # Whole experts on a worker, or a slice of each: the same bytes, except for scales.
         inner, count = moe.intermediate_size // expert_ranks, moe.num_experts
         yield Weight(f"{name}experts.0.w1", inner, hidden, "experts", count)
         yield Weight(f"{name}experts.0.w2", hidden, inner, "experts", count)

@@ -1,7 +1,7 @@
-"""Checkpoint names to parameters, and a list of names when they do not match.
+"""Maps checkpoint names to parameters, and lists the names that do not match.
 
-Names are those of moonshotai/Kimi-Linear-48B-A3B. transformers' `save_pretrained` differs in one place: the dense MLP
-of a layer is written under ``block_sparse_moe`` too, which is mended here.
+Names are those of moonshotai/Kimi-Linear-48B-A3B. transformers' `save_pretrained` also writes dense MLPs under
+``block_sparse_moe``, which is corrected here.
 """
 
 import re
@@ -25,7 +25,7 @@ packed_modules_mapping = {
     "in_proj": ["q_proj", "k_proj", "v_proj", "f_a_proj", "g_a_proj", "b_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-"""Our merged linears and what they are merged from; quantisation configs are looked up through it."""
+"""Merged linear layers and their parts, for vLLM's lookups in quantisation configs."""
 
 _KDA_STACKED = {name: ("in_proj", shard_id) for shard_id, name in enumerate(packed_modules_mapping["in_proj"])}
 _KDA_STACKED |= {"f_b_proj": ("fg_b_proj", 0), "g_b_proj": ("fg_b_proj", 1)}
@@ -36,7 +36,7 @@ _LISTED = 8
 
 
 class WeightsError(ValueError):
-    """The checkpoint lacks tensors, or has some that belong nowhere or are of another shape. Names them."""
+    """The checkpoint lacks tensors, or has unexpected ones or wrong shapes. Names them."""
 
 
 def load_weights(
@@ -48,20 +48,19 @@ def load_weights(
 ) -> tuple[set[str], set[str]]:
     """Copy a checkpoint, or some tensors of one, into the model's parameters.
 
-    vLLM's loaders take this rank's part out of whatever they get, so every tensor is held against its full shape first.
+    vLLM's loaders cut this rank's part out of whatever they get, so the full shape of every tensor is checked first.
 
     Args:
-        model: with parameters named as in `model.py`.
-        geometry: the model's geometry.
-        weights: names and tensors, in any order.
-        quantization: how the checkpoint stores its linear layers. Of a quantisation that is not known, only vLLM's
-            loaders check the shapes.
+        model: The model; its parameters are named as in `model.py`.
+        geometry: The model's geometry.
+        weights: Names and tensors, in any order.
+        quantization: How the checkpoint stores its linear layers. If unknown, only vLLM's loaders check shapes.
 
     Returns:
         Names of the parameters loaded, and of the tensors that came.
 
     Raises:
-        WeightsError: unexpected tensors, one whose shape does not fit, one that was not loaded (its shape, or a kernel
+        WeightsError: Unexpected tensors, one whose shape does not fit, one that was not loaded (its shape, or a kernel
             that quantises it), or a quantised f_b_proj or g_b_proj.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -91,17 +90,17 @@ def load_weights(
 
 
 def check_whole(model: nn.Module, geometry: KimiGeometry, seen: set[str], *, all_modules: bool) -> None:
-    """Check that the tensors of an unquantised checkpoint that came leave no module of the model half loaded.
+    """Check that the given tensors of an unquantised checkpoint leave no module half loaded.
 
     Args:
-        model: with parameters named as in `model.py`.
-        geometry: the model's geometry.
-        seen: names of the tensors that came.
-        all_modules: whether every module must have its tensors, as after a first load, or only those of which a tensor
-            came. vLLM's reloading gives a module new memory as soon as one of its tensors comes.
+        model: The model; its parameters are named as in `model.py`.
+        geometry: The model's geometry.
+        seen: Names of the loaded tensors.
+        all_modules: Whether every module needs its tensors, as after a first load, or only those with a tensor in
+            `seen`: vLLM's reloading gives a module new memory as soon as one of its tensors arrives.
 
     Raises:
-        WeightsError: lists the missing tensors.
+        WeightsError: Lists the missing tensors.
     """
     missing: list[str] = []
     for names in _by_module(model, geometry).values():
@@ -111,18 +110,18 @@ def check_whole(model: nn.Module, geometry: KimiGeometry, seen: set[str], *, all
         raise WeightsError(f"the checkpoint lacks tensors: {_listed(missing)}")
     if missing:
         raise WeightsError(
-            f"the update of the weights lacks tensors: {_listed(missing)}. vLLM renews a layer as a whole. Send them, "
-            "then call finish_weight_update again, or reload a whole checkpoint. Until then the weights cannot be used."
+            f"the update of the weights lacks tensors: {_listed(missing)}. vLLM replaces a layer as a whole. Send them "
+            "and call finish_weight_update again, or reload a whole checkpoint. Until then the weights cannot be used."
         )
 
 
 def _by_module(model: nn.Module, geometry: KimiGeometry) -> dict[str, set[str]]:
-    """Names of the checkpoint's tensors that this rank needs, by the module whose parameters they are."""
+    """Names of the checkpoint tensors that this rank needs, by module."""
     experts = next((module for module in model.modules() if isinstance(module, RoutedExperts)), None)
     local = None if experts is None or experts.expert_map is None else experts.expert_map.tolist()
     modules: dict[str, set[str]] = defaultdict(set)
     elsewhere = _elsewhere(model)
-    # vLLM's adapter gives a classifier its head, and reads it here unless it takes rows of lm_head instead.
+    # vLLM's adapter loads a classifier's head here unless it takes rows of lm_head instead.
     if hasattr(model, "score") and getattr(model.config, "classifier_from_token", None) is None:
         modules["score"].add("score.weight")
     for name in checkpoint_shapes(geometry):
@@ -130,13 +129,13 @@ def _by_module(model: nn.Module, geometry: KimiGeometry) -> dict[str, set[str]]:
         if name.startswith(elsewhere) or (is_expert and local and local[int(expert.split(".")[0])] < 0):
             continue
         module, _, parameter = _target(name, geometry, [])[0].rpartition(".")
-        # What vLLM's reloading never replaces need not come again.
+        # Parameters that vLLM's reloading never replaces are modules of their own here.
         modules[layer if is_expert else f"{module}.{parameter}" if parameter in SKIP_LOAD_TENSORS else module].add(name)
     return modules
 
 
 def _needless(name: str, tensor: Tensor) -> bool:
-    """Whether it is GPTQ's group of each input, and the groups follow one another, as vLLM's kernels assume."""
+    """Whether it is GPTQ's group index in ascending order, which vLLM's kernels assume."""
     return name.endswith(".g_idx") and bool((tensor.diff() >= 0).all())
 
 
@@ -216,7 +215,7 @@ def _check_shape(name: str, tensor: Tensor, geometry: KimiGeometry, quantization
         stored = quantization.stored(layer, "experts" if ".experts." in layer else "linear")
         if stored is not None:
             full = stored.part(suffix, *weight, tensor.element_size(), quantization.method)
-    # Dimensions of one element come and go: A_log is [H] or [1, 1, H, 1], a convolution [H·D, 1, W].
+    # Dimensions of size 1 vary: A_log is [H] or [1, 1, H, 1], a convolution [H·D, 1, W].
     if full is None or [size for size in tensor.shape if size != 1] == [size for size in full if size != 1]:
         return
     raise WeightsError(
@@ -226,12 +225,12 @@ def _check_shape(name: str, tensor: Tensor, geometry: KimiGeometry, quantization
 
 
 def _refuse_unquantized(name: str, tensor: Tensor, parameter: nn.Parameter, target: str) -> None:
-    # A copy would round the weights to eight bits, and the scales beside them would stay what memory held.
+    # A copy would round the weights to eight bits, and leave the scales beside them uninitialised.
     if parameter.dtype.itemsize == 1 and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise WeightsError(
-            f"{name} ({dtype}) is not quantised, and by the checkpoint's quantization_config parameter {target} is. "
-            "Name the layer in its list of layers that are not: `ignore`, `ignored_layers` or `modules_to_not_convert`."
+            f"{name} ({dtype}) is not quantised, but parameter {target} is by the checkpoint's quantization_config. "
+            "Add the layer to its list of unquantised layers: `ignore`, `ignored_layers` or `modules_to_not_convert`."
         )
 
 
@@ -250,9 +249,9 @@ def _refuse_quantized_low_rank(name: str, tensor: Tensor, target: str) -> None:
 
 
 def _elsewhere(model: nn.Module) -> tuple[str, ...]:
-    """Beginnings of names that another pipeline stage has, or nobody: an embedding model has no lm_head.
+    """Name prefixes of modules that this rank does not have: other pipeline stages', or an embedding model's lm_head.
 
-    vLLM's `is_pp_missing_parameter` remembers them by the model's address, where the next model of a process may be.
+    vLLM's `is_pp_missing_parameter` caches them by the model's address, which the next model of a process may reuse.
     """
     absent = (PPMissingLayer, StageMissingLayer)
     return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, absent))

@@ -1,8 +1,8 @@
 """`make compat`: hold the vLLM names and signatures we lean on against every supported release, and unpack the newest.
 
-Three lists are checked. The imports of ``vllm`` in this package are read off its sources; what we override or stand in
-for and what we call without importing is written down in `kimi_vllm/_vllm.py`. They are compared with sources only:
-the installed vLLM's and those of the newest supported release.
+The imports of ``vllm`` in this package are read off its sources; what we call or stand in for without importing it is
+listed in `kimi_vllm/_vllm.py`. Both are compared with the sources of the installed vLLM and of the newest supported
+release. What we override is checked by `tests/test_overrides.py`, what is private by `tests/test_intrusions.py`.
 
 That one is published for GPUs only. Its wheel is downloaded and its Python sources unpacked, once; in front of the
 installed vLLM on PYTHONPATH they are what the unit tests import. Engines need operators compiled for CPUs, which the
@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kimi_vllm._vllm import NEWEST, OVERRIDDEN, SUPPORTED_VLLM, USED, installed_vllm
+from kimi_vllm._vllm import CALLED, NEWEST, SUPPORTED_VLLM, USED, installed_vllm
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".compat"
@@ -75,7 +75,7 @@ def problems(sources: Sources) -> Iterator[str]:
     for file, module, name in _imports():
         if not sources.has(module, name):
             yield f"{file}: from {module} import {name}"
-    for place, expected in OVERRIDDEN.items():
+    for place, expected in CALLED.items():
         module, dotted = place.split(":")
         found = sources.definition(module, dotted)
         if not isinstance(found, ast.FunctionDef):
@@ -196,7 +196,7 @@ def main(
         console.print(f"{sources.name}: {'ok' if not moved else f'{len(moved)} moved'}")
         for line in moved:
             console.print(f"  {line}", highlight=False, soft_wrap=True)
-    count = len(list(_imports())) + len(OVERRIDDEN) + sum(map(len, USED.values()))
+    count = len(list(_imports())) + len(CALLED) + sum(map(len, USED.values()))
     console.print(f"{count} names and signatures held; supported: vLLM {SUPPORTED_VLLM}")
     raise typer.Exit(failed)
 

@@ -14,7 +14,6 @@ compat = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compat)
 
 VLLM = Path(importlib.util.find_spec("vllm").origin).parents[1]
-MANAGER = "vllm/v1/core/single_type_kv_cache_manager.py"
 POOL = "vllm/v1/core/block_pool.py"
 
 
@@ -25,13 +24,8 @@ def test_the_installed_vllm_has_all_we_use():
 @pytest.mark.parametrize(
     ("file", "old", "new", "problem"),
     [
-        (
-            MANAGER,
-            "def take_new_block_ids",
-            "def take_ids",
-            "SingleTypeKVCacheManager.take_new_block_ids: not found",
-        ),
-        (MANAGER, "drop_eagle_block: bool,", "drop_last: bool,", "find_longest_cache_hit: expected"),
+        (POOL, "def free_blocks", "def release_blocks", "BlockPool.free_blocks: not found"),
+        (POOL, "ordered_blocks: Iterable", "blocks: Iterable", "BlockPool.free_blocks: expected"),
         (POOL, "class BlockPool:", "class PagePool:", "from vllm.v1.core.block_pool import BlockPool"),
     ],
 )

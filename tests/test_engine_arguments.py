@@ -26,7 +26,7 @@ SERVED = {
     "engine/test_engine_options.py": (
         "disable_cascade_attn disable_hybrid_kv_cache_manager enable_prompt_embeds hf_overrides "
         "kv_sharing_fast_prefill long_prefill_token_threshold long_prefill_token_threshold_adaptive "
-        "max_num_scheduled_tokens prefill_schedule_interval prefix_caching_hash_algo prefix_match_unit "
+        "max_num_scheduled_tokens prefill_schedule_interval prefix_caching_hash_algo "
         "scheduler_reserve_full_isl stream_interval swa_bounded_replay use_fp64_gumbel watermark "
         "worker_extension_cls"
     ),
@@ -161,6 +161,7 @@ ASKS_FOR = {
     "offload_group_size": 2,
     "prefill_context_parallel_size": 2,
     "prefix_cache_retention_interval": 64,
+    "prefix_match_unit": 16,
     "speculative_config": {"speculative_config": LOOKS_AHEAD},
     "ubatch_size": 2,
     "use_replayssm": True,
@@ -298,6 +299,10 @@ def test_what_vllm_checks_first_is_refused_where_it_passes(name, create, monkeyp
 
 def test_processes_started_apart_need_a_number_of_slots(create):
     assert create(**NODES, additional_config={"kimi": {"state_slots": 20}}).parallel_config.nnodes == 2
+
+
+def test_a_match_unit_of_one_block_is_what_states_have(create):
+    assert create(prefix_match_unit=64).cache_config.prefix_match_unit == 64
 
 
 def test_overrides_by_a_function_would_be_ignored(create):

@@ -67,7 +67,7 @@ def modules_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["kimi_vllm", "kimi_vllm._vllm", "kimi_vllm.doctor"])
+@pytest.mark.parametrize("module", ["kimi_vllm", "kimi_vllm._vllm", "kimi_vllm.cli.doctor"])
 def test_import_brings_neither_torch_nor_vllm(module: str) -> None:
     assert not modules_after(f"import {module}") & {"torch", "vllm", "numba", "triton", "transformers"}
 
@@ -88,6 +88,28 @@ def test_kernels_know_nobody(path: Path) -> None:
         if name.split(".")[0] not in allowed and not name.startswith("kimi_vllm.kernels.")
     ]
     assert strangers == []
+
+
+ABOVE = {
+    "cache": ("layers", "model", "sizing", "planning", "config_hook", "refusals", "metrics", "cli", "bench"),
+    "layers": ("model", "sizing", "planning", "config_hook", "refusals", "metrics", "cli", "bench"),
+    "model.py": ("sizing", "planning", "config_hook", "refusals", "metrics", "cli", "bench"),
+}
+"""Rooms of kimi_vllm to those that they must not import: arrows between rooms point down."""
+
+
+@pytest.mark.parametrize("room", ABOVE)
+def test_imports_between_rooms_point_down(room: str) -> None:
+    inside = ROOT / "kimi_vllm" / room
+    files = [inside] if inside.is_file() else sorted(inside.rglob("*.py"))
+    assert files
+    upwards = [
+        f"{relative(path)}: {name}"
+        for path in files
+        for name in imports(path)
+        if name.startswith("kimi_vllm.") and name.split(".")[1] in ABOVE[room]
+    ]
+    assert upwards == []
 
 
 @pytest.mark.parametrize("path", python_files(*SOURCE_FOLDERS), ids=relative)

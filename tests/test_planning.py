@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_vllm.cache.spec import SlotLayout
+from kimi_vllm.cache.layout import SlotLayout
+from kimi_vllm.cli.plan_data import InTree, Plan
 from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.plan_report import InTree, Plan
 from kimi_vllm.planning import Costs, Demand, PlanError, allowance, cache_bytes, memory_needed, size
 from kimi_vllm.weight_bytes import num_parameters
 

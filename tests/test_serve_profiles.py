@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
+from kimi_vllm.cli.plan import parse_memory
+from kimi_vllm.cli.plan_data import read_model
 from kimi_vllm.options import KimiOptions
-from kimi_vllm.plan_command import parse_memory
-from kimi_vllm.plan_report import read_model
 from kimi_vllm.planning import Costs, Demand, Sizing, cache_bytes, size
 from kimi_vllm.quantization import WeightFormat
 
@@ -142,7 +142,7 @@ def division(path: Path, gibibytes: float | None = None) -> Sizing:
     args = engine_args(path)
     geometry, dtype, *_ = read_model(ROOT / "configs" / "models" / "48b-a3b")
     stored = WeightFormat.online(args.quantization) if args.quantization else None
-    options = KimiOptions.from_additional_config(args.additional_config)
+    options = KimiOptions.of(args)
     ranks = args.tensor_parallel_size
     costs = Costs.of(geometry, dtype.itemsize, 64, ranks=ranks, gpu_dtype=torch.bfloat16, quantization=stored)
     memory = parse_memory("80GB" if path.stem.startswith("h100") else "141GB")

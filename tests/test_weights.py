@@ -114,7 +114,7 @@ def test_a_full_precision_tensor_for_a_quantised_parameter_is_refused_by_name(dt
     model = nn.Module()
     model.register_parameter("lm_head", nn.Parameter(torch.zeros(4, 4).to(dtype), requires_grad=False))
     monkeypatch.setattr("kimi_vllm.weights._target", lambda *_: ("lm_head", {}))
-    with pytest.raises(WeightsError, match=r"lm_head.weight \(bfloat16\) is not quantised, and .*lm_head is.*`ignore`"):
+    with pytest.raises(WeightsError, match=r"lm_head.weight \(bfloat16\) is not quantised, but .*lm_head is.*`ignore`"):
         load_weights(model, replace(released, moe=None), [("lm_head.weight", torch.zeros(4, 4, dtype=torch.bfloat16))])
 
 

@@ -4,13 +4,13 @@ Paged KV can be shared block by block; a recurrent state cannot, for it stands f
 resume only where somebody kept a state, and keeping one costs a slot. `boundaries_to_keep` says where that pays;
 `CheckpointIndex` finds kept states by key and knows what each of them saves; `eviction.py` says which one goes first.
 
-Pure on purpose: slots are integers, keys are opaque. No vLLM, no torch.
+Pure: slots are integers, keys are opaque. No vLLM, no torch.
 """
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 
-from kimi_vllm.cache.eviction import ByValue, EvictionPolicy
+from kimi_vllm.cache.eviction import Eviction, EvictionQueue
 from kimi_vllm.cache.prefixes import Lineage, Node, PrefixTree
 
 
@@ -29,11 +29,11 @@ def boundaries_to_keep(
     without a state (Marconi's admission, arXiv 2411.19379).
 
     Args:
-        num_prompt_tokens: length of the prompt.
-        block_size: tokens per block; every boundary is a multiple of it.
-        junction: end of a prefix known to be shared, or 0.
-        interval: also keep one boundary per so many tokens, rounded up to blocks; 0 for none.
-        start, end: only positions after `start` and up to `end`, a step's; the whole prompt by default.
+        num_prompt_tokens: Length of the prompt.
+        block_size: Tokens per block; every boundary is a multiple of it.
+        junction: End of a prefix known to be shared, or 0.
+        interval: Also keep one boundary per so many tokens, rounded up to blocks; 0 for none.
+        start, end: Only positions after `start` and up to `end`, a step's; the whole prompt by default.
     """
     end = num_prompt_tokens if end is None else min(end, num_prompt_tokens)
     kept = {num_prompt_tokens, num_prompt_tokens - 1, junction}
@@ -45,14 +45,10 @@ def boundaries_to_keep(
 
 
 class CheckpointIndex:
-    """Finds published slots by key, and knows what losing each would cost: the blocks since its nearest ancestor.
+    """Finds published slots by key, and knows what losing each would cost: the blocks since its nearest ancestor."""
 
-    Args:
-        policy: the order in which idle checkpoints are given up.
-    """
-
-    def __init__(self, policy: EvictionPolicy | None = None) -> None:
-        self._policy = policy or ByValue()
+    def __init__(self, eviction: Eviction = "value") -> None:
+        self._queue = EvictionQueue(eviction)
         self._tree = PrefixTree()
         self._checkpoints: dict[int, Node] = {}
         self._uses: defaultdict[int, int] = defaultdict(int)
@@ -122,7 +118,7 @@ class CheckpointIndex:
         node = self._checkpoints.pop(slot)
         self._idle.discard(slot)
         self._uses.pop(slot, None)
-        self._policy.remove(slot)
+        self._queue.remove(slot)
         heirs = list(node.heirs())
         self._tree.remove(node)
         self._revalue(heirs)
@@ -130,25 +126,29 @@ class CheckpointIndex:
     def park(self, slot: int) -> None:
         """The last reference is gone: the slot may be evicted."""
         self._idle.add(slot)
-        self._policy.park(slot, self.worth(slot))
+        self._queue.park(slot, self.worth(slot))
 
     def wake(self, slot: int) -> None:
         """Somebody resumes from the slot: it may not be evicted."""
         self._idle.remove(slot)
         self._uses[slot] += 1
-        self._policy.remove(slot)
+        self._queue.remove(slot)
 
-    def victim(self) -> int | None:
-        """The idle checkpoint to evict first, by the policy."""
-        return self._policy.victim()
+    def evict(self) -> tuple[int, tuple[Lineage, int]] | None:
+        """Withdraw the idle checkpoint to evict first. Returns it and its `origin`; None if there is none."""
+        if (slot := self._queue.evict()) is None:
+            return None
+        origin = self.origin(slot)
+        self.forget(slot)
+        return slot, origin
 
     def _revalue(self, heirs: Iterable[Node]) -> None:
         for heir in heirs:
             if heir.slot is not None and heir.slot in self._idle:
-                self._policy.revalue(heir.slot, self.worth(heir.slot))
+                self._queue.revalue(heir.slot, self.worth(heir.slot))
 
     def check(self) -> None:
-        """Verify that maps, tree and policy agree; raises AssertionError."""
+        """Verify that maps, tree and queue agree; changes nothing, raises AssertionError."""
         by_slot = {slot: node.slot for slot, node in self._checkpoints.items()}
         assert all(slot == held for slot, held in by_slot.items()), "the maps disagree"
         assert {self.find(node.key) for node in self._checkpoints.values()} == by_slot.keys(), (
@@ -156,5 +156,5 @@ class CheckpointIndex:
         )
         assert self._idle <= self._checkpoints.keys(), "an idle slot is not published"
         assert self._uses.keys() <= self._checkpoints.keys(), "uses of a slot that is gone"
-        assert (self.victim() is None) == (not self._idle), "the policy lost an idle slot"
+        assert (self._queue.victim() is None) == (not self._idle), "the queue lost an idle slot"
         self._tree.check()

@@ -4,7 +4,7 @@ A step is reported after later ones were scheduled. By then others may have resu
 of keys and values that were computed from one, and published what they made of it; a sick state may have been copied
 to host memory, or overwritten by a healthy one.
 
-Pure on purpose: slots and pages are integers. No vLLM, no torch.
+Pure: slots and pages are integers. No vLLM, no torch.
 """
 
 from collections.abc import Callable, Iterable, Sequence

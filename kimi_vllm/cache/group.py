@@ -1,7 +1,7 @@
 """The state group on the worker: the modules through which vLLM sees our slots, and the pool behind them.
 
-vLLM forms cache groups by spec and sizes them alike, so the state group has exactly as many members as there are MLA
-layers: then there are two groups, one block table and one metadata build for all KDA layers, and no page is enlarged.
+vLLM forms cache groups by spec, all of one size. With one member per MLA layer there are exactly two groups: one block
+table and one metadata build serve all KDA layers, and no page is enlarged.
 """
 
 from dataclasses import replace
@@ -15,30 +15,31 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from kimi_vllm.cache.exchange import PlannedMemory
+from kimi_vllm.cache.layout import SlotLayout
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.metadata import KDAStateBackend
 from kimi_vllm.cache.pool import StatePool
-from kimi_vllm.cache.spec import SlotLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.precision import conv_dtype
 
 
 def kda_layers_by_stage(geometry: KimiGeometry, vllm_config: VllmConfig) -> list[int]:
-    """How many KDA layers each pipeline stage has."""
+    """Number of KDA layers of each pipeline stage."""
     stages = vllm_config.parallel_config.pipeline_parallel_size
     return [sum(geometry.kda[slice(*get_pp_indices(geometry.num_layers, stage, stages))]) for stage in range(stages)]
 
 
 class StateGroupMember(nn.Module, AttentionLayerBase):
-    """Stands beside one MLA layer and asks vLLM for a block table of slot ids.
+    """Requests a block table of slot ids from vLLM; one stands beside each MLA layer.
 
-    The cache view vLLM binds to it aliases the MLA pages. It is never read or written.
+    The cache view that vLLM binds to it aliases the MLA pages. It is never read or written.
 
     Args:
-        beside: the MLA layer whose page the spec copies.
-        values: the attributes of `KDAStateSpec` that are not the page's.
-        prefix: a name with exactly one integer, as vLLM's cache binding requires.
+        beside: The MLA layer whose page the spec copies.
+        values: `KDAStateSpec`'s own attributes.
+        prefix: A name with exactly one integer, as vLLM's cache binding requires.
     """
 
     def __init__(
@@ -55,19 +56,19 @@ class StateGroupMember(nn.Module, AttentionLayerBase):
         return KDAStateBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KDAStateSpec:
-        """A page like the MLA layer's, and what the scheduler must know of the pool."""
+        """A page like the MLA layer's, and the sizes of the pool."""
         attention = cast("AttentionSpec", self._beside[0].get_kv_cache_spec(vllm_config))
         return KDAStateSpec.beside(attention, **self._values)
 
 
 class StateHome:
-    """Where the KDA layers of one pipeline stage find their slots and their metadata.
+    """Slots and metadata of the KDA layers of one pipeline stage.
 
     Args:
-        geometry: the model.
+        geometry: The model.
         num_layers: KDA layers on this stage.
-        mla_layer: index of one MLA layer on this stage; its group member's name is the metadata's.
-        prefix: of the layers, ``model.layers``.
+        mla_layer: Index of an MLA layer on this stage, under whose group member the metadata is found.
+        prefix: Prefix of the layers, ``model.layers``.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class StateHome:
     ) -> None:
         device = vllm_config.device_config.device
         self.prefix = prefix
-        self.options = KimiOptions.from_additional_config(vllm_config.additional_config)
+        self.options = KimiOptions.of(vllm_config)
         layout = SlotLayout.of(
             geometry,
             num_layers,
@@ -83,10 +84,10 @@ class StateHome:
             state_dtype=getattr(torch, self.options.state_dtype),
             conv_dtype=conv_dtype(device.type, vllm_config.model_config.dtype),
         )
-        # The config hook chose it, so that scheduler and workers have the same number.
-        assert self.options.state_slots is not None
-        self.num_slots = 1 + self.options.state_slots
-        # Equal on all stages, whatever their own slots weigh: vLLM takes unequal specs for groups of their own.
+        planned = PlannedMemory.of(vllm_config.model_config)
+        assert planned is not None  # the config hook ran, or there would be no geometry
+        self.num_slots = 1 + planned.state_slots
+        # Equal on all stages: vLLM would form separate groups of unequal specs.
         self.largest_slot = replace(layout, num_layers=max(kda_layers_by_stage(geometry, vllm_config))).slot_bytes
         num_host_slots = int(self.options.host_memory_gib * 2**30 // self.largest_slot)
         self.pool = StatePool(layout, self.num_slots, device, num_host_slots)

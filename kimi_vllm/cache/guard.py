@@ -1,7 +1,7 @@
-"""Health of the states on the worker: which slots did the last step leave with NaN or infinity in them?
+"""Which slots the last step left with NaN or infinity.
 
-The kernels set a flag per slot as they write it, in the same launch. Here the flags travel to the host behind the
-step's own work; they are read when its tokens are read, so nothing waits for them.
+The kernels set a flag per slot in the launch that writes it. The flags are copied to the host behind the step's own
+work and read when its tokens are read, so nothing waits for them.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class StateGuard:
         """Take the flags of the step that has just been launched, and clear them for the next one.
 
         Returns:
-            A function that tells the sick slots. On a GPU call it when the step's tokens have reached the host: the
+            A function that returns the sick slots. On a GPU call it when the step's tokens have reached the host: the
             flags were sent before them.
         """
         if get_tensor_model_parallel_world_size() > 1:

@@ -1,12 +1,12 @@
 """States that were evicted from the pool, kept in the host's memory: found by key, given up by the same policy.
 
-Pure on purpose: host slots are integers, keys are opaque. No vLLM, no torch. `SlotPool.moves` tells who copies what.
+Pure: host slots are integers, keys are opaque. No vLLM, no torch. `SlotPool.moves` tells who copies what.
 """
 
 from collections.abc import Hashable
 
 from kimi_vllm.cache.checkpoints import CheckpointIndex
-from kimi_vllm.cache.eviction import EvictionPolicy
+from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.prefixes import Lineage
 
 
@@ -14,14 +14,14 @@ class HostTier:
     """Host slots, each free or holding one state that nobody is using.
 
     Args:
-        num_slots: host slots, from 0; none at all is fine.
-        policy: the order in which states are given up when room is needed; by value if None.
+        num_slots: Host slots, from 0; none at all is fine.
+        eviction: See `EvictionQueue`.
     """
 
-    def __init__(self, num_slots: int, policy: EvictionPolicy | None = None) -> None:
+    def __init__(self, num_slots: int, eviction: Eviction = "value") -> None:
         self.num_slots = num_slots
         self._free = list(range(num_slots))
-        self._index = CheckpointIndex(policy)
+        self._index = CheckpointIndex(eviction)
 
     @property
     def num_held(self) -> int:
@@ -46,9 +46,8 @@ class HostTier:
             return None
         if self._free:
             slot = self._free.pop()
-        elif (victim := self._index.victim()) is not None:
-            self._index.forget(victim)
-            slot = victim
+        elif (evicted := self._index.evict()) is not None:
+            slot, _ = evicted
         else:
             return None  # the only ones are being loaded
         # A copy, for the request's own list goes on to the end of its answer and would live as long as the state.

@@ -1,13 +1,12 @@
-"""Adapter between vLLM's scheduler and the slots: our cache manager, on a pool of slots of its own.
+"""Adapter between vLLM's scheduler and the slots: a cache manager with a pool of slots of its own.
 
-vLLM keeps, for each request and cache group, a table of blocks. In the state group entry i of that table is the slot
-holding the state after min((i + 1)·block_size, n) tokens, or the null slot where no state was kept. The last entry is
-the *live* slot. When a request moves into its next block it moves on to a fresh slot, and the slot it leaves holds
-the state at the boundary: an immutable checkpoint, made without copying. Workers read their read and write slots off
-the same table (`metadata.py`).
+vLLM keeps a table of blocks per request and cache group. In the state group, entry i is the slot with the state after
+min((i + 1)·block_size, n) tokens, or the null slot where no state was kept. The last entry is the *live* slot. When a
+request enters its next block it moves to a fresh slot, and the slot that it leaves holds the state at the boundary: an
+immutable checkpoint, made without copying. Workers look up their slots in the same table (`metadata.py`).
 
-Running out of slots never fails: a new request waits, a running one keeps writing where it is. Only one whose state
-another request is just resuming from cannot stay, and is preempted as if pages had run out.
+When slots run out, a new request waits and a running one keeps writing where it is, unless another request resumes from
+that very slot: then it is preempted, as if pages had run out.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,6 +28,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from kimi_vllm.cache.checkpoints import boundaries_to_keep
+from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.slot_pool import SlotPool
 from kimi_vllm.cache.slots import NULL_SLOT
 
@@ -37,16 +37,16 @@ logger = init_logger("vllm.kimi_vllm")
 
 @dataclass(frozen=True, kw_only=True)
 class KDAStateSpec(AttentionSpec):
-    """The state group in vLLM's cache configuration: a block table of slot ids that costs no page of the shared pool.
+    """The state group in vLLM's cache configuration: a table of slot ids that takes no page of the shared pool.
 
-    It copies its sibling MLA layer's page field by field. Equal pages are what keeps vLLM from enlarging the
-    attention block to make two kinds of pages match; the page itself is never read or written for KDA.
+    It copies the page of the MLA layer beside it, because vLLM enlarges the attention block where pages are unequal.
+    The page is never read or written for KDA.
 
     Attributes:
-        num_slots: slots of the pool, the null slot included.
-        slot_bytes: bytes of one slot on a rank of the pipeline stage with the most KDA layers.
-        num_host_slots: states that host memory has room for on every rank.
-        checkpoint_interval, eviction: see `KimiOptions`.
+        num_slots: Slots of the pool, the null slot included.
+        slot_bytes: Bytes of one slot on a rank of the pipeline stage with the most KDA layers.
+        num_host_slots: States that fit into host memory on every rank.
+        checkpoint_interval, eviction: See `KimiOptions`.
     """
 
     dcp_sharded: bool = False
@@ -54,11 +54,11 @@ class KDAStateSpec(AttentionSpec):
     slot_bytes: int = 0
     num_host_slots: int = 0
     checkpoint_interval: int = 0
-    eviction: str = "value"
+    eviction: Eviction = "value"
 
     @classmethod
     def beside(cls, attention: AttentionSpec, **values: Any) -> Self:
-        """The spec for a state group that lives beside the given MLA layers; `values` are the attributes above."""
+        """The spec beside the given MLA layers; `values` are the attributes above."""
         page: dict[str, Any] = {
             field.name: getattr(attention, field.name) for field in fields(AttentionSpec) if field.init
         }
@@ -67,27 +67,27 @@ class KDAStateSpec(AttentionSpec):
 
     @property
     def uses_slot_mapping(self) -> bool:
-        """No: tokens have no place of their own in a state."""
+        """False: a token has no place of its own in a state."""
         return False
 
     @property
     def block_table_token_alignment(self) -> int | None:
-        """None: table rows need no padding, entries are looked up one by one."""
+        """None: entries are looked up one by one, so rows need no padding."""
         return None
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Zero: the slots were allocated with the model, before vLLM sized its pool."""
+        """Zero: slots are allocated with the model, before vLLM sizes its pool."""
         return 0
 
 
 class KDAStateManager(SingleTypeKVCacheManager):
-    """Decides, step by step, which slots a request reads and writes. Lives in the scheduler's process."""
+    """Decides step by step which slots a request reads and writes, in the scheduler's process."""
 
     block_pool: SlotPool
 
     def __init__(self, kv_cache_spec: KDAStateSpec, block_pool: BlockPool, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, block_pool, **kwargs)
-        # An answer larger than the page pool is how a manager tells the scheduler "not now" (Mamba's does the same).
+        # More pages than there are means "not now", as for Mamba's manager.
         self._not_now: int = block_pool.num_gpu_blocks + 1
         self.block_pool = SlotPool(
             kv_cache_spec.num_slots,
@@ -104,7 +104,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         # Published while a step is being scheduled, so written only when that step runs.
         self._unsettled: set[int] = set()
         logger.info(
-            "kimi-vllm: %d KV tokens in %d blocks beside %d state slots, %d more in host memory.",
+            "kimi-vllm: %d KV cache tokens in %d blocks, %d state slots, %d more in host memory.",
             (block_pool.num_gpu_blocks - 1) * self.block_size,
             block_pool.num_gpu_blocks,
             kv_cache_spec.num_slots - 1,
@@ -124,10 +124,10 @@ class KDAStateManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The longest prefix of at most `max_length` tokens at whose end a state was kept.
+        """The longest prefix of at most `max_length` tokens with a state at its end.
 
         Returns:
-            For each group null entries and then the checkpoint, and the length of the prefix in tokens.
+            Per group, null entries followed by the checkpoint; and the length of the prefix in tokens.
         """
         block_size = kv_cache_spec.block_size
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, block_size)
@@ -151,7 +151,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Zero pages if the slots allow this step, else more than there are ("not now")."""
+        """Zero pages if the slots allow this step, else "not now"."""
         table = self.req_to_blocks.get(request_id)
         if table:
             if cdiv(num_tokens, self.block_size) <= len(table):
@@ -161,9 +161,9 @@ class KDAStateManager(SingleTypeKVCacheManager):
         if new_computed_blocks:
             checkpoint = new_computed_blocks[-1]
             if checkpoint.block_id in self._unsettled:
-                # Its writer runs in this very step, beside us: wait for the next one.
+                # It is written in this very step: wait for the next one.
                 return self._not_now
-            # One on the host needs a slot to be loaded into; an idle one can no longer be evicted for us.
+            # A state on the host is loaded into a slot of its own; an idle one can no longer be evicted for us.
             wanted += self.block_pool.is_on_host(checkpoint) or not self.block_pool.slots.references(
                 checkpoint.block_id
             )
@@ -176,7 +176,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Start a request's table from a prefix hit, holding the checkpoint it resumes from."""
+        """Start a request's table with a prefix hit, and reference the checkpoint that it resumes from."""
         table = self.req_to_blocks[request_id]
         table.extend(new_computed_blocks)
         if table and self.block_pool.is_on_host(table[-1]):
@@ -189,8 +189,8 @@ class KDAStateManager(SingleTypeKVCacheManager):
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extend the table to cover `num_tokens`: null entries, then the slot that this step writes last.
 
-        The list returned is the one the scheduler later turns into ids for the workers; `cache_blocks` upgrades
-        entries of it to checkpoints before that happens.
+        The scheduler turns the returned list into ids later; before that, `cache_blocks` turns null entries of it into
+        checkpoints.
         """
         table = self.req_to_blocks[request_id]
         num_old = len(table)
@@ -211,10 +211,10 @@ class KDAStateManager(SingleTypeKVCacheManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Choose the boundaries that this step passes and that are worth a slot, and publish them.
+        """Choose and publish the boundaries passed by this step that are worth a slot.
 
-        A boundary at which a step ends costs nothing: the request is about to leave that slot. Of those only the
-        latest stays published, so that a long prefill or decode does not push everyone else's checkpoints out.
+        A boundary at which a step ends costs nothing: the request leaves that slot anyway. Of those only the latest
+        stays published, so that a long prefill or decode does not evict all other checkpoints.
         """
         request_id, block_size = request.request_id, self.block_size
         num_cached, num_full = self.num_cached_block.get(request_id, 0), num_tokens // block_size
@@ -245,7 +245,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Drop the request's references to states before the one it resumes from in this step."""
+        """Drop the request's references to states before the one that this step reads."""
         table = self.req_to_blocks.get(request_id)
         if not table:
             return
@@ -258,20 +258,20 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._num_retired[request_id] = max(first, last)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Forget the request and hand back the slots it still references."""
+        """Forget the request and return the slots that it still references."""
         self._new_entries.pop(request_id, None)
         self._num_retired.pop(request_id, None)
         self._rolling.pop(request_id, None)
         blocks = [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
         for block in blocks:
             if block.block_id in self._unsettled:
-                # Preempted in the step that was to write it: that state will never exist.
+                # Preempted in the step that was to write it: the state will never exist.
                 self._unsettled.discard(block.block_id)
                 self.block_pool.withdraw(block)
         return blocks
 
     def take_new_block_ids(self) -> list[int]:
-        """Called by the scheduler once a step is complete: what it published will now be written. No pages to zero."""
+        """No pages to zero. Called when a step is complete, so what it published will be written."""
         self._unsettled.clear()
         self._new_entries.clear()
         return []
@@ -287,11 +287,11 @@ class KDAStateManager(SingleTypeKVCacheManager):
         if not first_token:
             return NULL_SLOT, written
         before = table[(first_token - 1) // block_size]
-        # One that could not leave its slot at a boundary has taken it along.
+        # A request that could not leave its slot at a boundary has taken it along.
         return next(iter(written), NULL_SLOT) if before.is_null else before.block_id, written
 
     def _next_slot(self, table: list[KVCacheBlock]) -> KVCacheBlock:
-        # Without prefix caching nobody resumes from a boundary, so there is no reason to leave the slot.
+        # Without prefix caching nobody resumes from a boundary.
         wants_fresh = self.enable_caching or not table
         if wants_fresh and self.block_pool.slots.can_take(1):
             return self.block_pool.take()
@@ -320,13 +320,13 @@ class KDAStateManager(SingleTypeKVCacheManager):
             return
         old_index, block, old_key = previous
         slots = self.block_pool.slots
-        # It may have been evicted and reused since, so what is published under its key decides.
+        # It may have been evicted and reused since: what is published under its key decides.
         others = slots.references(block.block_id) - (table[old_index] is block)
         if slots.find(old_key) == block.block_id and not others:
             self.block_pool.withdraw(block)
 
 
-# In-tree specs first: vLLM registers its own only into an empty registry, and workers never do it explicitly. Ours at
-# import, because unpickling the spec in another process imports this module and nothing else runs there.
+# vLLM registers its own specs into an empty registry only, and workers never do it explicitly. At import, because
+# unpickling the spec in another process imports this module and runs nothing else.
 KVCacheSpecRegistry._ensure_registered(None)
 KVCacheSpecRegistry.register(KDAStateSpec, KDAStateManager, uniform_type_base_spec=KDAStateSpec)

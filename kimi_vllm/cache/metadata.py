@@ -1,11 +1,10 @@
-"""One step, described once for all KDA layers: which rows decode, which prefill, and which slots each reads and writes.
+"""One step, described once for all KDA layers: which rows decode, which prefill, which slots each reads and writes.
 
-vLLM hands us, per request, the number of tokens computed so far, the number in this step, and the row of the block
-table in which `manager.py` placed slot ids. For a request at position p, in blocks of b tokens, the state after token
-p - 1 is in slot ``row[(p - 1) // b]`` and the state after token p goes to slot ``row[p // b]``. They differ exactly
-when p is the first token of a block: then the kernel reads one slot and writes another, and no copy is made.
+`manager.py` puts slot ids into the rows of the group's block table. For a request at position p and blocks of b tokens,
+the state after token p - 1 is in slot ``row[(p - 1) // b]``, and the state after token p goes to ``row[p // b]``. They
+differ exactly when p is the first token of a block: the kernel reads one slot and writes another, without a copy.
 
-Entries before the read slot may be stale, because worker rows are append-only. Nothing here or in a kernel uses them.
+Entries before the read slot may be stale, because worker rows are append-only. No kernel uses them.
 """
 
 from dataclasses import dataclass
@@ -33,8 +32,8 @@ class KDAMetadata:
     """A step. Tokens are ordered decodes first, then prefills, then padding.
 
     Attributes:
-        num_decodes: decode rows, and as many tokens.
-        num_tokens: tokens of the step without padding.
+        num_decodes: Decode rows, and as many tokens.
+        num_tokens: Tokens of the step without padding.
     """
 
     num_decodes: int
@@ -44,10 +43,10 @@ class KDAMetadata:
 
 
 def rehearsal(num_tokens: int, num_sequences: int, block_size: int, device: torch.device) -> KDAMetadata:
-    """A step of new sequences whose states go nowhere: decodes if each has one token, else prefills of equal length.
+    """A step of new sequences that leaves no state: decodes if each has one token, else prefills of equal length.
 
     Args:
-        num_tokens, num_sequences: of the step; no fewer tokens than sequences.
+        num_tokens, num_sequences: Size of the step; at least one token per sequence.
     """
     null = torch.zeros(num_sequences, dtype=torch.int32, device=device)
     if num_tokens == num_sequences:
@@ -59,9 +58,9 @@ def rehearsal(num_tokens: int, num_sequences: int, block_size: int, device: torc
 
 
 class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
-    """Builds `KDAMetadata`; vLLM calls it once per step for the whole state group."""
+    """Builds `KDAMetadata`, once per step for the whole state group."""
 
-    # A graph holds the addresses of the rows below; a decode step of any kind only writes other numbers there.
+    # A graph holds the addresses of the row buffers; every decode step writes its rows there.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold = 1
 
@@ -80,7 +79,7 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> KDAMetadata:
-        """Describe the step. Works on the device's tensors alone: nothing waits for the device."""
+        """Describe the step, on device tensors only, without synchronising."""
         step = common_attn_metadata
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(step, decode_threshold=1)
         table = step.block_table_tensor[: step.num_reqs]
@@ -104,9 +103,9 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         return KDAMetadata(num_decodes, step.num_actual_tokens, decode, prefill)
 
     def _decode_rows(self, table: Tensor, seq_lens: Tensor) -> DecodeRows:
-        # A padded row has length 0, so position -1: it must find the null slot on both sides.
+        # A padded row has length 0, hence position -1: both of its slots must be the null slot.
         position = seq_lens.to(torch.int64) - 1
-        # Both at once: a step's cost on the host is the number of operations, not their size.
+        # Both at once: on the host the number of operations counts, not their size.
         read_slot, write_slot = self._entries(table, torch.stack((position - 1, position)))
         return DecodeRows(read_slot, write_slot, position)
 
@@ -118,15 +117,15 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         return torch.where(known, slot, NULL_SLOT).to(torch.int32)
 
     def _slots(self, entries: Tensor) -> Tensor:
-        # vLLM's warm-up makes up block ids without regard to groups; out-of-range ones are padding to us.
+        # vLLM's warm-up makes up block ids regardless of groups; those out of range are padding.
         return torch.where(entries < self.num_slots, entries, NULL_SLOT).to(torch.int32)
 
 
 class _RowBuffers:
-    """The rows of a step on a GPU, always at the same addresses: graphs hold them, and steps are in order there.
+    """The rows of a step on a GPU, always at the same addresses, which CUDA graphs hold.
 
     Args:
-        most: rows a step can have.
+        most: Maximum rows of a step.
     """
 
     def __init__(self, most: int, device: torch.device) -> None:
@@ -138,7 +137,7 @@ class _RowBuffers:
     def fill(
         self, table: Tensor, seq_lens: Tensor, starts: Tensor, num_decodes: int, block_size: int, num_slots: int
     ) -> tuple[DecodeRows | None, PrefillRows | None]:
-        """Write the step's rows, in one launch, and return them. Prefill kernels bound the table's slots themselves."""
+        """Write the step's rows in one launch. Prefill kernels check the bounds of the table's slots themselves."""
         from kimi_vllm.kernels.cuda.rows import step_rows
 
         rows, bounds, context = self._decode, self._cu_seqlens, self._context_len
@@ -153,14 +152,14 @@ class _RowBuffers:
 
 
 def _most_rows(vllm_config: VllmConfig) -> int:
-    # vLLM pads a step to the size of a captured graph, which can be above what it schedules.
+    # vLLM pads a step to the size of a captured graph, which can exceed max_num_seqs.
     captured: int = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     scheduled: int = vllm_config.scheduler_config.max_num_seqs
     return max(scheduled, captured)
 
 
 class KDAStateBackend(AttentionBackend):
-    """What vLLM needs to know to build metadata for the state group; it computes no attention."""
+    """Tells vLLM how to build the metadata of the state group. It computes no attention."""
 
     @staticmethod
     def get_name() -> str:
@@ -169,24 +168,24 @@ class KDAStateBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
-        """No attention implementation belongs to this group.
+        """There is none: KDA layers call their kernels themselves.
 
         Raises:
-            TypeError: always; the KDA layers call their kernels themselves.
+            TypeError: Always.
         """
         raise TypeError("the KDA state group has no attention implementation")
 
     @staticmethod
     def get_builder_cls() -> type[KDAMetadataBuilder]:
-        """The builder above."""
+        """See `KDAMetadataBuilder`."""
         return KDAMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Any: the block size is only the grid of boundaries."""
+        """Any: the block size is only the spacing of boundaries."""
         return [MultipleOf(1)]
 
     @classmethod
     def is_ssm(cls) -> bool:
-        """Yes, which keeps this group out of vLLM's choice of an attention block size."""
+        """True keeps this group out of vLLM's choice of an attention block size."""
         return True

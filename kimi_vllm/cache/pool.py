@@ -1,26 +1,25 @@
-"""The tensors: allocated once with the model, so that vLLM counts them before it sizes its own pool."""
+"""The tensors of all slots, allocated with the model, so that vLLM counts them before it sizes its own pool."""
 
 import torch
 from torch import Tensor
 
-from kimi_vllm.cache.spec import SlotLayout
+from kimi_vllm.cache.layout import SlotLayout
 
 
 class StatePool:
     """All slots of one worker: ``state [S, L, H, V, K]`` and ``conv [S, L, R, 3·H·D]``.
 
-    The slot comes first, so that one slot is one contiguous piece that can be copied in or out at once; a layer's
-    view has the slot stride of all layers. A slot's contents mean nothing until a step has written it: a request's
-    first step reads no slot, so nothing is ever cleared.
+    The slot comes first, so that it is one contiguous piece and copied at once; a layer's view has the slot stride of
+    all layers. Nothing is ever cleared: a request's first step reads no slot.
 
     Args:
-        layout: shapes and dtypes of a slot.
-        num_slots: slots, the null slot included.
-        device: where the kernels run.
-        num_host_slots: slots in host memory behind it, page-locked where the device is not the host itself.
+        layout: Shapes and dtypes of a slot.
+        num_slots: Slots, the null slot included.
+        device: Where the kernels run.
+        num_host_slots: Slots in host memory, pinned unless the device is the CPU.
 
     Attributes:
-        nonfinite: ``[S]`` int32; the kernels of all layers set it where a state that they write is not finite.
+        nonfinite: ``[S]`` int32, set by the kernels of all layers where they write a state that is not finite.
     """
 
     def __init__(self, layout: SlotLayout, num_slots: int, device: torch.device | str, num_host_slots: int = 0) -> None:

@@ -1,10 +1,10 @@
 """Finds known prefixes of a sequence, and known sequences that continue one, without looking at every block.
 
-A sequence is known by the keys of its blocks, each of which stands for everything up to the end of its block. So where
-two sequences part is found by bisection, and the known ones form a tree whose nodes are their ends and the places where
-they part. The longest known prefix is found from above, along the bits of its length.
+The key of a block stands for everything up to the end of the block. So the point where two sequences diverge is found
+by bisection, and known sequences form a tree whose nodes are their ends and the points where they diverge. The longest
+known prefix is found from above, along the bits of its length.
 
-Pure on purpose: slots are integers, keys are opaque. No vLLM, no torch.
+Pure: slots are integers, keys are opaque. No vLLM, no torch.
 """
 
 from collections import Counter
@@ -17,11 +17,11 @@ Lineage = Sequence[Hashable]
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A prefix of `length` blocks: one that `slot` holds, or with ``slot=None`` one at whose end others part.
+    """A prefix of `length` blocks: held by `slot`, or with ``slot=None`` one at whose end others diverge.
 
     Attributes:
-        steps: keys under which the search for the longest prefix passes here.
-        children: by the first key after this prefix.
+        steps: Keys under which the search for the longest prefix passes here.
+        children: Continuations, by the first key after this prefix.
     """
 
     lineage: Lineage

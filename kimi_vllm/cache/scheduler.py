@@ -1,7 +1,7 @@
-"""vLLM's scheduler, with what happens to states between steps: swaps, quarantine, statistics.
+"""vLLM's scheduler, extended by what happens to states between steps; the other end of `worker.py`.
 
-Scheduling itself is untouched. What is added: the copies to and from host memory go out with a step; a step's report of
-slots that are not finite ends or restarts the requests that wrote them; counters leave with vLLM's own statistics.
+Scheduling itself is unchanged. Copies to and from host memory are sent with a step; requests that wrote slots reported
+as not finite are ended or restarted; counters are sent with vLLM's own statistics.
 """
 
 import time
@@ -30,15 +30,15 @@ from kimi_vllm.options import KimiOptions
 logger = init_logger("vllm.kimi_vllm")
 
 QUARANTINED = (
-    "kimi-vllm: the request's KDA state became NaN or infinite. The request was ended and its saved states were "
+    "kimi-vllm: the request's KDA state became NaN or infinite. The request was ended and its checkpoints were "
     "withdrawn; no other request is affected. Try again, or start the server with "
     '--additional-config \'{"kimi": {"on_nonfinite": "resume"}}\'.'
 )
-"""`stop_reason` of a request that the guard ended, with the finish reason ``error``."""
+"""`stop_reason` of a request whose state is not finite; its finish reason is ``error``."""
 
 
 class _StateScheduling:
-    """Mixed into vLLM's synchronous and asynchronous schedulers; the names below are theirs."""
+    """Mixed into vLLM's synchronous and asynchronous schedulers, whose attributes are declared here."""
 
     vllm_config: Any
     kv_cache_manager: Any
@@ -53,7 +53,7 @@ class _StateScheduling:
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._states: KDAStateManager = next(m for m in managers if isinstance(m, KDAStateManager))
         self._page_managers = [m for m in managers if m is not self._states]
-        self._on_nonfinite = KimiOptions.from_additional_config(self.vllm_config.additional_config).on_nonfinite
+        self._on_nonfinite = KimiOptions.of(self.vllm_config).on_nonfinite
         self._steps: deque[tuple[SchedulerOutput, Step]] = deque()
         self._overrun: WeakSet[Request] = WeakSet()
         self._resumed: set[str] = set()
@@ -62,7 +62,7 @@ class _StateScheduling:
         self._sent: Counter[str] = Counter()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """A step of vLLM's, with the copies to make before it."""
+        """Schedule a step, and attach the copies to make before it."""
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         moves = self._states.block_pool.take_moves()
         if moves:
@@ -76,12 +76,12 @@ class _StateScheduling:
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Take sick requests out of the step, then let vLLM handle the others."""
+        """Take requests whose state is not finite out of the step, then let vLLM handle the others."""
         ended: list[Request] = []
         if sick := getattr(model_runner_output, NONFINITE, None):
             ended = self._quarantine(set(sick), scheduler_output)
         while self._steps and self._steps.popleft()[0] is not scheduler_output:
-            pass  # a step whose result nobody has handed in
+            pass  # a step without a result
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
@@ -99,9 +99,9 @@ class _StateScheduling:
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Statistics of vLLM's and ours: slots now, and what happened since the last call."""
+        """Statistics of vLLM and ours: slots now, and what happened since the last call."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)  # type: ignore[misc]
-        # Lengths are as many as there are prompts: only those since the last call, which nobody may have asked for.
+        # Hit lengths grow with prompts: only those since the last call are kept, whether or not they are sent.
         hits, self._hits = self._hits, Counter()
         if stats is None:
             return None
@@ -132,13 +132,13 @@ class _StateScheduling:
             end = request.num_computed_tokens
             first = end - count
             read, written = self._states.accessed_slots(name, first)
-            # A table only grows, and outlives its request while somebody holds it.
+            # A table only grows, and outlives its request while it is referenced here.
             pages = partial(_pages, [(table[name], size) for table, size in tables], first, end)
             accesses[name] = Access(read, written, pages, request.num_preemptions)
         return accesses
 
     def _handle_stopped_request(self, request: Request) -> bool:
-        """A session that takes more input goes on before the tokens of steps in flight: its slot is past them."""
+        """Note a session that gets more input while steps are in flight: its slot is ahead of its tokens."""
         if request.resumable and request.num_in_flight_tokens:
             self._overrun.add(request)
             for _, step in self._steps:
@@ -146,7 +146,7 @@ class _StateScheduling:
         return bool(super()._handle_stopped_request(request))  # type: ignore[misc]
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        """Take more input, and go on from the last state that was kept where the live one holds a token too many."""
+        """Take more input; where the live state has a token too many, resume from the last checkpoint."""
         super()._update_request_as_session(session, update)  # type: ignore[misc]
         if session in self._overrun:
             self._overrun.discard(session)
@@ -154,9 +154,9 @@ class _StateScheduling:
             session.num_computed_tokens = 0
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Withdraw pages that were published for the step being scheduled: with priorities it may lose its request.
+        """Withdraw pages that the step being scheduled was to write: with priorities it may lose its request.
 
-        vLLM leaves them to be found by others, although nobody will ever write them.
+        vLLM leaves them published, although they are never written.
         """
         for manager in self._page_managers:
             unwritten = manager.req_to_blocks[request.request_id][request.num_computed_tokens // manager.block_size :]
@@ -167,7 +167,7 @@ class _StateScheduling:
         """Withdraw all that came from the slots a step left sick, and end or restart the requests concerned.
 
         Returns:
-            Those that ended.
+            The requests that ended.
         """
         reported = next((i for i, (output, _) in enumerate(self._steps) if output is scheduler_output), None)
         if reported is None:
@@ -183,43 +183,42 @@ class _StateScheduling:
             if self._on_nonfinite == "resume" and name not in self._resumed:
                 self._resumed.add(name)
                 self._restart(request)
-                logger.warning("KDA state of request %s is not finite: computed again from a good state.", name)
+                logger.warning("KDA state of request %s is not finite: recomputed from its last good checkpoint.", name)
             else:
                 ended += self.finish_requests(name, RequestStatus.FINISHED_ERROR)
                 logger.error("KDA state of request %s is not finite: the request ends with an error.", name)
         for request in self._still_there(found.victims):
-            # It read what nobody knew to be sick yet, so it is not to blame.
             self._restart(request)
         self._resumed &= self.requests.keys()
         return ended
 
     def _still_there(self, sick: dict[str, int]) -> list[Request]:
-        """Requests that are neither gone nor, without what they sampled then, started again since they were sick.
+        """The requests that are still running, or whose tokens from the sick step are still to be delivered.
 
         Args:
-            sick: How often each had been preempted then.
+            sick: Requests, and the preemptions of each when it was sick.
         """
         found = []
         for name, preemptions in sick.items():
             request = self.requests.get(name)
-            # vLLM delivers what a preempted request has in flight, unless it is told not to.
+            # vLLM delivers what a preempted request has in flight, unless `drop_stale_output` is set.
             if request is not None and (request.num_preemptions == preemptions or not request.drop_stale_output):
                 found.append(request)
         return found
 
     def _restart(self, request: Request) -> None:
-        """Compute a request again from the last state that is left; what its steps in flight sample is dropped."""
+        """Recompute a request from its last checkpoint, and drop what its steps in flight sample."""
         if request.status != RequestStatus.RUNNING:
             request.drop_stale_output = True
             return
         self.running = remove_all(self.running, {request})
         self._preempt_request(request, time.monotonic(), drop_stale_output=True)
-        # It may be back in the very next step. Then the first model runner needs all its tokens, not the last.
+        # If it is back in the next step, the first model runner needs all its tokens, not only the last.
         self.prev_step_scheduled_req_ids.discard(request.request_id)
 
 
 def _pages(tables: list[tuple[list[KVCacheBlock], int]], first: int, end: int) -> tuple[set[int], set[int]]:
-    """The pages that a step only reads and those that it writes, by tables and their block sizes."""
+    """The pages that a step only reads, and those that it writes; `tables` come with their block sizes."""
     read: set[int] = set()
     written: set[int] = set()
     for table, size in tables:
@@ -229,17 +228,17 @@ def _pages(tables: list[tuple[list[KVCacheBlock], int]], first: int, end: int) -
 
 
 class _KimiScheduler(_StateScheduling, Scheduler):
-    """The synchronous one."""
+    """Synchronous."""
 
 
 class _KimiAsyncScheduler(_StateScheduling, AsyncScheduler):
-    """The asynchronous one."""
+    """Asynchronous."""
 
 
 class KimiScheduler:
-    """Named in vLLM's configuration before it is known whether scheduling will be asynchronous."""
+    """Chosen in vLLM's configuration before it is known whether scheduling will be asynchronous."""
 
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the scheduler that the final configuration asks for."""
+        """The scheduler that the final configuration asks for."""
         chosen = _KimiAsyncScheduler if vllm_config.scheduler_config.async_scheduling else _KimiScheduler
         return chosen(vllm_config, *args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.request import Request
 
-from kimi_vllm.cache.eviction import POLICIES
+from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.host_tier import HostTier
 from kimi_vllm.cache.prefixes import Lineage
 from kimi_vllm.cache.slots import NULL_SLOT, SlotAllocator
@@ -20,23 +20,28 @@ class SlotPool:
     pages' events are complete without them.
 
     Args:
-        num_slots: slots on the device, the null slot included.
-        hash_block_size: tokens per block hash.
-        block_size: tokens per block of a lineage.
-        num_host_slots: states that host memory has room for.
-        eviction: name of a policy in `eviction.POLICIES`.
+        num_slots: Slots on the device, the null slot included.
+        hash_block_size: Tokens per block hash.
+        block_size: Tokens per block of a lineage.
+        num_host_slots: States that host memory has room for.
+        eviction: See `EvictionQueue`.
 
     Attributes:
-        moves: copies ``(source, target)`` for the workers to make, in order, before their next step. Ids from
+        moves: Copies ``(source, target)`` that the workers make, in order, before their next step. Ids from
             `num_slots` on are host slots.
-        counts: evictions, swaps_out and swaps_in so far.
+        counts: Numbers of evictions, swaps_out and swaps_in so far.
     """
 
     def __init__(
-        self, num_slots: int, hash_block_size: int, block_size: int, num_host_slots: int = 0, eviction: str = "value"
+        self,
+        num_slots: int,
+        hash_block_size: int,
+        block_size: int,
+        num_host_slots: int = 0,
+        eviction: Eviction = "value",
     ) -> None:
-        self.slots = SlotAllocator(num_slots, POLICIES[eviction]())
-        self.host = HostTier(num_host_slots, POLICIES[eviction]())
+        self.slots = SlotAllocator(num_slots, eviction)
+        self.host = HostTier(num_host_slots, eviction)
         self.hash_block_size, self.block_size = hash_block_size, block_size
         handles = [KVCacheBlock(slot, pool=self) for slot in range(num_slots + num_host_slots)]  # type: ignore[arg-type]
         self.blocks, self.host_blocks = handles[:num_slots], handles[num_slots:]
@@ -46,7 +51,7 @@ class SlotPool:
         self.counts: Counter[str] = Counter()
 
     def take(self) -> KVCacheBlock:
-        """A slot to write, with one reference. A checkpoint evicted for it goes to host memory, if there is any."""
+        """A slot to write, with one reference. A checkpoint evicted for it goes to host memory, if there is room."""
         slot, evicted = self.slots.take()
         if evicted is not None:
             self.blocks[slot].reset_hash()
@@ -61,7 +66,7 @@ class SlotPool:
         return int(block.block_id) >= self.slots.num_slots
 
     def load(self, block: KVCacheBlock, group_id: int) -> KVCacheBlock:
-        """Bring a state back from host memory, into a slot with one reference that is published in its place."""
+        """Bring a state back from host memory into a slot with one reference, published in its place."""
         host_slot = block.block_id - self.slots.num_slots
         lineage, length = self.host.claim(host_slot)
         loaded = self.take()  # may store a state in the tier; not in the slot we are loading from
@@ -92,17 +97,17 @@ class SlotPool:
         if not self.slots.publish(block.block_id, lineage, length):
             return False
         key: Any = lineage[length - 1]
-        # By the length vLLM tells users what their prompt has added to the cache.
+        # From the length vLLM computes what a prompt has added to the cache.
         block.set_block_hash(make_block_hash_with_group_id(key, group_id), num_tokens=length * self.block_size)
         return True
 
     def withdraw(self, block: KVCacheBlock) -> None:
-        """Take a published state back; unpublished slots are left alone."""
+        """Withdraw a slot's state, if it is published."""
         if self.slots.withdraw(block.block_id):
             block.reset_hash()
 
     def withdraw_slots(self, slots: Iterable[int]) -> None:
-        """Take back whatever is published in these slots, host slots too."""
+        """Withdraw whatever is published in these slots, host slots included."""
         for slot in slots:
             if slot < self.slots.num_slots:
                 self.withdraw(self.blocks[slot])

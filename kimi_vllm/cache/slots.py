@@ -4,14 +4,14 @@ A slot is in one of three states: *free*; *live*, referenced by at least one req
 resuming from it); or *idle checkpoint*, referenced by nobody and kept because a later request may resume from it.
 Slot 0 is none of these: it is the null slot of padded rows. So free + live + idle = number of slots - 1, always.
 
-Pure on purpose: slots are integers, keys are opaque. No vLLM, no torch.
+Pure: slots are integers, keys are opaque. No vLLM, no torch.
 """
 
 from collections import deque
 from collections.abc import Hashable
 
 from kimi_vllm.cache.checkpoints import CheckpointIndex
-from kimi_vllm.cache.eviction import EvictionPolicy
+from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.prefixes import Lineage
 
 NULL_SLOT = 0
@@ -29,17 +29,17 @@ class SlotAllocator:
     Every method either succeeds or changes nothing.
 
     Args:
-        num_slots: all slots, the null slot included; at least `MIN_SLOTS`.
-        policy: the order in which idle checkpoints are evicted; by value if None.
+        num_slots: All slots, the null slot included; at least `MIN_SLOTS`.
+        eviction: See `EvictionQueue`.
     """
 
-    def __init__(self, num_slots: int, policy: EvictionPolicy | None = None) -> None:
+    def __init__(self, num_slots: int, eviction: Eviction = "value") -> None:
         if num_slots < MIN_SLOTS:
             raise ValueError(f"num_slots={num_slots}: at least {MIN_SLOTS} are needed (one of them is the null slot).")
         self.num_slots = num_slots
         self._free: deque[int] = deque(range(1, num_slots))
         self._references = [0] * num_slots
-        self._checkpoints = CheckpointIndex(policy)
+        self._checkpoints = CheckpointIndex(eviction)
 
     @property
     def num_free(self) -> int:
@@ -73,18 +73,16 @@ class SlotAllocator:
             are whatever they were: a fresh slot is never read before it is written.
 
         Raises:
-            NoSlotError: nothing is free and every checkpoint is in use.
+            NoSlotError: Nothing is free and every checkpoint is in use.
         """
         if self._free:
-            slot, evicted = self._free.popleft(), None
+            slot, origin = self._free.popleft(), None
+        elif (evicted := self._checkpoints.evict()) is not None:
+            slot, origin = evicted
         else:
-            victim = self._checkpoints.victim()
-            if victim is None:
-                raise NoSlotError(f"all {self.num_slots - 1} slots are live")
-            slot, evicted = victim, self._checkpoints.origin(victim)
-            self._checkpoints.forget(victim)
+            raise NoSlotError(f"all {self.num_slots - 1} slots are live")
         self._references[slot] = 1
-        return slot, evicted
+        return slot, origin
 
     def retain(self, slot: int) -> None:
         """Add a reference to a live slot or an idle checkpoint."""

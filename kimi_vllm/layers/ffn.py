@@ -17,7 +17,7 @@ class KimiMLP(nn.Module):
     """``down(silu(gate(x)) * up(x))``.
 
     Args:
-        reduce_results: sum over tensor-parallel ranks here; shared experts leave that to the fused MoE.
+        reduce_results: Sum over tensor-parallel ranks here; shared experts leave that to the fused MoE.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class KimiMLP(nn.Module):
 
 
 class KimiMoE(nn.Module):
-    """Experts chosen by biased sigmoid scores and weighted by the unbiased ones, plus shared experts.
+    """Experts selected by biased sigmoid scores and weighted by unbiased ones, plus shared experts.
 
     The router's logits are fp32; `e_score_correction_bias` takes part in the selection only; the weights are normalised
     over the chosen experts and scaled.
@@ -70,7 +70,7 @@ class KimiMoE(nn.Module):
             force_fp32_compute=held == torch.float32,
             prefix=f"{prefix}.gate",
         )
-        self.skinny = skinny.serves(vllm_config)  # the gate has its own ways to multiply, none for its shape
+        self.skinny = skinny.serves(vllm_config)  # the gate multiplies by itself, so it has no method to replace
         self.gate.e_score_correction_bias = nn.Parameter(
             torch.empty(moe.num_experts, dtype=torch.float32), requires_grad=False
         )

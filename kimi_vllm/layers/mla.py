@@ -22,15 +22,15 @@ from kimi_vllm.layers.mla_latent import LatentAttention
 logger = init_logger("vllm.kimi_vllm")
 
 LATENT_NORM_EPS = 1e-6
-"""Both latent norms are built without an eps in the released modeling code, so they have its default."""
+"""Eps of both latent norms: the released modeling code builds them with the default."""
 
 
 class KimiMLA(nn.Module):
     """One MLA layer of one tensor-parallel rank: query heads are split over ranks, the latent is on all of them.
 
     Args:
-        geometry: the model.
-        prefix: name in the checkpoint, ``model.layers.{i}.self_attn``.
+        geometry: The model.
+        prefix: Name in the checkpoint, ``model.layers.{i}.self_attn``.
     """
 
     def __init__(self, geometry: KimiGeometry, vllm_config: VllmConfig, prefix: str) -> None:
@@ -91,10 +91,7 @@ class KimiMLA(nn.Module):
 
 
 def uses_latent_attention(geometry: KimiGeometry, vllm_config: VllmConfig) -> bool:
-    """Whether `LatentAttention` serves: on CPUs, and on GPUs float32 and latents of sizes that vLLM has no MLA for.
-
-    Where vLLM's should serve and cannot, its error is the user's to see.
-    """
+    """Whether `LatentAttention` serves: on CPUs, and on GPUs in float32 and for latent sizes that vLLM's MLA lacks."""
     if current_platform.is_cpu():
         return True
     sizes = MLACommonBackend.get_supported_head_sizes()
@@ -104,7 +101,7 @@ def uses_latent_attention(geometry: KimiGeometry, vllm_config: VllmConfig) -> bo
         lacking = f"latents of {geometry.latent_dim} elements, only of {sizes}"
     else:
         return False
-    logger.warning_once("kimi-vllm: MLA runs in torch, for checks and not for speed: vLLM's has no %s.", lacking)
+    logger.warning_once("kimi-vllm: MLA runs in torch and is slow, because vLLM's does not support %s.", lacking)
     return True
 
 
@@ -128,7 +125,7 @@ def _vllm_attention(
 
 
 def _backend(geometry: KimiGeometry, vllm_config: VllmConfig, heads: int) -> type[AttentionBackend]:
-    """What vLLM would take, and of FlashAttention our variant, unless the user has chosen the number of splits."""
+    """The backend that vLLM selects; of FlashAttention our variant, unless the user set the number of splits."""
     dtype, cached = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
     chosen: type[AttentionBackend] = get_attn_backend(
         geometry.latent_dim, dtype, cached, use_mla=True, use_sparse=False, num_heads=heads

@@ -1,10 +1,9 @@
 """Latent attention in torch over vLLM's paged cache: any block size and latent width, chunked prefill, prefix caching.
 
-It serves CPUs, and float32 on GPUs, for which vLLM has no MLA: there it is for checking numbers, not for speed. vLLM's
-reference MLA for CPUs takes 576-wide latents and 16-token blocks, and no context beside the current chunk. This
-one gathers latents through the block table tile by tile and keeps a running softmax, so its memory does not grow with
-the context. Decodes run in latent space (the key and value projections absorbed into query and output); prefills
-expand each tile to keys and values once for all their queries.
+It serves CPUs, and float32 on GPUs, for which vLLM has no MLA. vLLM's MLA for CPUs takes 576-wide latents and 16-token
+blocks, and no context before the current chunk. This one gathers latents through the block table tile by tile with a
+running softmax, so its memory does not grow with the context. Decodes run in latent space (key and value projections
+absorbed into query and output); prefills expand each tile to keys and values once for all queries.
 """
 
 from itertools import pairwise
@@ -27,19 +26,19 @@ from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.layers.mla_latent_metadata import DeviceDecodes, LatentBackend, LatentMetadata
 
 TILE_ELEMENTS, GPU_TILE_ELEMENTS = 1 << 22, 1 << 26
-"""Scores, or gathered latent elements, held at once per layer: on a CPU 16 MiB in fp32, which stay in the last-level
-cache; on a GPU as many as make launches worth their while."""
+"""Scores or gathered latent elements per tile: 16 MiB in fp32 on a CPU, to stay in the last-level cache; on a GPU
+enough to amortise launches."""
 FLASH_DEVICES = ("cpu",)
-"""Where torch has flash attention for every dtype and head size that also returns the logarithm of its weights' sum."""
+"""Where torch has flash attention for every dtype and head size that also returns the log-sum-exp."""
 
 
 class RunningSoftmax:
     """Softmax-weighted sums of values that arrive in tiles, for a fixed set of query rows.
 
     Args:
-        rows: shape of the query rows, such as ``(N, H)``.
-        dim: length of a value.
-        device: of scores and values.
+        rows: Shape of the query rows, such as ``(N, H)``.
+        dim: Length of a value.
+        device: Device of scores and values.
     """
 
     def __init__(self, rows: tuple[int, ...], dim: int, device: torch.device | str = "cpu") -> None:
@@ -68,13 +67,13 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     """Paged latent cache, decode and prefill of one MLA layer.
 
     Args:
-        geometry: the model.
-        num_heads: query heads on this rank.
+        geometry: The model.
+        num_heads: Query heads on this rank.
         kv_b_proj: ``[R]`` to ``[H·(nope + v)]``; expands latents to keys and values.
-        prefix: name under which vLLM binds the cache.
+        prefix: Name under which vLLM binds the cache.
 
     Raises:
-        ValueError: a cache dtype that this attention does not serve.
+        ValueError: A cache dtype that this attention does not serve.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             return
         num_tokens = step.num_tokens
         if len(step.fresh_blocks):
-            # Attention weights behind a sequence's end are 0, and 0 · NaN of the page's last owner would not be.
+            # Attention weights past a sequence's end are 0, but 0 · NaN left by the page's last owner would be NaN.
             self.kv_cache[step.fresh_blocks] = 0
         self.kv_cache[step.blocks, 0, step.offsets] = latent[:num_tokens]
         query = query.view(-1, self.num_heads, self.nope + self.latent_dim - self.rank)
@@ -136,7 +135,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         heads[num_tokens:] = 0
 
     def _attend_decodes(self, query: Tensor, latent: Tensor, out: Tensor, step: DeviceDecodes) -> None:
-        """`attend` in shapes that do not depend on what is in the step."""
+        """`attend` with shapes that do not depend on the step's contents."""
         rows = len(step.lengths)
         places = step.places.clamp(min=0)  # padded rows write to the null page
         blocks, offsets = places.div(self._block_size, rounding_mode="floor"), places.remainder(self._block_size)
@@ -145,7 +144,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         latents = self.kv_cache[step.tables, 0].flatten(1, 2)
         position = torch.arange(latents.shape[1], device=latents.device)
         unseen = position >= step.lengths.clamp(min=1)[:, None]
-        # What is behind a sequence's end may be NaN, which no weight of 0 removes.
+        # Past a sequence's end there may be NaN, which a weight of 0 does not remove.
         latents = latents.masked_fill(unseen[..., None], 0)
         query = self._absorbed(query[:rows].view(rows, self.num_heads, -1))
         scores = torch.bmm(query, latents.transpose(1, 2)).float().mul_(self.scale)
@@ -157,7 +156,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         heads[rows:] = 0
 
     def forget_projections(self) -> None:
-        """Call when the weights of `kv_b_proj` have changed."""
+        """Call after the weights of `kv_b_proj` have changed."""
         self._expand = None
 
     @property
@@ -165,13 +164,13 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return self.kv_cache.shape[2]
 
     def _tile(self, elements: int) -> int:
-        """Tokens in whole blocks, each of so many elements, that are held at once."""
+        """Tokens per tile, in whole blocks, at `elements` per token."""
         most = TILE_ELEMENTS if self.kv_cache.device.type == "cpu" else GPU_TILE_ELEMENTS
         return max(1, most // elements // self._block_size) * self._block_size
 
     @property
     def _projections(self) -> tuple[Tensor, Tensor]:
-        """W_UK ``[H, nope, R]`` and W_UV ``[H, R, v]``, read out of the projection whatever form its weights are in."""
+        """W_UK ``[H, nope, R]`` and W_UV ``[H, R, v]``, read out of the projection, quantised or not."""
         if self._expand is None:
             dtype = self.kv_cache.dtype
             columns, _ = self._kv_b_proj[0](torch.eye(self.rank, dtype=dtype, device=self.kv_cache.device))
@@ -229,7 +228,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return softmax.result().to(query.dtype).transpose(0, 1)
 
     def _prefill_flash(self, query: Tensor, context: int, table: Tensor) -> Tensor:
-        """Tiles of what is before the chunk, then the chunk: scores stay in torch's kernel, a few KiB at a time."""
+        """Tiles of the context, then the chunk; scores stay inside torch's kernel."""
         width = max(query.shape[2], self.value)  # of queries, keys and values alike
         tile = self._tile(2 * self.num_heads * width)
         query = pad(query.transpose(0, 1), (0, width - query.shape[2]))[None]

@@ -1,4 +1,4 @@
-"""One step for the MLA group where `LatentAttention` serves: where latents go, and which pages each request reads."""
+"""One step for `LatentAttention`: where latents are written, and which pages each request reads."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 MAX_GRAPH_ELEMENTS = 1 << 28
-"""Latent elements, of all sequences at full length, up to which decode steps go into CUDA graphs."""
+"""Maximum latent elements of all sequences at full length for which decode steps are captured in CUDA graphs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,12 @@ class LatentMetadata:
     """One step for the MLA group, decodes first.
 
     Attributes:
-        blocks, offsets: ``[T]`` int64, where each token's latent goes.
-        fresh_blocks: blocks that get their first token in this step.
-        decode_tables, decode_lens: ``[N, B]`` and ``[N]``; the lengths include the current token. Entries behind a
+        blocks, offsets: ``[T]`` int64; where each token's latent is written.
+        fresh_blocks: Blocks that get their first token in this step.
+        decode_tables, decode_lens: ``[N, B]`` and ``[N]``; the lengths include the current token. Entries past a
             sequence's end repeat its first block.
-        decode_bias: ``[N, 1, B · block_size]`` fp32, 0 for a sequence's tokens and -inf behind its end.
-        prefills: per request the token range in the step, the context before it, and its row of the block table.
+        decode_bias: ``[N, 1, B · block_size]`` fp32; 0 for a sequence's tokens, -inf past its end.
+        prefills: Per request: first and last token in the step, context before it, row of the block table.
     """
 
     num_decodes: int
@@ -47,12 +47,12 @@ class LatentMetadata:
 
 @dataclass(frozen=True, slots=True)
 class DeviceDecodes:
-    """A step of decodes alone on a GPU, told by tensors that vLLM keeps: a CUDA graph finds the next step in them.
+    """A step of decodes only on a GPU, in tensors that vLLM reuses, so that CUDA graphs find the next step in them.
 
     Attributes:
-        tables: ``[N, B]``, rows of the block table as wide as the longest request may need.
-        lengths: ``[N]``, the current token included; 0 for a padded row.
-        places: ``[N]`` int64, where each token's latent goes; -1 for a padded row.
+        tables: ``[N, B]``; block table rows of maximum width.
+        lengths: ``[N]``; the current token included, 0 for a padded row.
+        places: ``[N]`` int64; where each token's latent is written, -1 for a padded row.
     """
 
     tables: Tensor
@@ -67,7 +67,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-        """Graphs of decode steps, unless a graph, which reads every page a request could have, would read too many."""
+        """Graphs of decode steps, unless too large: a graph reads every page that a request could have."""
         most = vllm_config.scheduler_config.max_num_seqs * vllm_config.model_config.max_model_len
         if most * kv_cache_spec.head_size > MAX_GRAPH_ELEMENTS:
             return AttentionCGSupport.NEVER
@@ -135,16 +135,16 @@ class LatentBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
-        """The layer is its own implementation.
+        """There is none: the layer is its own implementation.
 
         Raises:
-            TypeError: always.
+            TypeError: Always.
         """
         raise TypeError("LatentAttention calls its own kernels")
 
     @staticmethod
     def get_builder_cls() -> type[LatentMetadataBuilder]:
-        """The builder above."""
+        """See `LatentMetadataBuilder`."""
         return LatentMetadataBuilder
 
     @staticmethod

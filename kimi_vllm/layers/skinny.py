@@ -1,7 +1,7 @@
-"""Linear layers and experts of a decode step of a few rows: our kernels where they are faster, else vLLM's methods.
+"""Linear layers and experts for a few rows: our kernels where they are faster, else vLLM's methods.
 
-At batch 1 a step of the 48B model is 176 products of one row, most of them so small that cuBLAS needs several times as
-long as reading the weights takes (kernels/NOTES.md).
+At batch 1 a decode step of the 48B model has 176 products of one row, for most of which cuBLAS takes several times as
+long as reading the weights (kernels/NOTES.md).
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from kimi_vllm.kernels.cuda import launch
 
 
 def product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-    """``x @ weight.T`` in `dtype`, by default that of `x`; None where another implementation should do it."""
+    """``x @ weight.T`` in `dtype`, by default that of `x`; None if another implementation is faster."""
     config = launch.skinny(x.shape[0], *weight.shape)
     if config is None or x.dim() != 2 or x.stride(1) != 1:
         return None
@@ -36,7 +36,7 @@ def product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tens
 
 
 class SkinnyLinearMethod(UnquantizedLinearMethod):
-    """vLLM's method for weights that are not quantised, with another kernel for a few rows."""
+    """The method for unquantised weights, with our kernel for a few rows."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[M, K]`` to ``[M, N]``."""
@@ -46,14 +46,14 @@ class SkinnyLinearMethod(UnquantizedLinearMethod):
 
 
 class SkinnyExpertsMethod(UnquantizedFusedMoEMethod):
-    """vLLM's method for experts that are not quantised, with other kernels for a few tokens."""
+    """The method for unquantised experts, with our kernels for a few tokens."""
 
     def apply(
         self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any, **named: Any
     ) -> Tensor:
         """``[M, hidden]`` to ``[M, hidden]``: the weighted sum over each token's experts.
 
-        Shared experts are for kernels that send tokens between devices meanwhile; `_alone` accepts none of these.
+        `_alone` excludes kernels that also compute shared experts.
         """
         config = launch.skinny_experts(x.shape[0], *layer.w2_weight.shape[1:])
         if config is None or x.stride(1) != 1:
@@ -65,7 +65,7 @@ class SkinnyExpertsMethod(UnquantizedFusedMoEMethod):
 
 
 class SkinnyRouter(GroupedTopKRouter):
-    """vLLM's router for experts in one group, scored by sigmoids, with another kernel for a few tokens."""
+    """The router for one group of experts with sigmoid scores, with our kernel for a few tokens."""
 
     def _compute_routing(
         self, hidden_states: Tensor, router_logits: Tensor, *indices_type: Any, **named: Any
@@ -88,7 +88,7 @@ class SkinnyRouter(GroupedTopKRouter):
 
 
 def _one_group(router: Any) -> bool:
-    """Whether a router chooses as Kimi Linear does, see `KimiMoE`."""
+    """Whether a router selects experts as `KimiMoE` does."""
     return (
         type(router) is GroupedTopKRouter
         and router.num_expert_group == router.topk_group == 1
@@ -100,7 +100,7 @@ def _one_group(router: Any) -> bool:
 
 
 def _alone(experts: RoutedExperts) -> bool:
-    """Whether this device has all of a layer's experts, or a slice of each, as checkpoints lay them out."""
+    """Whether this device has all experts of a layer, or a slice of each, in the checkpoint's layout."""
     method = experts.quant_method
     return (
         type(method) is UnquantizedFusedMoEMethod
@@ -114,14 +114,14 @@ def _alone(experts: RoutedExperts) -> bool:
 
 
 def serves(vllm_config: VllmConfig) -> bool:
-    """Whether a model may use it: on CUDA, two bytes a number, not compiled by torch, the batch free to matter."""
+    """Whether a model may use these kernels: 16-bit on CUDA, no torch.compile, no batch invariance."""
     half = vllm_config.model_config.dtype in (torch.bfloat16, torch.float16)
     eager = vllm_config.compilation_config.mode in (None, CompilationMode.NONE)
     return current_platform.is_cuda() and half and eager and not envs.VLLM_BATCH_INVARIANT
 
 
 def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
-    """Compile what a decode step of few rows can need: one kernel for each number of rows, inputs and parameters."""
+    """Compile every kernel variant that a decode step of a few rows can need."""
     compiled: set[Any] = set()
 
     def once(key: Any, call: Callable[[], object]) -> None:
@@ -152,9 +152,9 @@ def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def install(model: nn.Module) -> None:
-    """Let all linear layers, experts and routers of a loaded model use it."""
+    """Switch all linear layers, experts and routers of a loaded model to these kernels."""
     for module in model.modules():
-        # Methods and routers hold what vLLM has set up for the layer; only what one function does changes.
+        # Methods and routers hold what vLLM has set up for the layer, so only their class changes.
         if isinstance(module, MoERunner) and _one_group(module.router):
             module.router.__class__ = SkinnyRouter
         elif isinstance(module, RoutedExperts) and _alone(module):

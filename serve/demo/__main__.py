@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kimi_vllm.doctor import check_entry_point, check_environment, check_vllm_command
+from kimi_vllm.cli.doctor import check_entry_point, check_environment, check_vllm_command
 from serve.common.server import Server, ServerError
 from serve.demo.recall_task import held_out_prompt
 

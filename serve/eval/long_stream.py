@@ -8,7 +8,7 @@ import psutil
 import torch
 from vllm import SamplingParams, TokensPrompt
 
-from kimi_vllm.config_hook import geometry_of
+from kimi_vllm.geometry import geometry_of
 from serve.common.engine import Engine, engine
 from serve.common.tables import ResultTable
 from serve.eval.tasks import BOS, FILLERS, FIRST_FILLER, NEEDLE_KEYS, NEEDLE_VALUES, TASKS

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from kimi_vllm.cache.checkpoints import CheckpointIndex
-from kimi_vllm.cache.eviction import ByRecency, ByValue
+from kimi_vllm.cache.eviction import EvictionQueue
 from kimi_vllm.cache.host_tier import HostTier
 
 CHAIN = list("abcdefghij")
@@ -17,15 +17,14 @@ def published(index, slot, lineage, length):
 
 
 def evicted(index):
-    slot = index.victim()
-    index.forget(slot)
+    slot, _ = index.evict()
     index.check()
     return slot
 
 
-@pytest.mark.parametrize(("policy", "order"), [(ByValue, [2, 1, 3]), (ByRecency, [1, 2, 3])])
-def test_value_counts_blocks_since_the_nearest_ancestor(policy, order):
-    index = CheckpointIndex(policy())
+@pytest.mark.parametrize(("eviction", "order"), [("value", [2, 1, 3]), ("lru", [1, 2, 3])])
+def test_value_counts_blocks_since_the_nearest_ancestor(eviction, order):
+    index = CheckpointIndex(eviction)
     published(index, 1, CHAIN, 4)
     published(index, 2, CHAIN, 6)  # two blocks more than slot 1
     published(index, 3, list("xyzuvw"), 6)
@@ -34,7 +33,7 @@ def test_value_counts_blocks_since_the_nearest_ancestor(policy, order):
 
 
 def test_losing_an_ancestor_makes_its_heirs_dearer():
-    index = CheckpointIndex(ByValue())
+    index = CheckpointIndex()
     for slot, length in enumerate((2, 5, 9), 1):
         published(index, slot, CHAIN, length)
     assert index.value(3) == 4
@@ -46,7 +45,7 @@ def test_losing_an_ancestor_makes_its_heirs_dearer():
 
 
 def test_a_junction_published_later_comes_between():
-    index = CheckpointIndex(ByValue())
+    index = CheckpointIndex()
     published(index, 1, CHAIN, 8)
     other = [*CHAIN[:4], "p", "q"]
     published(index, 2, other, 6)
@@ -56,7 +55,7 @@ def test_a_junction_published_later_comes_between():
 
 
 def test_equal_values_go_by_recency():
-    index = CheckpointIndex(ByValue())
+    index = CheckpointIndex()
     for slot in (1, 2, 3):
         published(index, slot, [f"{slot}a", f"{slot}b"], 2)
     index.wake(1)
@@ -65,7 +64,7 @@ def test_equal_values_go_by_recency():
 
 
 def test_a_dear_checkpoint_that_nobody_uses_goes_in_the_end():
-    index = CheckpointIndex(ByValue())
+    index = CheckpointIndex()
     published(index, 1, [f"dear{i}" for i in range(10)], 10)
     gone = []
     for slot in range(2, 40):
@@ -76,17 +75,18 @@ def test_a_dear_checkpoint_that_nobody_uses_goes_in_the_end():
     assert 1 in gone
 
 
-def test_asking_for_the_victim_twice_gives_the_same():
-    index = CheckpointIndex(ByValue())
-    published(index, 1, ["a", "b"], 2)
-    published(index, 2, ["c"], 1)
-    assert index.victim() == index.victim() == 2
+def test_asking_for_the_victim_changes_nothing():
+    queue = EvictionQueue()
+    queue.park(1, 10)
+    assert queue.victim() == queue.victim() == 1
+    queue.park(2, 5)
+    assert (queue.evict(), queue.evict(), queue.evict()) == (2, 1, None)
 
 
-@pytest.mark.parametrize("policy", [ByValue, ByRecency])
-def test_random_histories_keep_the_tree(policy):
+@pytest.mark.parametrize("eviction", ["value", "lru"])
+def test_random_histories_keep_the_tree(eviction):
     rng = random.Random(7)
-    index = CheckpointIndex(policy())
+    index = CheckpointIndex(eviction)
     free, idle = set(range(1, 12)), set()
     for _ in range(2000):
         action = rng.random()
@@ -133,47 +133,44 @@ class Counted(int):
 
 
 def test_an_eviction_looks_at_few_of_many():
-    policy, states = ByValue(), 12_000
+    queue, states = EvictionQueue(), 12_000
     for slot in range(states):
-        policy.park(slot, Counted(slot * 7919 % states))
+        queue.park(slot, Counted(slot * 7919 % states))
     Counted.comparisons = 0
     for evictions in range(100):
-        slot = policy.victim()
-        assert slot * 7919 % states == evictions
-        policy.remove(slot)
+        assert queue.evict() * 7919 % states == evictions
     assert Counted.comparisons < 100 * 40
 
 
 def test_what_is_out_of_date_does_not_pile_up():
-    policy = ByValue()
+    queue = EvictionQueue()
     for value in range(10_000):
-        policy.park(1, value + 1)
-        policy.revalue(1, value)
-        policy.remove(1)
-    assert len(policy._heap) < 100
-    assert policy.victim() is None
+        queue.park(1, value + 1)
+        queue.revalue(1, value)
+        queue.remove(1)
+    assert len(queue._heap) < 100
+    assert queue.victim() is None
 
 
 def test_a_random_history_evicts_in_the_order_of_values_then_of_age():
-    rng, policy, model, age = random.Random(3), ByValue(), {}, 0
+    rng, queue, model, age = random.Random(3), EvictionQueue(), {}, 0
     for turn in range(5000):
         slot = rng.randrange(60)
         if slot not in model:
             model[slot] = [age, rng.randrange(8), turn]
-            policy.park(slot, model[slot][1])
+            queue.park(slot, model[slot][1])
         elif rng.random() < 0.4:
             model[slot][1] = rng.randrange(8)
-            policy.revalue(slot, model[slot][1])
+            queue.revalue(slot, model[slot][1])
         elif rng.random() < 0.5:
             del model[slot]
-            policy.remove(slot)
+            queue.remove(slot)
         if model and rng.random() < 0.3:
             expected = min(model, key=lambda slot: (model[slot][0] + model[slot][1], model[slot][2]))
-            assert policy.victim() == expected
-            age = max(age, sum(model[expected][:2]))
+            assert queue.victim() == expected
             if rng.random() < 0.5:
-                del model[expected]
-                policy.remove(expected)
+                assert queue.evict() == expected
+                age = max(age, sum(model.pop(expected)[:2]))
 
 
 def test_a_state_on_the_host_keeps_the_keys_of_its_own_prefix_only():
@@ -214,7 +211,7 @@ def test_no_host_memory_stores_nothing():
 
 
 def test_a_state_that_was_used_is_worth_more():
-    index = CheckpointIndex(ByValue())
+    index = CheckpointIndex()
     for slot, lineage in ((1, "ab"), (2, "cde")):
         index.add(slot, lineage, len(lineage))
         index.park(slot)

@@ -10,7 +10,7 @@ from vllm.distributed.utils import get_pp_indices
 from kimi_vllm.cache.group import StateHome
 from kimi_vllm.cache.manager import KDAStateManager
 from kimi_vllm.cache.scheduler import KimiScheduler
-from kimi_vllm.config_hook import geometry_of
+from kimi_vllm.geometry import geometry_of
 from serve.bench.cache.replay import Memory, attention_spec, build, configuration, make_request, step
 
 OF_48B = tuple(layer not in (3, 7, 11, 15, 19, 23, 26) for layer in range(27))

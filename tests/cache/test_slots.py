@@ -143,3 +143,18 @@ def test_random_histories_keep_the_books(num_slots, history):
         assert slots.num_live == len(references)
         assert slots.num_free + slots.num_idle + slots.num_live == num_slots - 1
         assert all(slots.find(key) == slot for key, slot in published.items())
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_check_does_not_change_what_is_evicted(check):
+    """The value of the next victim is the age of what is parked from now on, once it is evicted and not before."""
+    slots = SlotAllocator(4)
+    taken = {}
+    for key, length in (("dear", 10), ("cheap", 5)):
+        taken[key], _ = slots.take()
+        slots.publish(taken[key], [f"{key}{block}" for block in range(length)], length)
+        slots.release(taken[key])
+        if check:
+            slots.check()
+    slots.take()
+    assert slots.take()[0] == taken["cheap"]

@@ -108,7 +108,7 @@ def test_a_checkpoint_larger_than_its_config_is_refused(overrides, message):
         ({"enable_lora": True}, "--enable-lora: kimi-vllm does not support it|does not support LoRA"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"mamba_ssm_cache_dtype": "bfloat16"}, r"--mamba-ssm-cache-dtype: .* kimi.state_dtype"),
-        ({"mamba_cache_mode": "align"}, "--mamba-cache-mode: it is for vLLM's own cache of states"),
+        ({"mamba_cache_mode": "align"}, "--mamba-cache-mode: it configures vLLM's own state cache"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls .*: kimi-vllm needs"),
         ({"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, "--worker-cls .*: kimi-vllm needs"),
     ],
@@ -152,7 +152,7 @@ def compressed(group, ignore=EXPERTS, form="pack-quantized"):
         (
             None,
             {"quantization": "fp8"},
-            "--quantization fp8: vLLM has no kernel for it on CPUs. Drop the option. On any",
+            "--quantization fp8: vLLM has no kernel for it on CPUs. Drop the option. Any x86-64 CPU",
         ),
         (
             {"quant_method": "fp8", "activation_scheme": "dynamic"},

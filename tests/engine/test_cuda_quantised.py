@@ -12,8 +12,9 @@ from support.quantised import SCHEMES, quantise
 from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.linear import LinearBase
 
-from kimi_vllm.config_hook import planned_costs
+from kimi_vllm.options import KimiOptions
 from kimi_vllm.quantization import ONLINE
+from kimi_vllm.sizing import planned_costs
 from kimi_vllm.weights import packed_modules_mapping
 from serve.demo.recall_task import held_out_prompt
 
@@ -113,7 +114,7 @@ def test_logits_equal_transformers_with_dequantised_weights(scheme, cache_dtype,
         )
         running.check_idle()
         loaded = sum(parameter.nbytes for parameter in running.model.parameters())
-        planned = planned_costs(running.llm.llm_engine.vllm_config).weights
+        planned = planned_costs(config := running.llm.llm_engine.vllm_config, KimiOptions.of(config)).weights
     bound = TOLERANCE["fp8" if "fp8" in scheme else "others"] + TOLERANCE["latents"] * (cache_dtype == "fp8")
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = [*prompt, *output.outputs[0].token_ids]

@@ -17,7 +17,6 @@ OPTIONS = {
     "max_num_scheduled_tokens": 37,
     "prefill_schedule_interval": 2,
     "prefix_caching_hash_algo": "sha256_cbor",
-    "prefix_match_unit": 16,
     "scheduler_reserve_full_isl": False,
     "stream_interval": 3,
     "swa_bounded_replay": False,

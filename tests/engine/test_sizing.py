@@ -7,7 +7,7 @@ import pytest
 from support.engine import RECALL, engine, random_prompts
 from typer.testing import CliRunner
 
-from kimi_vllm import config_hook
+from kimi_vllm import sizing as planner
 from kimi_vllm.cli import app
 
 pytestmark = pytest.mark.engine
@@ -19,7 +19,7 @@ def said(monkeypatch):
     lines = []
     for level in ("info", "warning"):
         log = lambda text, *values, level=level: lines.append((level, text % values))  # noqa: E731
-        monkeypatch.setattr(config_hook.logger, level, log)
+        monkeypatch.setattr(planner.logger, level, log)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     return lines
 
@@ -59,7 +59,7 @@ def test_plan_and_engine_agree_to_the_byte(name, layout, caching, checkpoints, s
     flag = "--prefix-caching" if caching else "--no-prefix-caching"
     text, sizing = planned(checkpoint, "--max-num-seqs", "5", "--max-model-len", "500", flag)
     with engine(checkpoint, max_num_seqs=5, max_model_len=500, enable_prefix_caching=caching) as running:
-        table = next(line for level, line in said if line.startswith("kimi-vllm divides the memory"))
+        table = next(line for level, line in said if line.startswith("kimi-vllm memory per worker"))
         assert table in text
         assert running.slots.num_slots == 1 + sizing["state_slots"] == (11 if caching else 6)
         pool = running.pool
@@ -85,7 +85,7 @@ def test_too_many_sequences_are_clamped_and_served(host_memory_gib, said, monkey
     costs = ample["costs"]
     enough_for_six = costs["weights"] + 8 * costs["slot"] + (1 + 6 * 8) * costs["page"]
     memory = round(enough_for_six / (0.92 - 1 / 20) + host_memory_gib * 2**30)
-    monkeypatch.setattr(config_hook, "_memory", lambda vllm_config: memory)
+    monkeypatch.setattr(planner, "_memory", lambda vllm_config: memory)
     host_tier = {"kimi": {"host_memory_gib": host_memory_gib}}
     options = {"max_num_seqs": 16, "max_num_active_seqs": 12, "max_model_len": 512}
     with engine(RECALL, **options, additional_config=host_tier) as running:
@@ -93,7 +93,7 @@ def test_too_many_sequences_are_clamped_and_served(host_memory_gib, said, monkey
         assert running.slots.num_slots == 7
         warnings = [line for level, line in said if level == "warning"]
         assert len(warnings) == 1
-        assert "--max-num-seqs 16 is lowered to 6" in warnings[0]
+        assert "--max-num-seqs 16 lowered to 6" in warnings[0]
         assert "kimi.state_slots" in warnings[0]
         answers = running.complete(random_prompts([300] * 16, 100), max_tokens=4)
         assert len(answers) == 16
@@ -103,7 +103,7 @@ def test_too_many_sequences_are_clamped_and_served(host_memory_gib, said, monkey
 def test_what_cannot_fit_is_refused_before_weights_are_loaded(said, monkeypatch):
     from kimi_vllm.model import KimiLinearForCausalLM
 
-    monkeypatch.setattr(config_hook, "_memory", lambda vllm_config: 2**20)
+    monkeypatch.setattr(planner, "_memory", lambda vllm_config: 2**20)
     monkeypatch.setattr(KimiLinearForCausalLM, "__init__", lambda *args, **kwargs: pytest.fail("the model was built"))
     with pytest.raises(Exception, match="--max-model-len 1024: one request and its state slots need"), engine(RECALL):
         pass
@@ -115,4 +115,5 @@ def test_two_engines_from_one_dictionary_of_options():
     for sequences in (2, 6):
         with engine(RECALL, max_num_seqs=sequences, additional_config=given) as running:
             assert running.slots.num_slots == 1 + sequences
+            assert running.llm.llm_engine.vllm_config.additional_config == given
     assert given == {"kimi": {"checkpoint_interval": 128}}

@@ -30,8 +30,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.request import RequestStatus
 
 from kimi_vllm.cache.scheduler import KimiScheduler
-from kimi_vllm.config_hook import geometry_of
-from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.geometry import KimiGeometry, geometry_of
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.planning import Costs, Demand, Sizing, best_concurrency, size
 from serve.bench.cache.replay import ALIGN_BLOCK, attention_spec, build, make_request, our_specs, step

@@ -33,10 +33,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from kimi_vllm.cache.layout import SlotLayout
 from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 from kimi_vllm.cache.scheduler import KimiScheduler
-from kimi_vllm.cache.spec import SlotLayout
-from kimi_vllm.config_hook import geometry_of
+from kimi_vllm.geometry import geometry_of
 from serve.bench.cache.traces import BLOCK, Tokens, Turn, prompt_of
 
 CHECKPOINT = Path(__file__).parents[3] / "configs" / "models" / "recall"

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from kimi_vllm.config_hook import weight_format
+from kimi_vllm.sizing import weight_format
 from serve.bench.engine.engine import BenchEngine
 from serve.bench.engine.floor import floor_ms, peak_tbps, step_bytes
 from serve.bench.engine.plan import Plan

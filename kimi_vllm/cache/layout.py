@@ -1,7 +1,7 @@
-"""What one state slot is: its tensors and its bytes.
+"""Shapes and bytes of a state slot.
 
-A slot is everything KDA of one request at one moment: for each KDA layer a recurrent matrix ``[H, V, K]`` and a conv
-ring ``[R, 3·H·D]`` in which token p owns column p mod R. One slot id serves all layers.
+A slot is the whole KDA state of one request: for each KDA layer a recurrent matrix ``[H, V, K]`` and a conv ring
+``[R, 3·H·D]`` in which token p owns column p mod R. One slot id serves all layers.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class SlotLayout:
 
     Attributes:
         num_layers: KDA layers on this pipeline stage.
-        num_heads, head_dim: heads on this rank, and K == V.
-        ring: columns of the conv ring, R; at least the conv width.
+        num_heads, head_dim: Heads on this rank, and K == V.
+        ring: Columns of the conv ring, R; at least the conv width.
     """
 
     num_layers: int
@@ -53,10 +53,10 @@ class SlotLayout:
         tensor_parallel_size: int = 1,
         **dtypes: torch.dtype,
     ) -> Self:
-        """The layout for `num_layers` KDA layers of a model whose heads are split over ranks; `dtypes` as attributes.
+        """The layout of `num_layers` KDA layers with heads split over ranks; `dtypes` as the attributes.
 
         Raises:
-            ValueError: the heads do not divide over the ranks.
+            ValueError: The heads do not divide over the ranks.
         """
         heads = geometry.linear_num_heads
         if heads % tensor_parallel_size:

@@ -1,13 +1,12 @@
 """What the KDA layers of a checkpoint do with a prompt: their states, how fast they fade, whether a step can grow one.
 
-The model is transformers' `KimiLinearForCausalLM`, which the tests hold the plugin against. It needs no engine, loads
-both forms of config.json, and hooks on its projections see what each layer is given; vLLM would show the states only.
-From the projections on everything is `kernels/reference.py` in float64, so that no formula is stated a second time.
-Memory: the whole model, in the checkpoint's dtype, and one layer's activations. For small models or big machines.
+The model is transformers' `KimiLinearForCausalLM`, with hooks on the projections of each KDA layer. From there on
+everything is `kernels/reference.py` in float64, so no formula is stated twice. The whole model must fit into memory in
+the checkpoint's dtype, with one layer's activations.
 
-Of one step, S to A·S + write, the part that could grow a state is A = (I - beta·k·k^T)·Diag(alpha). With |k| <= 1 and
-beta in [0, 1] its spectral norm is at most the largest alpha, hence 1. That is the bound checked here, by singular
-values. The product max(alpha)·(1 + beta·|k|^2), sometimes used for it, exceeds 1 in sound models.
+A step maps S to A·S + write, with A = (I - beta·k·k^T)·Diag(alpha). With |k| <= 1 and beta in [0, 1] the spectral norm
+of A is at most the largest alpha, hence at most 1; that bound is checked by singular values. The product
+max(alpha)·(1 + beta·|k|^2), sometimes used instead, exceeds 1 in sound models.
 """
 
 import json
@@ -29,11 +28,11 @@ from kimi_vllm.kernels.reference import Features, features, kda_chunk, kda_recur
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 DEFAULT_SAMPLES = 32
 SLACK = 1e-9
-"""Rounding of singular values in float64, generously; a broken gate misses the bound by far more."""
+"""Tolerance for rounding of singular values in float64; a broken gate exceeds the bound by far more."""
 
 
 class InspectionError(ValueError):
-    """The checkpoint or the prompt cannot be inspected. Says what to do."""
+    """The checkpoint or prompt cannot be inspected. Says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +42,15 @@ class Head:
     Attributes:
         state_norm, state_max: Frobenius norm and largest magnitude of the state after the last token.
         norms: Frobenius norms after each sampled token.
-        finite: whether the last state is finite in float32, in which it is served.
-        alpha: quantiles `QUANTILES` of the decay, over tokens and channels.
-        memory_median, memory_slowest: tokens until a channel has faded to 1/e, at its mean log decay over the prompt;
-            the median channel and the slowest.
-        beta_mean, beta_min, beta_max: write strength over tokens.
-        spectral_norm, spectral_radius, bound: of the sampled token whose transition has the largest norm: that norm,
-            its largest eigenvalue's magnitude, and the largest alpha, which the norm must not exceed.
-        excess: the most by which the norm exceeds the bound at any sampled token; negative where there is room.
-        bounded: whether no norm exceeds its bound, and no alpha 1.
+        finite: True if the last state is finite in float32, in which it is served.
+        alpha: Quantiles `QUANTILES` of the decay over tokens and channels.
+        memory_median, memory_slowest: Tokens until the median and the slowest channel have faded to 1/e, at their mean
+            log decay over the prompt.
+        beta_mean, beta_min, beta_max: Write strength over tokens.
+        spectral_norm, spectral_radius, bound: Largest norm of a sampled transition; the magnitude of its largest
+            eigenvalue, and its largest alpha, which the norm must not exceed.
+        excess: Maximum of norm minus bound over sampled tokens; negative if there is room.
+        bounded: True if no norm exceeds its bound, and no alpha exceeds 1.
     """
 
     layer: int
@@ -79,7 +78,7 @@ class Head:
 
     @property
     def badness(self) -> tuple[bool, bool, float]:
-        """Orders heads: what is not finite first, earliest layer before all, because NaN spreads to later layers."""
+        """Sort key: not finite comes first, earliest layer before later ones, because NaN spreads to later layers."""
         if not self.finite:
             return True, False, -self.layer
         return False, not self.bounded, self.state_max
@@ -90,7 +89,7 @@ class Inspection:
     """All heads of all KDA layers after one prompt.
 
     Attributes:
-        positions: the sampled tokens, counted from 0; the last token is always one.
+        positions: The sampled tokens, counted from 0, the last token included.
     """
 
     model: str
@@ -117,12 +116,12 @@ def inspect_state(folder: Path, tokens: Sequence[int], every: int | None = None)
     """Run a checkpoint over a prompt.
 
     Args:
-        folder: the checkpoint.
-        tokens: the prompt.
-        every: take each so many-th token as a sample; by default about `DEFAULT_SAMPLES` are taken.
+        folder: The checkpoint.
+        tokens: The prompt.
+        every: Sample every N-th token. Default: about `DEFAULT_SAMPLES` samples.
 
     Raises:
-        InspectionError: the checkpoint cannot be loaded whole, or the prompt is not of its vocabulary.
+        InspectionError: The checkpoint cannot be loaded whole, or the prompt has tokens outside its vocabulary.
     """
     geometry = read_geometry(folder)
     if not tokens:
@@ -135,7 +134,7 @@ def inspect_state(folder: Path, tokens: Sequence[int], every: int | None = None)
     for index, layer in enumerate(model.model.layers):
         if geometry.kda[index]:
             _listen(layer.self_attn, partial(describe, index, positions), heads)
-    # Without the language model's head: nobody looks at logits.
+    # Without lm_head: logits are not needed.
     model.model(torch.tensor([list(tokens)]), use_cache=False)
     dtype = str(model.dtype).removeprefix("torch.")
     return Inspection(str(folder), dtype, len(tokens), positions, tuple(heads))
@@ -226,7 +225,7 @@ def sampled(num_tokens: int, every: int | None) -> tuple[int, ...]:
 
 
 def _listen(layer: Any, reduce: Callable[[Features], list[Head]], heads: list[Head]) -> None:
-    """Reduce a layer's features as soon as it has run: those of all layers together would not fit beside the model."""
+    """Reduce a layer's features as soon as it has run: those of all layers would not fit into memory."""
     heard: dict[str, Tensor] = {}
     projections = {
         "q": layer.q_proj,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kimi_vllm.warm_up import logprob_columns, sampled_rows, step_sizes
+from kimi_vllm.cache.warm_up import logprob_columns, sampled_rows, step_sizes
 
-OURS = Path(__file__).parents[1] / "kimi_vllm" / "moe_configs"
+OURS = Path(__file__).parents[2] / "kimi_vllm" / "moe_configs"
 EXPERTS, HIDDEN, TOP_K = 256, 2304, 8
 
 

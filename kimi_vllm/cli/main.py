@@ -1,4 +1,4 @@
-"""The command `kimi-vllm`. Nothing heavy is imported before a command needs it: --help answers at once."""
+"""The command `kimi-vllm`. Heavy modules are imported by the commands that need them, so --help is fast."""
 
 import json
 from dataclasses import asdict
@@ -9,16 +9,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kimi_vllm.doctor import Finding, diagnose
-from kimi_vllm.inspection_command import inspect_state
-from kimi_vllm.plan_command import plan
+from kimi_vllm.cli.doctor import Finding, diagnose
+from kimi_vllm.cli.inspect_state import inspect_state
+from kimi_vllm.cli.plan import plan
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="kimi-vllm is a plugin of vLLM: it serves Kimi Linear models and keeps their recurrent state in "
-    "exact slots beside the paged KV cache. There is nothing to start here: run `vllm serve MODEL` as usual, "
-    "and vLLM loads the plugin. This command tells you whether it will.",
+    help="vLLM plugin that serves Kimi Linear models with their recurrent state in exact slots beside the paged KV "
+    "cache. To serve, run `vllm serve MODEL` as usual; vLLM loads the plugin. These commands check an installation, "
+    "size a deployment and inspect a checkpoint.",
 )
 
 app.command()(plan)
@@ -40,14 +40,14 @@ def _root(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Check whether vLLM here would serve Kimi Linear with kimi-vllm, and say how to fix what is wrong.
+    """Check whether vLLM on this machine would serve Kimi Linear with kimi-vllm, and how to fix what is wrong.
 
     Exit status: 0 if it would, 1 if any check is FAIL.
     """
     if as_json:
         findings = list(diagnose())
     else:
-        with Console(stderr=True).status("Checking; importing vLLM takes some seconds"):
+        with Console(stderr=True).status("Checking; importing vLLM takes a few seconds"):
             findings = list(diagnose())
     active = all(finding.status != "FAIL" for finding in findings)
     if as_json:
@@ -68,13 +68,13 @@ def _print_table(findings: list[Finding], *, active: bool) -> None:
     verdict = (
         "[green]kimi-vllm is active:[/] `vllm serve` will use it for Kimi Linear."
         if active
-        else "[bold red]kimi-vllm is not active[/] on this machine; the rows marked FAIL say why."
+        else "[bold red]kimi-vllm is not active[/] on this machine; see the rows marked FAIL."
     )
     console.print(verdict)
 
 
 def _literal(text: str) -> str:
-    """Square brackets are markup for rich, and common in what we show: kimi-vllm[cpu]."""
+    """Escape square brackets, which are markup for rich: kimi-vllm[cpu]."""
     return text.replace("[", r"\[")
 
 

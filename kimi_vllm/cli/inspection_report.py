@@ -12,7 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from kimi_vllm.inspection import QUANTILES, Head, Inspection, InspectionError
+from kimi_vllm.cli.inspection import QUANTILES, Head, Inspection, InspectionError
 
 LEGEND = (
     "|S|: norm of the state after the prompt, max: its largest element. alpha: decay of a step, 1st, 50th and 99th "
@@ -27,7 +27,7 @@ def table(inspection: Inspection, *, all_heads: bool) -> Table:
     frame: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
     result = Table("layer", "head" if all_heads else "worst head", **frame)
     for column in ("|S|", "max", "alpha", "memory", "beta", "|A|", "max alpha"):
-        # A narrow terminal breaks lists of numbers at their spaces, but must not cut a number.
+        # A narrow terminal may break lists of numbers, but not cut a number.
         result.add_column(column, justify="right", min_width=8 if column in ("|A|", "max alpha") else None)
     result.add_column("", min_width=7)
     for layer, heads in inspection.by_layer().items():
@@ -106,7 +106,7 @@ def _finite(value: Any) -> Any:
 
 
 def check_plot(path: Path) -> None:
-    """Raise before the model is loaded if no plot could be written after it has run."""
+    """Raise InspectionError if no plot can be written, before the model is loaded."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

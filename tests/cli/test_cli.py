@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kimi_vllm import _vllm, cpu_quantization, doctor
-from kimi_vllm.cli import app
-from kimi_vllm.doctor import Finding
+from kimi_vllm import _vllm, cpu_quantization
+from kimi_vllm.cli import app, doctor
+from kimi_vllm.cli.doctor import Finding
 
-CONFIG_48B = Path(__file__).parents[1] / "configs" / "models" / "48b-a3b"
+CONFIG_48B = Path(__file__).parents[2] / "configs" / "models" / "48b-a3b"
 HEAVY = ("torch", "vllm", "numba", "transformers")
 
 
@@ -99,9 +99,9 @@ def test_vllm_out_of_range_is_named_with_the_command_that_fixes_it(monkeypatch: 
         ("0.32.0", "cpu", "OK", "tested on cpu"),
         ("0.32.0+cpu", "cpu", "OK", "tested on cpu"),
         ("0.33.0", "cuda", "OK", "tested on cuda"),
-        ("0.33.0", "cpu", "WARN", "never served in a test on cpu"),
-        ("0.33.1", "cuda", "WARN", "never served in a test on cuda"),
-        ("0.33.1.dev12", "cuda", "WARN", "never served in a test on cuda"),
+        ("0.33.0", "cpu", "WARN", "in range but not tested on cpu"),
+        ("0.33.1", "cuda", "WARN", "in range but not tested on cuda"),
+        ("0.33.1.dev12", "cuda", "WARN", "in range but not tested on cuda"),
         ("0.34.0", "cuda", "FAIL", "supported: "),
     ],
 )
@@ -246,7 +246,7 @@ def test_plan_table_says_what_the_json_says() -> None:
     _, text = run_plan("--max-num-seqs", "400")
     assert f"state slots       43,909,120 B (41.88 MiB) each, {sizing['state_bytes']:,} B" in text
     assert f"{sizing['kv_tokens']:,} tokens in blocks of 64" in text
-    assert f"--max-num-seqs 400 does not fit and is lowered to {sizing['live']}." in text
+    assert f"--max-num-seqs 400 does not fit; the engine lowers it to {sizing['live']}." in text
     assert "lowered" not in run_plan("--max-num-seqs", "2")[1]
 
 
@@ -267,7 +267,7 @@ def test_plan_of_quantised_weights(tmp_path: Path) -> None:
         status, output = run_plan("--json", *option, model=tmp_path, memory="80GB")
         assert json.loads(output)["sizing"] == fp8["sizing"]
     status, output = run_plan("--quantization", "fp8_per_block", model=tmp_path, memory="80GB")
-    assert "--quantization fp8_per_block: the checkpoint says it is fp8. Drop the option." in output
+    assert "--quantization fp8_per_block: the checkpoint is quantised by fp8. Drop the option." in output
 
 
 def test_plan_draws_a_picture(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_plan_draws_a_picture(tmp_path: Path) -> None:
         ((), "141XB", "'141XB': expected 141GB"),
         (("--contexts", "4k,long"), "141GB", "'long': expected 4k, 1M or a number of tokens"),
         (("--tp", "3"), "141GB", "--tensor-parallel-size 3: the model's 32 KDA heads do not divide by it"),
-        (("--checkpoint-share", "1.5"), "141GB", "kimi.checkpoint_share=1.5: expected a number from 0 to below 1"),
+        (("--checkpoint-share", "1.5"), "141GB", "kimi.checkpoint_share=1.5: must be less than 1"),
         (
             ("--kv-cache-dtype", "fp8", "--device", "cpu"),
             "80GB",

@@ -1,8 +1,7 @@
-"""The worker: vLLM's own for this platform, with the few things a step needs that vLLM has no words for.
+"""vLLM's worker for this platform, extended by what KDA states need; the other end of `scheduler.py`.
 
-When it starts, it compiles our kernels. Before a step it makes the copies between the pool and host memory that the
-scheduler planned. After it, it tells the scheduler which slots are no longer finite. Both travel as attributes of what
-the two exchange anyway.
+At start it compiles our kernels. Before a step it makes the copies between pool and host memory that the scheduler
+planned; after it, it reports the slots that are not finite (see `exchange.py`).
 """
 
 import time
@@ -18,11 +17,11 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from kimi_vllm.cache.exchange import MOVES, NONFINITE
+from kimi_vllm.cache.exchange import MOVES, NONFINITE, PlannedMemory
 from kimi_vllm.cache.guard import StateGuard
 from kimi_vllm.cache.pool import StatePool
-from kimi_vllm.config_hook import geometry_of, planned_kv_bytes
-from kimi_vllm.warm_up import logprob_columns, sampled_rows, step_sizes
+from kimi_vllm.cache.warm_up import logprob_columns, sampled_rows, step_sizes
+from kimi_vllm.geometry import geometry_of
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -35,12 +34,12 @@ Output: TypeAlias = ModelRunnerOutput | AsyncModelRunnerOutput
 
 
 class KimiWorker(PlatformWorker):
-    """Serves the state pool's part of a step. Any other model runs as it would without."""
+    """Does the state pool's part of a step. Models without KDA run as with vLLM's worker."""
 
     _pending: Callable[[], list[int]] | None = None
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Compile our kernels for all kinds of steps, then what vLLM compiles: no request waits for a compiler."""
+        """Compile our kernels for all kinds of steps, then vLLM's, so that no request waits for a compiler."""
         if not current_platform.is_cpu():
             self._warm_up_kernels()
             if self.vllm_config.kernel_config.enable_jit_warmup:
@@ -49,24 +48,24 @@ class KimiWorker(PlatformWorker):
         return super().compile_or_warm_up_model()  # type: ignore[no-any-return]
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache: on a GPU those planned before loading, unless fewer turn out to be free."""
+        """Bytes for the KV cache: on a GPU as planned before loading, unless less memory turns out to be free."""
         measured = int(super().determine_available_memory())
-        planned = planned_kv_bytes(self.model_config)
-        if planned is None:
+        plan = PlannedMemory.of(self.model_config)
+        if plan is None or (planned := plan.kv_bytes) is None:
             return measured
         if measured < planned:
             logger.warning(
-                "kimi-vllm: %.2f GiB were planned for the KV cache and %.2f GiB are free beside weights, states and "
-                "the largest step. Lower --max-num-batched-tokens, or raise --gpu-memory-utilization.",
+                "kimi-vllm: %.2f GiB were planned for the KV cache, but only %.2f GiB are free. Lower "
+                "--max-num-batched-tokens, or raise --gpu-memory-utilization.",
                 planned / 2**30,
                 measured / 2**30,
             )
         else:
-            logger.info("kimi-vllm: %.2f GiB stay free beside the planned KV cache.", (measured - planned) / 2**30)
+            logger.info("kimi-vllm: %.2f GiB remain free beside the KV cache.", (measured - planned) / 2**30)
         return min(measured, planned)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Output | None:
-        """Make the step's copies, run it, and report sick slots with its result, now or in `sample_tokens`."""
+        """Make the step's copies, run it, and report slots that are not finite, now or in `sample_tokens`."""
         pool = self._state_pool()
         if pool is None:
             return super().execute_model(scheduler_output)  # type: ignore[no-any-return]
@@ -82,25 +81,25 @@ class KimiWorker(PlatformWorker):
         return _with_sick_slots(output, sick)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Output:
-        """Sample, and report what `execute_model` could not."""
+        """Sample, and report what `execute_model` left pending."""
         output: Output = super().sample_tokens(grammar_output)
         sick, self._pending = self._pending, None
         return output if sick is None else _with_sick_slots(output, sick)
 
     def reload_weights(self, *args: Any, **named: Any) -> None:
-        """Reload as vLLM does, and say if it left a layer half loaded."""
-        # vLLM finishes layers by torch's default dtype, which it sets for the first load only.
+        """Reload weights. Raises WeightsError if a layer is left half loaded."""
+        # vLLM finishes layers in torch's default dtype, which it sets for the first load only.
         with set_default_torch_dtype(self.model_config.dtype):
             super().reload_weights(*args, **named)
         self._finish_update()
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """Take one bucket of an update."""
+        """Take one bucket of a weight update."""
         with set_default_torch_dtype(self.model_config.dtype):
             super().update_weights(update_info)
 
     def finish_weight_update(self) -> None:
-        """End an update that came in buckets, unless it would leave a layer half loaded."""
+        """End a weight update. Raises WeightsError if a layer is left half loaded."""
         self._finish_update()
         with set_default_torch_dtype(self.model_config.dtype):
             super().finish_weight_update()
@@ -111,31 +110,23 @@ class KimiWorker(PlatformWorker):
             model.finish_update()
 
     def _warm_up_kernels(self) -> None:
-        from kimi_vllm.layers import skinny
-        from kimi_vllm.layers.kda import KimiDeltaAttention
-
         model = self.get_model()
-        if getattr(model, "skinny", False):
+        if hasattr(model, "warm_up_kernels"):
             with torch.inference_mode():
-                skinny.warm_up(model, self.model_config.dtype)
-        for module in model.modules():
-            if isinstance(module, KimiDeltaAttention):
-                with torch.inference_mode():
-                    module.warm_up(self.scheduler_config.max_num_batched_tokens, self.model_config.dtype)
-                return  # the layers are alike
+                model.warm_up_kernels(self.scheduler_config.max_num_batched_tokens)
 
     def _warm_up_steps(self) -> None:
         started = time.perf_counter()
         scheduler = self.scheduler_config
-        # No step has more tokens than its sequences can have, whatever the option allows.
+        # A step has no more tokens than its sequences can have.
         most = min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * self.model_config.max_model_len)
         moe = geometry_of(self.model_config).moe
         sizes = step_sizes(most, *((moe.num_experts, moe.num_experts_per_token) if moe else (0, 0)))
-        # The largest first: what it needs of memory the others find there. Graphs are captured later, by vLLM.
+        # The largest first: the others reuse its memory. vLLM captures graphs later.
         for size in reversed(sizes):
             self.model_runner._dummy_run(size, skip_eplb=True, cudagraph_runtime_mode=CUDAGraphMode.NONE)
         torch.cuda.synchronize()
-        logger.info("kimi-vllm ran steps of %d sizes in %.1f s to warm up.", len(sizes), time.perf_counter() - started)
+        logger.info("kimi-vllm: warmed up %d step sizes in %.1f s.", len(sizes), time.perf_counter() - started)
 
     def _warm_up_sampling(self) -> None:
         from vllm.distributed import get_pp_group
@@ -162,7 +153,7 @@ class KimiWorker(PlatformWorker):
                     copied = torch.empty_like(logits[:count], dtype=torch.float32).copy_(logits[:count])
                     apply_top_k_top_p_triton(copied, top_k, top_p)
         torch.cuda.synchronize()
-        logger.info("kimi-vllm compiled vLLM's sampling kernels in %.1f s.", time.perf_counter() - started)
+        logger.info("kimi-vllm: compiled vLLM's sampling kernels in %.1f s.", time.perf_counter() - started)
 
     def _state_pool(self) -> StatePool | None:
         home = getattr(getattr(self.get_model(), "model", None), "state_home", None)
@@ -170,7 +161,7 @@ class KimiWorker(PlatformWorker):
 
 
 class _AsyncOutput(AsyncModelRunnerOutput):
-    """An output that is still on its way from the device, and the flags that were sent before it."""
+    """An output that is still being copied from the device, and the flags that were sent before it."""
 
     def __init__(self, inner: AsyncModelRunnerOutput, sick: Callable[[], list[int]]) -> None:
         self._inner, self._sick = inner, sick

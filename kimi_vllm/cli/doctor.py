@@ -1,7 +1,7 @@
-"""Whether this machine would serve Kimi Linear with our code, and what to do if not.
+"""Checks whether vLLM on this machine would serve Kimi Linear with our code.
 
-vLLM swallows a plugin that fails to import and serves its own model, so "it answers" proves nothing. Every
-check looks at the thing itself: the metadata of a distribution, the registry after vLLM loaded its plugins.
+vLLM ignores a plugin that fails to import and serves its own model, so the checks look at what counts: metadata of
+distributions, and the model registry after vLLM has loaded its plugins.
 """
 
 import os
@@ -31,10 +31,10 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        check: what was looked at.
-        status: FAIL means that our code would not serve, WARN that something will be missing or slow.
-        found: what is there.
-        fix: what to do; empty when the status is OK.
+        check: What was checked.
+        status: FAIL: our code would not serve. WARN: something is missing or slow.
+        found: What was found.
+        fix: What to do; empty if the status is OK.
     """
 
     check: str
@@ -46,9 +46,9 @@ class Finding:
 def diagnose() -> Iterator[Finding]:
     """Run all checks, cheap ones first. Imports vLLM and the model, and logs nothing to stdout.
 
-    A check that itself breaks is reported as FAIL with the exception; the others still run.
+    A check that raises is reported as FAIL; the others still run.
     """
-    # --json must own stdout, and vLLM logs to it. It reads these when imported, so before any check.
+    # vLLM logs to stdout, which --json needs. It reads these variables when it is imported.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     for check in CHECKS:
@@ -56,11 +56,11 @@ def diagnose() -> Iterator[Finding]:
             yield check()
         except Exception as error:
             what = check.__name__.removeprefix("check_").replace("_", " ").capitalize()
-            yield Finding(what, "FAIL", _describe(error), "the error names the cause; if not, please report it")
+            yield Finding(what, "FAIL", _describe(error), "if the error does not name the cause, please report it")
 
 
 def check_python() -> Finding:
-    """Python and the operating system; which Python the tests of the extra at hand ran with."""
+    """Operating system, and Python: the version with which the installed extra was tested."""
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.prefix}"
     if platform.system() != "Linux":
         return Finding("Python", "FAIL", found, "vLLM runs on Linux only; use a Linux machine or container")
@@ -68,12 +68,12 @@ def check_python() -> Finding:
     extras = ("cpu", "cuda") if installed is None else ("cpu" if "cpu" in " ".join(installed) else "cuda",)
     if ".".join(platform.python_version_tuple()[:2]) not in (_vllm.TESTED_PYTHON[extra] for extra in extras):
         tested = ", ".join(f"kimi-vllm[{extra}] with Python {_vllm.TESTED_PYTHON[extra]}" for extra in extras)
-        return Finding("Python", "WARN", f"{found}: not the one of our tests", f"tested: {tested}")
+        return Finding("Python", "WARN", f"{found}: untested version", f"tested: {tested}")
     return Finding("Python", "OK", found)
 
 
 def check_processor() -> Finding:
-    """Cores this process may use, and the vector instructions vLLM's CPU build has code for."""
+    """Cores of this process, and the vector instructions that vLLM's CPU build uses."""
     cores = len(os.sched_getaffinity(0))
     if platform.machine() != "x86_64":
         return Finding("CPU", "OK", f"{cores} cores, {platform.machine()}")
@@ -87,7 +87,7 @@ def check_processor() -> Finding:
 
 
 def check_shared_memory() -> Finding:
-    """/dev/shm, through which the processes of vLLM exchange tensors; containers often get 64 MB."""
+    """/dev/shm, which vLLM's processes share; containers often have 64 MB."""
     path = Path("/dev/shm")
     if not path.is_dir():
         return Finding("Shared memory", "WARN", "no /dev/shm", "mount it; docker run --shm-size=1g")
@@ -99,7 +99,7 @@ def check_shared_memory() -> Finding:
 
 
 def check_torch() -> Finding:
-    """The torch build and the device it sees."""
+    """The torch build and its device."""
     if find_spec("torch") is None:
         return Finding("torch", "FAIL", "not installed", _install_command("cpu", "cuda"))
     import torch
@@ -121,7 +121,7 @@ def check_triton() -> Finding:
 
 
 def check_vllm() -> Finding:
-    """The distribution of vLLM: tested on this kind of device, only inside the supported range, or not even that."""
+    """The distribution of vLLM: tested on this device, merely in the supported range, or unsupported."""
     installed = _vllm.installed_vllm()
     if installed is None:
         return Finding("vLLM", "FAIL", "not installed", _install_command("cpu", "cuda"))
@@ -135,12 +135,12 @@ def check_vllm() -> Finding:
     served = [tested for tested, devices in _vllm.TESTED.items() if device in devices]
     if Version(release).public in served:
         return Finding("vLLM", "OK", f"{found}, tested on {device}")
-    found += f", has the names we use, but never served in a test on {device}"
-    return Finding("vLLM", "WARN", found, f"tested there: {', '.join(served) or 'none'}; others may fail at start")
+    found += f", in range but not tested on {device}"
+    return Finding("vLLM", "WARN", found, f"tested: {', '.join(served) or 'none'}; others may fail at start")
 
 
 def check_vllm_command() -> Finding:
-    """The `vllm` command wants a distribution called vllm, which the CPU wheel is not."""
+    """The `vllm` command needs a distribution named vllm, which the CPU wheel is not."""
     try:
         release = version("vllm")
     except PackageNotFoundError:
@@ -155,7 +155,7 @@ def check_vllm_command() -> Finding:
 
 
 def check_environment() -> Finding:
-    """The variables that decide whether vLLM calls us."""
+    """Variables that turn the plugin off."""
     if os.environ.get("KIMI_VLLM_DISABLE") == "1":
         return Finding("Environment", "FAIL", "KIMI_VLLM_DISABLE=1: the plugin is off", "unset KIMI_VLLM_DISABLE")
     allowed = os.environ.get("VLLM_PLUGINS")
@@ -163,11 +163,11 @@ def check_environment() -> Finding:
         found = f"VLLM_PLUGINS={allowed!r} does not name {PLUGIN}: the plugin is off"
         return Finding("Environment", "FAIL", found, f"unset VLLM_PLUGINS, or add {PLUGIN} to it")
     strict = " (KIMI_VLLM_STRICT=1)" if os.environ.get("KIMI_VLLM_STRICT") == "1" else ""
-    return Finding("Environment", "OK", f"nothing keeps vLLM from loading the plugin{strict}")
+    return Finding("Environment", "OK", f"the plugin is on{strict}")
 
 
 def check_entry_point() -> Finding:
-    """Where vLLM finds us."""
+    """The entry point through which vLLM finds the plugin."""
     ours = [point for point in _plugin_entry_points() if point.name == PLUGIN]
     if not ours:
         found = "no entry point kimi_vllm in vllm.general_plugins"
@@ -176,7 +176,7 @@ def check_entry_point() -> Finding:
 
 
 def check_model_class() -> Finding:
-    """The class vLLM would build, after it has loaded its plugins as every vLLM process does."""
+    """The class that vLLM resolves after it has loaded its plugins."""
     from vllm.model_executor.models import ModelRegistry
     from vllm.plugins import load_general_plugins
 
@@ -204,9 +204,9 @@ def check_kernels() -> Finding:
 
 
 def check_quantised_weights() -> Finding:
-    """Which quantised checkpoints vLLM's kernels for this CPU cannot multiply."""
+    """Quantised checkpoints that this CPU does not support."""
     if _device_type() != "cpu":
-        return Finding("Quantised weights", "OK", "as vLLM serves them on this device")
+        return Finding("Quantised weights", "OK", "as vLLM supports them on this device")
     from kimi_vllm.cpu_quantization import instruction_sets, lacking_for
 
     lacking = lacking_for(instruction_sets())
@@ -215,7 +215,7 @@ def check_quantised_weights() -> Finding:
 
 
 def check_threads() -> Finding:
-    """The threads of torch, which run the CPU kernels too."""
+    """Threads of torch, which also run the CPU kernels."""
     if _device_type() != "cpu":
         return Finding("CPU threads", "OK", "not used on this device")
     import torch
@@ -229,7 +229,7 @@ def check_threads() -> Finding:
 
 
 def check_compiler() -> Finding:
-    """torch.compile writes C++ for CPUs and needs a compiler for it."""
+    """The C++ compiler, which torch.compile needs on CPUs."""
     wanted = os.environ.get("CXX", "g++")
     path = shutil.which(wanted)
     if path is None:
@@ -238,11 +238,11 @@ def check_compiler() -> Finding:
     return Finding("C++ compiler", "OK", path)
 
 
-def check_patches() -> Finding:
-    """What the plugin changes in other people's modules; see `kimi_vllm.patches`."""
-    from kimi_vllm.patches import PATCHES
+def check_intrusions() -> Finding:
+    """What the plugin changes in other packages, or uses of them although it is private; see `kimi_vllm.intrusions`."""
+    from kimi_vllm.intrusions import INTRUSIONS
 
-    return Finding("Patches", "OK", ", ".join(patch.target for patch in PATCHES) or "none")
+    return Finding("Intrusions", "OK", "; ".join(intrusion.what for intrusion in INTRUSIONS))
 
 
 def _plugin_entry_points() -> tuple[EntryPoint, ...]:
@@ -278,5 +278,5 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_kernels,
     check_quantised_weights,
     check_threads,
-    check_patches,
+    check_intrusions,
 )

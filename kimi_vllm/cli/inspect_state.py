@@ -1,4 +1,4 @@
-"""The command `kimi-vllm inspect-state`: its options. `inspection.py` does the work, imported only when it runs."""
+"""The command `kimi-vllm inspect-state`: its options. `inspection.py` computes, `inspection_report.py` shows."""
 
 import os
 from pathlib import Path
@@ -10,32 +10,32 @@ from rich.markup import escape
 
 
 def inspect_state(
-    model: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors. Nothing is downloaded.")],
+    model: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors; nothing is downloaded.")],
     prompt: Annotated[str | None, typer.Option(help="Text to run the model on.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids to run it on instead: 1,2,3.")] = None,
     every: Annotated[
         int | None,
-        typer.Option(min=1, help="Look at every so many-th token; 1: at all. By default at about 32 of them."),
+        typer.Option(min=1, help="Sample every N-th token. Default: about 32 samples."),
     ] = None,
-    all_heads: Annotated[bool, typer.Option("--heads", help="A row for each head, not for each layer.")] = False,
+    all_heads: Annotated[bool, typer.Option("--heads", help="One row per head instead of per layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Also draw a picture into this file, such as state.png.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw this file (.png, .svg, .pdf); needs matplotlib.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the tokenizer run Python code of the checkpoint's.")
+        bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's Python code.")
     ] = False,
 ) -> None:
-    """Show what each KDA head remembers of a prompt, how fast it forgets, and whether its state can grow.
+    """Show how much each KDA head remembers of a prompt, how fast it forgets, and whether its state can grow.
 
-    Runs the model with transformers on the CPU: the WHOLE MODEL must fit in memory, so take a small model or a big
-    machine. Needs no vLLM and no running server. Give --prompt or --tokens.
+    Runs the model with transformers on the CPU: the WHOLE MODEL must fit into memory. Needs no vLLM and no server. Give
+    --prompt or --tokens.
 
-    Exit status: 0 if all states are finite and no checked step can grow one, 1 if not, 2 if the model cannot be run.
+    Exit status: 0 if all states are finite and no sampled step can grow one, 1 if not, 2 if the model cannot run.
     """
     if (prompt is None) == (tokens is None):
         raise typer.BadParameter("give one of --prompt and --tokens.")
-    # Read when it is imported; it warns that its CPU kernels are not the fastest.
+    # Read at import; transformers warns that its CPU kernels are slow.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from kimi_vllm import inspection, inspection_report
+    from kimi_vllm.cli import inspection, inspection_report
 
     try:
         if plot is not None:

@@ -15,12 +15,11 @@ from support.checkpoints import make_transformers_layout, to_hub_layout
 from transformers import AutoTokenizer, KimiLinearForCausalLM
 from typer.testing import CliRunner, Result
 
-from kimi_vllm import inspection
-from kimi_vllm.cli import app
-from kimi_vllm.inspection import QUANTILES, describe, inspect_state, sampled
+from kimi_vllm.cli import app, inspection
+from kimi_vllm.cli.inspection import QUANTILES, describe, inspect_state, sampled
 from kimi_vllm.kernels.reference import Features, l2_normalise
 
-RECALL = Path(__file__).parents[1] / "configs" / "models" / "recall"
+RECALL = Path(__file__).parents[2] / "configs" / "models" / "recall"
 PROMPT = "a=7 k=2 m=5 ? k →"
 TOKENS = [1, 14, 84, 11, 98, 24, 84, 6, 98, 26, 84, 9, 98, 86, 98, 24, 98, 101]
 

@@ -7,10 +7,10 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
-from kimi_vllm import worker
+from kimi_vllm.cache import worker
 from kimi_vllm.cache.exchange import NONFINITE
-from kimi_vllm.warm_up import step_sizes
-from kimi_vllm.worker import _with_sick_slots
+from kimi_vllm.cache.warm_up import step_sizes
+from kimi_vllm.cache.worker import _with_sick_slots
 
 DECLARED = sorted(name for name in vars(AsyncModelRunnerOutput) if not name.startswith("_"))
 
@@ -72,7 +72,7 @@ def test_the_kv_cache_is_what_was_planned_unless_less_is_free(measured, planned,
     monkeypatch.setattr(worker.PlatformWorker, "determine_available_memory", lambda self: measured)
     said = []
     monkeypatch.setattr(worker.logger, "warning", lambda text, *values: said.append(text % values))
-    config = SimpleNamespace(hf_config=SimpleNamespace(**({} if planned is None else {"kimi_kv_bytes": planned})))
+    config = SimpleNamespace(hf_config=SimpleNamespace(**({} if planned is None else {"kimi_memory": (8, planned)})))
     assert worker_with(model_config=config).determine_available_memory() == got
     assert bool(said) == (planned is not None and measured < planned)
 

@@ -1,0 +1,140 @@
+"""The command `kimi-vllm plan`: its options. `plan_data.py` computes, `plan_report.py` shows."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kimi_vllm.options import KimiOptions
+from kimi_vllm.quantization import ONLINE, WeightFormat
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_CARDS = {"80GB": 85_017_493_504, "141GB": 150_109_880_320}
+"""Bytes that CUDA can hand out on an H100 and on an H200, by nominal size; read with driver 580.159."""
+_FACTORS = {"": 1, "K": 2**10, "M": 2**20}
+_DEFAULTS = KimiOptions()
+
+
+def parse_memory(text: str) -> int:
+    """Bytes in "79GiB" or "1000000", or of the cards sold as "80GB" and "141GB"."""
+    card = _CARDS.get(text.strip().upper())
+    return card or _parse(text, _UNITS, "141GB, 80GiB or a number of bytes")
+
+
+def parse_tokens(text: str) -> int:
+    """Tokens in "4k" (4,096), "1M" or "1000"."""
+    return _parse(str(text), _FACTORS, "4k, 1M or a number of tokens")
+
+
+def _parse(text: str, units: dict[str, int], examples: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    if not found or found[2].upper() not in units or not (number := round(float(found[1]) * units[found[2].upper()])):
+        raise typer.BadParameter(f"{text!r}: expected {examples}.")
+    return number
+
+
+_Model = Annotated[Path, typer.Option(help="config.json, or a folder with one. No weights are needed.")]
+_Memory = Annotated[
+    int, typer.Option(parser=parse_memory, help="Memory per device: 80GB (H100), 141GB (H200), or exactly: 79GiB.")
+]
+_Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option(help="Dtype of weights and KV cache; auto: as in config.json."),
+]
+_Quantization = Annotated[
+    str | None, typer.Option(help=f"As for `vllm serve`: {', '.join(ONLINE)}. Default: the checkpoint's own.")
+]
+_StateDtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option(help="kimi.state_dtype; float32 only on CPUs.")
+]
+_Device = Annotated[
+    Literal["cuda", "cpu"], typer.Option(help="On a CPU the KV cache is no larger than the sequences can fill.")
+]
+_Plot = Annotated[Path | None, typer.Option(help="Also draw this file (.png, .svg, .pdf); needs matplotlib.")]
+_AS_VLLM = "As for `vllm serve`."
+
+
+def plan(
+    model: _Model,
+    memory: _Memory,
+    tp: Annotated[int, typer.Option(min=1, help="Devices: --tensor-parallel-size.")] = 1,
+    state_dtype: _StateDtype = "float32",
+    dtype: _Dtype = "auto",
+    quantization: _Quantization = None,
+    kv_cache_dtype: Annotated[Literal["auto", "fp8"], typer.Option(help=_AS_VLLM)] = "auto",
+    contexts: Annotated[str, typer.Option(help="Tokens per request, a table row each.")] = "4k,32k,128k,1M",
+    max_num_seqs: Annotated[int, typer.Option(min=1, help=_AS_VLLM)] = 256,
+    max_model_len: Annotated[int | None, typer.Option(parser=parse_tokens, help=_AS_VLLM)] = None,
+    prefix_caching: Annotated[bool, typer.Option(help=_AS_VLLM)] = True,
+    checkpoint_share: Annotated[float, typer.Option(help="kimi.checkpoint_share")] = _DEFAULTS.checkpoint_share,
+    state_slots: Annotated[int | None, typer.Option(help="kimi.state_slots; default: sized from memory.")] = None,
+    typical_tokens: Annotated[int, typer.Option(parser=parse_tokens, help="kimi.typical_tokens, as 32k")] = 8192,
+    gpu_memory_utilization: Annotated[float, typer.Option(min=0.1, max=1, help=_AS_VLLM)] = 0.92,
+    block_size: Annotated[int, typer.Option(min=1, help=_AS_VLLM)] = 64,
+    device: _Device = "cuda",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: _Plot = None,
+) -> None:
+    """Size a deployment from config.json: how many requests of which length fit into memory.
+
+    Divides memory exactly as the engine does at start (weights, KDA state slots, KV cache). Compares one request with
+    the same model made of MLA layers only, and with vLLM's own hybrid cache, whose blocks are padded.
+
+    Example: kimi-vllm plan --model configs/models/48b-a3b --memory 141GB
+    """
+    import torch
+
+    from kimi_vllm.cli import plan_data, plan_report
+    from kimi_vllm.planning import Demand
+
+    try:
+        options = KimiOptions.checked(
+            state_slots=state_slots, typical_tokens=typical_tokens, checkpoint_share=checkpoint_share
+        )
+        geometry, written, longest, stored = plan_data.read_model(model)
+        weights: torch.dtype = written if dtype == "auto" else getattr(torch, dtype)
+        shown = tuple(map(parse_tokens, contexts.split(",")))
+        made = plan_data.Plan(
+            model=str(model),
+            geometry=geometry,
+            itemsize=weights.itemsize,
+            gpu_dtype=weights if device == "cuda" else None,
+            quantization=_format(quantization, stored),
+            cache_itemsize=1 if kv_cache_dtype == "fp8" else weights.itemsize,
+            ranks=tp,
+            state_dtype=getattr(torch, state_dtype),
+            memory=memory,
+            utilization=gpu_memory_utilization,
+            demand=Demand(
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len or longest or max(shown),
+                block_size=block_size,
+                prefix_caching=prefix_caching,
+                checkpoint_share=options.checkpoint_share,
+                state_slots=options.state_slots,
+                typical_tokens=options.typical_tokens,
+                fill=device == "cuda",
+            ),
+            contexts=shown,
+        )
+        made.check()
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(made.to_dict(), indent=2))
+    else:
+        plan_report.show(made)
+    if plot is not None:
+        plan_report.draw(made, plot)
+
+
+def _format(asked: str | None, stored: WeightFormat | None) -> WeightFormat | None:
+    if asked is None:
+        return stored
+    if stored is not None and asked != stored.method:
+        raise ValueError(f"--quantization {asked}: the checkpoint is quantised by {stored.method}. Drop the option.")
+    return stored or WeightFormat.online(asked)

@@ -1,0 +1,170 @@
+"""What fits: our division of memory, an all-MLA model in the same memory, and vLLM's own padded cache."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kimi_vllm.geometry import GeometryError, KimiGeometry
+from kimi_vllm.planning import Costs, Demand, PlanError, Sizing, best_concurrency, cache_bytes, memory_needed, size
+from kimi_vllm.quantization import WeightFormat
+from kimi_vllm.weight_bytes import num_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class InTree:
+    """The same model in vLLM's own hybrid cache, which pads a state to a page of attention.
+
+    As `_align_hybrid_block_size` and the grouping of layers in vLLM 0.32 do: the attention block grows in steps of 128
+    tokens until a page is as large as a state, and KDA layers form groups as large as the MLA group.
+
+    Attributes:
+        block_size: Tokens per block.
+        page: Bytes of one block of one group.
+        mla_groups, kda_groups: Groups of layers.
+        states: Blocks per request and KDA group: two with prefix caching, else one.
+    """
+
+    block_size: int
+    page: int
+    mla_groups: int
+    kda_groups: int
+    states: int
+
+    @classmethod
+    def of(
+        cls, geometry: KimiGeometry, itemsize: int, cache_itemsize: int, ranks: int, *, prefix_caching: bool
+    ) -> "InTree":
+        """Sizes for one worker. States are float32 there; convs have the model's dtype and one column less."""
+        num_kda, heads = sum(geometry.kda), geometry.linear_num_heads // ranks
+        num_mla, dim = geometry.num_layers - num_kda, geometry.linear_head_dim
+        token = geometry.latent_dim * cache_itemsize
+        state = heads * dim * (dim * torch.float32.itemsize + 3 * (geometry.conv_width - 1) * itemsize)
+        block_size = 128 * -(-state // (128 * token))
+        few, many = sorted((num_kda, num_mla))
+        group = many if many < 1.5 * few else few
+        return cls(
+            block_size, group * block_size * token, -(-num_mla // group), -(-num_kda // group), 1 + prefix_caching
+        )
+
+    def request_bytes(self, tokens: int) -> int:
+        """Bytes held by a request of `tokens` tokens."""
+        return (self.mla_groups * -(-tokens // self.block_size) + self.kda_groups * self.states) * self.page
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sizing and its alternatives, all for one worker."""
+
+    model: str
+    geometry: KimiGeometry
+    itemsize: int
+    gpu_dtype: torch.dtype | None
+    quantization: WeightFormat | None
+    cache_itemsize: int
+    ranks: int
+    state_dtype: torch.dtype
+    memory: int
+    utilization: float
+    demand: Demand
+    contexts: tuple[int, ...]
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Bytes of weights, a slot and a page."""
+        return Costs.of(
+            self.geometry,
+            self.itemsize,
+            self.demand.block_size,
+            ranks=self.ranks,
+            state_dtype=self.state_dtype,
+            cache_itemsize=self.cache_itemsize,
+            gpu_dtype=self.gpu_dtype,
+            quantization=self.quantization,
+        )
+
+    @cached_property
+    def available(self) -> int:
+        """Bytes for state and KV cache."""
+        return cache_bytes(self.memory, self.utilization, self.costs)
+
+    @cached_property
+    def sizing(self) -> Sizing:
+        """The engine's division of memory. Raises PlanError if nothing fits."""
+        return size(self.costs, self.demand, self.available)
+
+    @cached_property
+    def in_tree(self) -> InTree:
+        """The same model in vLLM's own cache."""
+        caching = self.demand.prefix_caching
+        return InTree.of(self.geometry, self.itemsize, self.cache_itemsize, self.ranks, prefix_caching=caching)
+
+    def check(self) -> None:
+        """Compute the sizing now. Raises PlanError if nothing fits, or the KV cache has a dtype that is not served."""
+        if self.cache_itemsize != self.itemsize and self.gpu_dtype in (None, torch.float32):
+            raise PlanError(
+                "--kv-cache-dtype fp8: kimi-vllm on CPUs and in float32 keeps latents in the model's dtype."
+            )
+        _ = self.sizing
+
+    @property
+    def break_even(self) -> int:
+        """Tokens below which the KDA state is larger than MLA latents in its place."""
+        return self.costs.slot // (sum(self.geometry.kda) * self.geometry.latent_dim * self.cache_itemsize)
+
+    def row(self, tokens: int) -> dict[str, Any]:
+        """Bytes of one request of `tokens` tokens, and how many fit at once, for each alternative."""
+        sizing, costs, demand = self.sizing, self.costs, self.demand
+        pages = demand.blocks(tokens)
+        mla_page = self.geometry.num_layers * self.geometry.latent_dim * self.cache_itemsize * demand.block_size
+        ours, all_mla, in_tree = costs.slot + pages * costs.page, pages * mla_page, self.in_tree.request_bytes(tokens)
+        return {
+            "tokens": tokens,
+            "bytes": {"ours": ours, "all_mla": all_mla, "in_tree": in_tree},
+            "concurrency": {
+                "as_started": sizing.concurrency(tokens),
+                "best": best_concurrency(costs, demand, self.available, tokens),
+                "all_mla": max(0, self.available - mla_page) // all_mla,
+                "in_tree": max(0, self.available - self.in_tree.page) // in_tree,
+            },
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return {
+            "model": self.model,
+            "parameters": num_parameters(self.geometry),
+            "quantization": None if self.quantization is None else self.quantization.method,
+            "tensor_parallel_size": self.ranks,
+            "state_dtype": str(self.state_dtype).removeprefix("torch."),
+            "memory": self.memory,
+            "available": self.available,
+            "sizing": self.sizing.to_dict(),
+            "contexts": [self.row(tokens) for tokens in self.contexts],
+            "break_even_tokens": self.break_even,
+            "in_tree_block_size": self.in_tree.block_size,
+            "out_of_memory": {
+                "longest_context": self.sizing.longest(1),
+                "least_memory": memory_needed(self.costs, self.demand, self.utilization),
+            },
+        }
+
+
+def read_model(path: Path) -> tuple[KimiGeometry, torch.dtype, int | None, WeightFormat | None]:
+    """Geometry, dtype, longest context and quantisation of a config.json, or of a folder with one.
+
+    Raises:
+        GeometryError: The file is missing, not JSON, or of a model that is not served.
+        QuantizationError: See `WeightFormat.of_checkpoint`.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise GeometryError(f"--model {path}: expected a config.json or a folder with one ({error}).") from error
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
+    longest = config.get("model_max_length") or config.get("max_position_embeddings")
+    return KimiGeometry.from_config(config), dtype, longest, WeightFormat.of_config(config)
