@@ -153,6 +153,12 @@ REFUSALS = (
         "vLLM's attention returns bfloat16 from FP8 latents, whatever the model's dtype.",
         "Use --dtype bfloat16, or drop it.",
     ),
+    Refusal(
+        "--pipeline-parallel-size",
+        lambda config: not current_platform.is_cpu() and config.parallel_config.pipeline_parallel_size > 1,
+        "on two H100 the first stage stopped with an illegal memory access, for a reason not found yet.",
+        "Use --tensor-parallel-size.",
+    ),
     Refusal("--cpu-offload-gb", _set("offload_config.uva.cpu_offload_gb"), _UNTRIED),
     Refusal("--offload-group-size", _set("offload_config.prefetch.offload_group_size"), _UNTRIED),
     Refusal(

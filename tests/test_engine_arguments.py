@@ -323,6 +323,15 @@ def test_compiled_graphs_on_a_gpu_leave_kda_out(operations, create, monkeypatch)
         refuse_unserved(config)
 
 
+def test_pipeline_stages_are_for_cpus_only(create, monkeypatch):
+    config = create()
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
+    refuse_unserved(config)
+    monkeypatch.setattr("kimi_vllm.refusals.current_platform", SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(ValueError, match=r"--pipeline-parallel-size: .* Use --tensor-parallel-size"):
+        refuse_unserved(config)
+
+
 def test_each_refusal_has_one_name():
     options = [refusal.option for refusal in REFUSALS]
     assert len(options) == len(set(options))
