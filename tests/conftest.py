@@ -18,6 +18,12 @@ if torch.cuda.is_available():
     # Counting devices makes a fork unusable for CUDA where there is no NVML, and vLLM does not see it.
     os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
 
+if find_spec("beartype"):  # of the dev extra
+    from jaxtyping import install_import_hook
+
+    # Shapes in the annotations of the spec are enforced, whichever test imports it first.
+    install_import_hook("kimi_vllm.kernels.reference", "beartype.beartype")
+
 VLLM = Path(find_spec("vllm").origin).parent
 COMPILED = any(VLLM.glob("_C*.so"))
 

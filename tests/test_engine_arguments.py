@@ -45,11 +45,11 @@ SERVED = {
     "engine/test_slot_pressure.py": "additional_config",
     "engine/test_state_cache.py": "block_size",
     "engine/test_weight_updates.py": "enable_ep_weight_filter weight_transfer_config",
-    "support/engine.py": "disable_log_stats dtype seed",
-    "support/server.py": "served_model_name",
+    "../serve/common/engine.py": "disable_log_stats dtype seed",
+    "../serve/common/server.py": "served_model_name",
     "test_serve_profiles.py": "override_generation_config performance_mode reasoning_parser shutdown_timeout tokenizer",
 }
-"""Files under tests/ to the arguments that they serve with."""
+"""Files, seen from tests/, to the arguments that they serve with."""
 
 HARMLESS = {
     "what is read, and from where": (

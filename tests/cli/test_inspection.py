@@ -363,7 +363,7 @@ def test_help_says_what_it_needs_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from kimi_vllm.cli import app; "
         "shown = CliRunner().invoke(app, ['inspect-state', '--help'], env={'COLUMNS': '160'}).stdout; "
-        "assert 'the WHOLE MODEL must fit in memory' in shown, shown; "
+        "assert 'the WHOLE MODEL must fit into memory' in shown, shown; "
         "assert not set(sys.modules) & {'torch', 'vllm', 'transformers', 'matplotlib'}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Poisoned memory and checked shapes for the kernel tests."""
+"""Poisoned memory for the kernel tests."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
-
-# Shapes in the annotations of the spec are enforced while it is imported here for the first time.
-with install_import_hook("kimi_vllm.kernels.reference", "beartype.beartype"):
-    import kimi_vllm.kernels.reference  # noqa: F401
-
 
 @pytest.fixture(autouse=True)
 def runnable(request: pytest.FixtureRequest) -> None:
