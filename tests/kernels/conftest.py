@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+
 @pytest.fixture(autouse=True)
 def runnable(request: pytest.FixtureRequest) -> None:
     """Fail tests of the Triton kernels where there is nothing to run them: skipping would hide it."""
