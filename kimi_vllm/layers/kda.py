@@ -174,7 +174,8 @@ class KimiDeltaAttention(nn.Module):
             self.backend.kda_prefill(x.tokens(decodes, end), self.weights, self.pools, step.prefill, out[decodes:end])
 
     def _kernel_weights(self) -> Weights:
-        return Weights(self.conv_weight, self.A_log, self.dt_bias, self.o_norm.weight, self.norm_eps)
+        norm_weight = self.o_norm.get_parameter("weight")
+        return Weights(self.conv_weight, self.A_log, self.dt_bias, norm_weight, self.norm_eps)
 
     def rehearse(self, x: Activations, out: Tensor) -> None:
         """Take part in vLLM's profiling run: check once what all later steps bring alike, and on a GPU use the memory.
