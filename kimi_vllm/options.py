@@ -80,21 +80,21 @@ class KimiOptions(BaseModel):
         values = given.get("kimi", {}) if isinstance(given, Mapping) else {}
         if not isinstance(values, Mapping):
             raise OptionsError('--additional-config: expected {"kimi": {"option": value}}.')
-        return cls.checked(**values)
+        return cls.checked(values)
 
     @classmethod
-    def checked(cls, **values: Any) -> Self:
-        """Options from keyword arguments.
+    def checked(cls, values: Mapping[str, Any]) -> Self:
+        """Options by name.
 
         Raises:
             OptionsError: See `of`.
         """
         try:
-            return cls(**values)
+            return cls.model_validate(dict(values))
         except ValidationError as invalid:
             error = invalid.errors()[0]
             name = str(error["loc"][0])
-            if error["type"] == "extra_forbidden":
+            if name not in cls.model_fields:
                 raise OptionsError(f"kimi.{name}: no such option. Known: {', '.join(cls.model_fields)}.") from None
             requirement = error["msg"].replace("Input should be", "must be")
             raise OptionsError(

@@ -39,6 +39,8 @@ def test_every_option_says_what_it_does():
     ("values", "message"),
     [
         ({"slots": 4}, "kimi.slots: no such option. Known: state_slots, typical_tokens, state_dtype"),
+        ({"cls": 4}, "kimi.cls: no such option"),
+        ({4: 4}, "kimi.4: no such option"),  # YAML allows it
         (
             {"state_slots": 1},
             "kimi.state_slots=1: must be greater than or equal to 2. Slots .* At least 2: a request",

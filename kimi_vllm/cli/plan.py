@@ -92,7 +92,7 @@ def plan(
 
     try:
         options = KimiOptions.checked(
-            state_slots=state_slots, typical_tokens=typical_tokens, checkpoint_share=checkpoint_share
+            {"state_slots": state_slots, "typical_tokens": typical_tokens, "checkpoint_share": checkpoint_share}
         )
         geometry, written, longest, stored = plan_data.read_model(model)
         weights: torch.dtype = written if dtype == "auto" else getattr(torch, dtype)

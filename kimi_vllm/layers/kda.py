@@ -131,8 +131,8 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = nn.Module()
         self.o_norm.weight = _fp32_parameter(head_dim)
 
-        # Loading and reloading write into these parameters and keep them: vLLM's graphs rely on their addresses too.
-        self.weights = Weights(self.conv_weight, self.A_log, self.dt_bias, self.o_norm.weight, geometry.rms_norm_eps)
+        self.norm_eps = geometry.rms_norm_eps
+        self.weights = self._kernel_weights()
 
         self.metadata_name = home.metadata_name
         self.pools = Pools(*home.claim_layer(), home.pool.nonfinite)
@@ -173,6 +173,10 @@ class KimiDeltaAttention(nn.Module):
         if step.prefill is not None:
             self.backend.kda_prefill(x.tokens(decodes, end), self.weights, self.pools, step.prefill, out[decodes:end])
 
+    def _kernel_weights(self) -> Weights:
+        norm_weight = self.o_norm.get_parameter("weight")
+        return Weights(self.conv_weight, self.A_log, self.dt_bias, norm_weight, self.norm_eps)
+
     def rehearse(self, x: Activations, out: Tensor) -> None:
         """Take part in vLLM's profiling run: check once what all later steps bring alike, and on a GPU use the memory.
 
@@ -181,6 +185,9 @@ class KimiDeltaAttention(nn.Module):
         Raises:
             ValueError: the kernels do not take such tensors.
         """
+        # Loaders that share or map weights build on the meta device and register other parameters afterwards. Reloading
+        # keeps the parameters: graphs rely on their addresses too.
+        self.weights = self._kernel_weights()
         step = rehearsal(out.shape[0], min(out.shape[0], self.max_num_seqs), self.block_size, out.device)
         if step.decode is not None:
             check_decode(x, self.weights, self.pools, step.decode, out)

@@ -22,8 +22,12 @@ def small_layer() -> kda.KimiDeltaAttention:
     torch.manual_seed(0)
     layer = kda.KimiDeltaAttention.__new__(kda.KimiDeltaAttention)
     nn.Module.__init__(layer)
-    conv_weight, dt_bias = torch.randn(4, 3 * H * D), torch.randn(H * D)
-    layer.weights = Weights(conv_weight, torch.zeros(H), dt_bias, torch.ones(D), 1e-5)
+    layer.conv_weight, layer.dt_bias = (
+        nn.Parameter(torch.randn(*shape), requires_grad=False) for shape in ((4, 3 * H * D), (H * D,))
+    )
+    layer.A_log, layer.o_norm = nn.Parameter(torch.zeros(H), requires_grad=False), nn.Module()
+    layer.o_norm.weight, layer.norm_eps = nn.Parameter(torch.ones(D), requires_grad=False), 1e-5
+    layer.weights = Weights(layer.conv_weight, layer.A_log, layer.dt_bias, layer.o_norm.weight, layer.norm_eps)
     flags = torch.zeros(SLOTS, dtype=torch.int32)
     layer.pools = Pools(torch.zeros(SLOTS, 8, 3 * H * D), torch.zeros(SLOTS, H, D, D), flags)
     layer.backend = load_backend("cpu")
@@ -112,6 +116,24 @@ def test_the_profiling_run_refuses_what_the_kernels_do_not_take(tokens: int) -> 
     layer.pools = Pools(layer.pools.conv, layer.pools.state.half())
     with pytest.raises(ValueError, match="set state_dtype"):
         layer.rehearse(kda.Activations(*x), out)
+
+
+def test_parameters_that_a_loader_registered_anew_are_those_of_the_kernels() -> None:
+    """Weight cache (``--load-format ipc_cache``) and tensorizer replace all parameters of a model made on meta."""
+    layer, (*x, out) = small_layer(), activations()
+    loaded = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+    for name, parameter in list(layer.named_parameters()):
+        module = layer.get_submodule(name.rpartition(".")[0])
+        module.register_parameter(name.rpartition(".")[2], nn.Parameter(parameter.to("meta"), requires_grad=False))
+    layer.weights = layer._kernel_weights()  # as when it is made
+    for name, tensor in loaded.items():
+        module, leaf = layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        del module._parameters[leaf]
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    layer.rehearse(kda.Activations(*x), out)
+    found = (layer.weights.conv_weight, layer.weights.A_log, layer.weights.dt_bias, layer.weights.norm_weight)
+    expected = (layer.conv_weight, layer.A_log, layer.dt_bias, layer.o_norm.weight)
+    assert all(ours is theirs for ours, theirs in zip(found, expected, strict=True))
 
 
 def test_a_rehearsal_touches_no_slot() -> None:
