@@ -114,7 +114,7 @@ class _StateScheduling:
             "slots_live": pool.slots.num_live,
             "slots_checkpoint": pool.slots.num_idle,
             "slots_free": pool.slots.num_free,
-            "slots_host": pool.host.num_held,
+            "slots_host": pool.host.num_idle,
         }
         stats.running_lora_adapters = {STATS + name: value for name, value in (gauges | changes | hits).items()}
         return stats
