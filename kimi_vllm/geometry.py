@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 SUPPORTED_HEAD_DIMS = (64, 128)
 MAX_CONV_WIDTH = 8
@@ -175,6 +175,14 @@ def geometry_of(model_config: "ModelConfig") -> KimiGeometry:
             "kimi-vllm's config hook did not run. Is the plugin listed in VLLM_PLUGINS? Run `kimi-vllm doctor`."
         )
     return KimiGeometry.from_dict(values)
+
+
+def stages_of(geometry: KimiGeometry, vllm_config: "VllmConfig") -> list[range]:
+    """The layers of each pipeline stage."""
+    from vllm.distributed.utils import get_pp_indices
+
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    return [range(*get_pp_indices(geometry.num_layers, stage, stages)) for stage in range(stages)]
 
 
 def _refuse_unserved(config: Mapping[str, Any]) -> None:

@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +107,7 @@ class Inspection:
 
     def by_layer(self) -> dict[int, list[Head]]:
         """The heads of each KDA layer."""
-        layers: dict[int, list[Head]] = {}
-        for head in self.heads:
-            layers.setdefault(head.layer, []).append(head)
-        return layers
+        return {layer: list(heads) for layer, heads in groupby(self.heads, attrgetter("layer"))}
 
 
 @torch.no_grad()
