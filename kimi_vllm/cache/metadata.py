@@ -65,11 +65,7 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     reorder_batch_threshold = 1
 
     def __init__(
-        self,
-        kv_cache_spec: KDAStateSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
+        self, kv_cache_spec: KDAStateSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.num_slots = kv_cache_spec.num_slots
