@@ -208,11 +208,7 @@ def _lookup(config: Mapping[str, Any], dotted: str) -> Any:
 def _kda_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     if (linear := _mapping(config, "linear_attn_config")) is not None:
         return _from_one_based(linear, num_layers)
-    types = _sequence(config, "layer_types", num_layers)
-    for index, kind in enumerate(types):
-        if kind not in ("linear_attention", "full_attention"):
-            raise GeometryError(f"layer_types[{index}]={kind!r}: expected 'linear_attention' or 'full_attention'.")
-    return tuple(kind == "linear_attention" for kind in types)
+    return _choices(config, "layer_types", num_layers, "linear_attention", "full_attention")
 
 
 def _from_one_based(linear: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
@@ -238,11 +234,7 @@ def _from_one_based(linear: Mapping[str, Any], num_layers: int) -> tuple[bool, .
 
 def _sparse_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     if config.get("mlp_layer_types") is not None:
-        types = _sequence(config, "mlp_layer_types", num_layers)
-        for index, kind in enumerate(types):
-            if kind not in ("sparse", "dense"):
-                raise GeometryError(f"mlp_layer_types[{index}]={kind!r}: expected 'sparse' or 'dense'.")
-        return tuple(kind == "sparse" for kind in types)
+        return _choices(config, "mlp_layer_types", num_layers, "sparse", "dense")
     if _is_one_of(config.get("num_experts"), (None, 0)):
         return (False,) * num_layers
     num_dense = _integer(config, "first_k_dense_replace", 0, num_layers)
@@ -299,10 +291,14 @@ def _integer(config: Mapping[str, Any], key: str, minimum: int, maximum: int) ->
     return int(value)
 
 
-def _sequence(config: Mapping[str, Any], key: str, length: int) -> Sequence[Any]:
+def _choices(config: Mapping[str, Any], key: str, length: int, first: str, other: str) -> tuple[bool, ...]:
+    """Per layer, whether a list in config.json has the first of its two words."""
     value = config.get(key)
     if value is None:
         raise GeometryError(f"{key}: missing from config.json (and linear_attn_config is missing too).")
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
         raise GeometryError(f"{key}: expected a list of num_hidden_layers={length} entries.")
-    return value
+    for index, kind in enumerate(value):
+        if kind not in (first, other):
+            raise GeometryError(f"{key}[{index}]={kind!r}: expected {first!r} or {other!r}.")
+    return tuple(kind == first for kind in value)

@@ -88,8 +88,8 @@ FP8_PER_CHANNEL = Stored(8, "channel")
 FP8_PER_BLOCK = Stored(8, "block", (BLOCK, BLOCK))
 
 _FORMATS = {"fp8_per_tensor": FP8_PER_TENSOR, "fp8_per_channel": FP8_PER_CHANNEL, "fp8_per_block": FP8_PER_BLOCK}
-_SPECS = {f"{name}_static": stored for name, stored in _FORMATS.items()}
-_SPECS["int8_per_channel_static"] = Stored(8, "channel")
+_SPECS = {"int8_per_channel_static": Stored(8, "channel")}
+_SPECS |= {f"{name}_static": stored for name, stored in _FORMATS.items()}
 """By vLLM's names for linear layers and experts in ``--quantization-config``."""
 
 _ONLINE: dict[str, tuple[str | None, str]] = {name: (f"{name}_static", f"{name}_static") for name in _FORMATS}

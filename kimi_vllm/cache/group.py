@@ -58,7 +58,6 @@ class StateHome:
     """Slots and metadata of the KDA layers of one pipeline stage.
 
     Args:
-        geometry: The model.
         num_layers: KDA layers on this stage.
         mla_layer: Index of an MLA layer on this stage, under whose group member the metadata is found.
         prefix: Prefix of the layers, ``model.layers``.

@@ -63,8 +63,7 @@ class HostTier(CheckpointIndex):
     def clear(self) -> None:
         """Forget every state."""
         for slot in self.slots():
-            self.claim(slot)
-            self.release(slot)
+            self.withdraw(slot)
 
     def check(self) -> None:
         """Verify that no host slot is lost; raises AssertionError."""

@@ -69,9 +69,7 @@ class _StateScheduling:
         self._steps.append((output, Step(moves, self._accesses(output))))
         for new in output.scheduled_new_reqs:
             if not (request := self.requests[new.req_id]).num_preemptions:
-                hit = new.num_computed_tokens
-                self._counts.update(hit_tokens=hit, miss_tokens=request.num_tokens - hit)
-                self._hits[f"hit_length:{hit}"] += 1
+                self._count_hit(request, new.num_computed_tokens)
         return output
 
     def update_from_output(
@@ -119,6 +117,10 @@ class _StateScheduling:
         }
         stats.running_lora_adapters = {STATS + name: value for name, value in (gauges | changes | hits).items()}
         return stats
+
+    def _count_hit(self, request: Request, hit: int) -> None:
+        self._counts.update(hit_tokens=hit, miss_tokens=request.num_tokens - hit)
+        self._hits[f"hit_length:{hit}"] += 1
 
     def _accesses(self, output: SchedulerOutput) -> dict[str, Access]:
         tables = [(manager.req_to_blocks, manager.block_size) for manager in self._page_managers]

@@ -121,13 +121,6 @@ class SlotAllocator(CheckpointIndex):
             self._free.append(slot)
         return True
 
-    def withdraw_all(self) -> list[int]:
-        """Withdraw every checkpoint. Returns their slots."""
-        slots = self.slots()
-        for slot in slots:
-            self.withdraw(slot)
-        return slots
-
     def check(self) -> None:
         """Verify the invariants; raises AssertionError with what broke. Called by tests after every scenario."""
         free = set(self._free)

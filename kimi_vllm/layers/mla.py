@@ -31,7 +31,6 @@ class KimiMLA(nn.Module):
     """One MLA layer of one tensor-parallel rank: query heads are split over ranks, the latent is on all of them.
 
     Args:
-        geometry: The model.
         prefix: Name in the checkpoint, ``model.layers.{i}.self_attn``.
     """
 
