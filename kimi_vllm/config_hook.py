@@ -47,8 +47,7 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         geometry = KimiGeometry.from_config(_config_as_written(model_config))
         setattr(model_config.hf_config, GEOMETRY_ATTRIBUTE, geometry.to_dict())
         if current_platform.is_cpu():
-            # vLLM's MLA for CPUs takes 576-wide latents and 16-token blocks, without chunked prefill and prefix
-            # caching. Ours has no such limits, so this model must not count as one of vLLM's MLA models.
+            # Ours has none of the limits of vLLM's MLA for CPUs, so this model must not count as one of its MLA models.
             model_config.model_arch_config.is_deepseek_mla = False
             # For this architecture vLLM replaces torch.compile by graphs that only CUDA has.
             os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
