@@ -193,12 +193,10 @@ def check_kernels() -> Finding:
     """The implementation of the KDA kernels for this device."""
     from kimi_vllm.kernels.dispatch import load_backend
 
-    device_type = _device_type()
     try:
-        backend = load_backend(device_type).name
+        return Finding("KDA kernels", "OK", f"{_device_type()}: {load_backend(_device_type()).name}")
     except RuntimeError as error:
         return Finding("KDA kernels", "FAIL", str(error), "see the message; KIMI_VLLM_DISABLE=1 leaves it to vLLM")
-    return Finding("KDA kernels", "OK", f"{device_type}: {backend}")
 
 
 def check_quantised_weights() -> Finding:
@@ -219,9 +217,8 @@ def check_threads() -> Finding:
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    threads = torch.get_num_threads()
-    found = f"{threads} threads on {cores} cores"
-    if threads > cores:
+    found = f"{torch.get_num_threads()} threads on {cores} cores"
+    if torch.get_num_threads() > cores:
         return Finding("CPU threads", "WARN", found, f"export OMP_NUM_THREADS={cores}")
     return Finding("CPU threads", "OK", found)
 
