@@ -146,8 +146,8 @@ class _RowBuffers:
         return decode, prefill
 
 
-class MetadataBackend(AttentionBackend):
-    """Tells vLLM how to build the metadata of layers that call their own kernels. It computes no attention."""
+class OwnKernels:
+    """Mixed into backends that only tell vLLM how to build the metadata of layers, which call their kernels."""
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
@@ -164,7 +164,7 @@ class MetadataBackend(AttentionBackend):
         return [MultipleOf(1)]
 
 
-class KDAStateBackend(MetadataBackend):
+class KDAStateBackend(OwnKernels, AttentionBackend):
     """The state group, whose block size is only the spacing of boundaries."""
 
     @staticmethod

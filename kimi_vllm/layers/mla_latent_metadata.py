@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from kimi_vllm.cache.metadata import MetadataBackend
+from kimi_vllm.cache.metadata import OwnKernels
 
 MAX_GRAPH_ELEMENTS = 1 << 28
 """Maximum latent elements of all sequences at full length for which decode steps are captured in CUDA graphs."""
@@ -120,7 +125,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
         return torch.where(owned, tables, tables[:, :1]), bias
 
 
-class LatentBackend(MetadataBackend):
+class LatentBackend(OwnKernels, AttentionBackend):
     """What vLLM needs to know about this attention."""
 
     @staticmethod
