@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from vllm.config import CacheConfig, CompilationConfig, ModelConfig, VllmConfig
-from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from kimi_vllm import cpu_quantization, patches
-from kimi_vllm.geometry import GEOMETRY_ATTRIBUTE, GeometryError, KimiGeometry, geometry_of
+from kimi_vllm.geometry import GEOMETRY_ATTRIBUTE, GeometryError, KimiGeometry, geometry_of, stages_of
 from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.quantization import as_written
@@ -48,8 +47,7 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         geometry = KimiGeometry.from_config(_config_as_written(model_config))
         setattr(model_config.hf_config, GEOMETRY_ATTRIBUTE, geometry.to_dict())
         if current_platform.is_cpu():
-            # vLLM's MLA for CPUs takes 576-wide latents and 16-token blocks, without chunked prefill and prefix
-            # caching. Ours has no such limits, so this model must not count as one of vLLM's MLA models.
+            # Ours has none of the limits of vLLM's MLA for CPUs, so this model must not count as one of its MLA models.
             model_config.model_arch_config.is_deepseek_mla = False
             # For this architecture vLLM replaces torch.compile by graphs that only CUDA has.
             os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
@@ -147,11 +145,12 @@ def _bring_our_own(vllm_config: VllmConfig) -> None:
 
 def _refuse_stages(vllm_config: VllmConfig) -> None:
     # The state group's members stand beside MLA layers, and the last stage reports states that are not finite.
-    geometry, stages = geometry_of(vllm_config.model_config), vllm_config.parallel_config.pipeline_parallel_size
-    for stage in range(stages):
-        first, end = get_pp_indices(geometry.num_layers, stage, stages)
-        if len(set(geometry.kda[first:end])) < 2:
+    geometry = geometry_of(vllm_config.model_config)
+    stages = stages_of(geometry, vllm_config)
+    for stage, layers in enumerate(stages):
+        if len({geometry.kda[layer] for layer in layers}) < 2:
+            first, last = layers.start, layers.stop - 1
             raise ValueError(
-                f"--pipeline-parallel-size {stages}: stage {stage} has layers {first} to {end - 1}, but "
+                f"--pipeline-parallel-size {len(stages)}: stage {stage} has layers {first} to {last}, but "
                 "needs at least one KDA layer and one MLA layer. Use fewer stages, or set VLLM_PP_LAYER_PARTITION."
             )

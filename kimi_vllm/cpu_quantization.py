@@ -33,8 +33,6 @@ def refuse_unserved(vllm_config: VllmConfig, geometry: KimiGeometry, written: Ma
     """Refuse a quantisation that would fail on this CPU.
 
     Args:
-        vllm_config: The engine's configuration.
-        geometry: The model.
         written: The checkpoint's ``quantization_config``; None if vLLM quantises at load time.
 
     Raises:
@@ -67,10 +65,8 @@ def _demands(
     """Weights in the checkpoint, their kind, and why they cannot be served, or an empty string."""
     kinds, lacks = list(_kinds(written)), lacking_for(available)
     for asked, kind in kinds:
-        if kind in lacks:
-            yield asked, kind, f"vLLM multiplies it with {lacks[kind]} only, which this CPU lacks"
-        else:
-            yield asked, kind, "" if kind else _NEVER
+        lacking = f"vLLM multiplies it with {lacks[kind]} only, which this CPU lacks" if kind in lacks else ""
+        yield asked, kind, lacking if kind else _NEVER
     if geometry.moe is None:
         return
     sparse = geometry.sparse.index(True)
@@ -105,13 +101,13 @@ def _compressed(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) ->
 
     (bits, number, strategy), (input_bits, input_number, by) = described(weights), described(inputs)
     asked = f"compressed-tensors, {bits}-bit {number} weights with a scale per {strategy}, {input_bits}-bit inputs"
-    same = (bits, number) == (input_bits, input_number)
-    if same and (bits, number) == (8, "int"):
-        return asked, "int8"
-    if same and (bits, number, strategy, by) == (8, "float", "channel", "token"):
-        return asked, "FP8 by output"
-    if (bits, number, input_bits) == (4, "int", 16):
-        return asked, _FOUR_BITS
-    if same and (bits, number, strategy) == (8, "float", "block"):
-        return asked, _BLOCKS if weights.get("block_structure") == [BLOCK, BLOCK] else ""
+    match (bits, number, strategy, input_bits, input_number, by):
+        case (8, "int", _, 8, "int", _):
+            return asked, "int8"
+        case (8, "float", "channel", 8, "float", "token"):
+            return asked, "FP8 by output"
+        case (4, "int", _, 16, _, _):
+            return asked, _FOUR_BITS
+        case (8, "float", "block", 8, "float", _) if weights.get("block_structure") == [BLOCK, BLOCK]:
+            return asked, _BLOCKS
     return asked, ""

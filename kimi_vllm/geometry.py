@@ -6,11 +6,14 @@ transformers' `KimiLinearConfig.save_pretrained` writes ``layer_types`` and ``ml
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 SUPPORTED_HEAD_DIMS = (64, 128)
 MAX_CONV_WIDTH = 8
@@ -48,6 +51,24 @@ _FIXED = {
 """Fields with a single served value. `mla_use_nope` false would mean a rotated MLA."""
 
 
+_A_SIZE = Field(strict=True, ge=1, le=LARGEST, description=f"an integer from 1 to {LARGEST}")
+_Size: TypeAlias = Annotated[int, _A_SIZE]
+_Count: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=LARGEST, description=f"an integer from 0 to {LARGEST}")]
+_Positive: TypeAlias = Annotated[
+    float,
+    Field(strict=True, allow_inf_nan=False, gt=0, le=LARGEST, description=f"a positive number, at most {LARGEST}"),
+]
+
+
+_Built = TypeVar("_Built", "MoEGeometry", "KimiGeometry")
+_LINEAR_KEYS = {"linear_head_dim": "linear_head_dim", "conv_width": "linear_conv_kernel_dim"}
+_LINEAR_KEYS_HUB = {
+    "linear_num_heads": "linear_attn_config.num_heads",
+    "linear_head_dim": "linear_attn_config.head_dim",
+    "conv_width": "linear_attn_config.short_conv_kernel_size",
+}
+
+
 class GeometryError(ValueError):
     """A config.json that is wrong, incomplete, or of a model that is not served. Names the key."""
 
@@ -56,12 +77,12 @@ class GeometryError(ValueError):
 class MoEGeometry:
     """The mixture of experts: sigmoid router, bias for selection only, top-k, scaling, shared experts."""
 
-    num_experts: int
-    num_experts_per_token: int
-    num_shared_experts: int
-    intermediate_size: int
-    renormalize: bool
-    routed_scaling_factor: float
+    num_experts: _Size
+    num_experts_per_token: _Size
+    num_shared_experts: _Count
+    intermediate_size: _Size
+    renormalize: Annotated[bool, Field(strict=True, description="true or false")]
+    routed_scaling_factor: _Positive
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +98,21 @@ class KimiGeometry:
         moe: None if every layer is dense.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    rms_norm_eps: float
+    vocab_size: _Size
+    hidden_size: _Size
+    intermediate_size: _Size
+    rms_norm_eps: _Positive
     kda: tuple[bool, ...]
     sparse: tuple[bool, ...]
-    linear_num_heads: int
-    linear_head_dim: int
-    conv_width: int
-    num_attention_heads: int
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
+    linear_num_heads: _Size
+    linear_head_dim: _Size
+    conv_width: Annotated[int, Field(strict=True, ge=2, le=MAX_CONV_WIDTH, description=f"2..{MAX_CONV_WIDTH}")]
+    num_attention_heads: _Size
+    q_lora_rank: Annotated[int | None, _A_SIZE]
+    kv_lora_rank: _Size
+    qk_nope_head_dim: _Size
+    qk_rope_head_dim: _Size
+    v_head_dim: _Size
     moe: MoEGeometry | None
 
     @property
@@ -116,10 +137,7 @@ class KimiGeometry:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "KimiGeometry":
         """The inverse of `to_dict`."""
-        fields = dict(values)
-        moe = fields.pop("moe")
-        fields["kda"], fields["sparse"] = tuple(fields["kda"]), tuple(fields["sparse"])
-        return cls(**fields, moe=None if moe is None else MoEGeometry(**moe))
+        return cls(**values)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "KimiGeometry":
@@ -133,28 +151,16 @@ class KimiGeometry:
             raise GeometryError(f"config.json: expected an object, not {type(config).__name__}.")
         _mapping(config, "linear_attn_config")
         _refuse_unserved(config)
-        num_layers = _integer(config, "num_hidden_layers")
+        num_layers = _integer(config, "num_hidden_layers", 1, LARGEST)
         kda = _kda_layers(config, num_layers)
         sparse = _sparse_layers(config, num_layers)
-        heads, head_dim, conv_width = _linear_sizes(config)
-        return cls(
-            vocab_size=_integer(config, "vocab_size"),
-            hidden_size=_integer(config, "hidden_size"),
-            intermediate_size=_integer(config, "intermediate_size"),
-            rms_norm_eps=_positive(config, "rms_norm_eps"),
-            kda=kda,
-            sparse=sparse,
-            linear_num_heads=heads,
-            linear_head_dim=head_dim,
-            conv_width=conv_width,
-            num_attention_heads=_integer(config, "num_attention_heads"),
-            q_lora_rank=_optional_integer(config, "q_lora_rank"),
-            kv_lora_rank=_integer(config, "kv_lora_rank"),
-            qk_nope_head_dim=_integer(config, "qk_nope_head_dim"),
-            qk_rope_head_dim=_integer(config, "qk_rope_head_dim"),
-            v_head_dim=_integer(config, "v_head_dim"),
-            moe=_moe(config) if any(sparse) else None,
-        )
+        keys = _LINEAR_KEYS_HUB if config.get("linear_attn_config") is not None else _LINEAR_KEYS
+        geometry = _build(cls, config, keys, kda=kda, sparse=sparse, moe=_moe(config) if any(sparse) else None)
+        if geometry.linear_head_dim not in SUPPORTED_HEAD_DIMS:
+            raise GeometryError(
+                f"{keys['linear_head_dim']}={geometry.linear_head_dim}: KDA heads of size 64 and 128 are served."
+            )
+        return geometry
 
 
 def geometry_of(model_config: "ModelConfig") -> KimiGeometry:
@@ -169,6 +175,14 @@ def geometry_of(model_config: "ModelConfig") -> KimiGeometry:
             "kimi-vllm's config hook did not run. Is the plugin listed in VLLM_PLUGINS? Run `kimi-vllm doctor`."
         )
     return KimiGeometry.from_dict(values)
+
+
+def stages_of(geometry: KimiGeometry, vllm_config: "VllmConfig") -> list[range]:
+    """The layers of each pipeline stage."""
+    from vllm.distributed.utils import get_pp_indices
+
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    return [range(*get_pp_indices(geometry.num_layers, stage, stages)) for stage in range(stages)]
 
 
 def _refuse_unserved(config: Mapping[str, Any]) -> None:
@@ -194,11 +208,7 @@ def _lookup(config: Mapping[str, Any], dotted: str) -> Any:
 def _kda_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     if (linear := _mapping(config, "linear_attn_config")) is not None:
         return _from_one_based(linear, num_layers)
-    types = _sequence(config, "layer_types", num_layers)
-    for index, kind in enumerate(types):
-        if kind not in ("linear_attention", "full_attention"):
-            raise GeometryError(f"layer_types[{index}]={kind!r}: expected 'linear_attention' or 'full_attention'.")
-    return tuple(kind == "linear_attention" for kind in types)
+    return _choices(config, "layer_types", num_layers, "linear_attention", "full_attention")
 
 
 def _from_one_based(linear: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
@@ -222,47 +232,38 @@ def _from_one_based(linear: Mapping[str, Any], num_layers: int) -> tuple[bool, .
     return tuple(bool(kind) for kind in kinds)
 
 
-def _linear_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    if (linear := _mapping(config, "linear_attn_config")) is not None:
-        source, keys = linear, ("num_heads", "head_dim", "short_conv_kernel_size")
-        prefix = "linear_attn_config."
-    else:
-        source, keys = config, ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
-        prefix = ""
-    heads, head_dim, conv_width = (_integer(source, key, prefix) for key in keys)
-    if head_dim not in SUPPORTED_HEAD_DIMS:
-        raise GeometryError(f"{prefix}{keys[1]}={head_dim}: KDA heads of size 64 and 128 are served.")
-    if not 2 <= conv_width <= MAX_CONV_WIDTH:
-        raise GeometryError(f"{prefix}{keys[2]}={conv_width}: expected 2..{MAX_CONV_WIDTH}.")
-    return heads, head_dim, conv_width
-
-
 def _sparse_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     if config.get("mlp_layer_types") is not None:
-        types = _sequence(config, "mlp_layer_types", num_layers)
-        for index, kind in enumerate(types):
-            if kind not in ("sparse", "dense"):
-                raise GeometryError(f"mlp_layer_types[{index}]={kind!r}: expected 'sparse' or 'dense'.")
-        return tuple(kind == "sparse" for kind in types)
+        return _choices(config, "mlp_layer_types", num_layers, "sparse", "dense")
     if _is_one_of(config.get("num_experts"), (None, 0)):
         return (False,) * num_layers
-    num_dense = _integer(config, "first_k_dense_replace", minimum=0, maximum=num_layers)
+    num_dense = _integer(config, "first_k_dense_replace", 0, num_layers)
     return tuple(index >= num_dense for index in range(num_layers))
 
 
 def _moe(config: Mapping[str, Any]) -> MoEGeometry:
-    num_experts = _integer(config, "num_experts")
-    per_token = _integer(config, "num_experts_per_token")
-    if per_token > num_experts:
-        raise GeometryError(f"num_experts_per_token={per_token}: more than num_experts={num_experts}.")
-    return MoEGeometry(
-        num_experts=num_experts,
-        num_experts_per_token=per_token,
-        num_shared_experts=_integer(config, "num_shared_experts", minimum=0),
-        intermediate_size=_integer(config, "moe_intermediate_size"),
-        renormalize=_boolean(config, "moe_renormalize", default=True),
-        routed_scaling_factor=_positive(config, "routed_scaling_factor"),
-    )
+    keys = {"intermediate_size": "moe_intermediate_size", "renormalize": "moe_renormalize"}
+    default = {} if "moe_renormalize" in config else {"renormalize": True}
+    moe = _build(MoEGeometry, config, keys, **default)
+    if moe.num_experts_per_token > moe.num_experts:
+        raise GeometryError(
+            f"num_experts_per_token={moe.num_experts_per_token}: more than num_experts={moe.num_experts}."
+        )
+    return moe
+
+
+def _build(cls: type[_Built], config: Mapping[str, Any], keys: Mapping[str, str], **known: Any) -> _Built:
+    """An instance of `cls` from config.json; `keys` are those that are not named as their field."""
+    written = {field.name: keys.get(field.name, field.name) for field in fields(cls) if field.name not in known}
+    try:
+        return cls(**known, **{name: _lookup(config, key) for name, key in written.items()})
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+        name, value = str(error["loc"][0]), error["input"]
+        if value is None:
+            raise GeometryError(f"{written[name]}: missing from config.json.") from None
+        expected = cls.__pydantic_fields__[name].description  # type: ignore[attr-defined]
+        raise GeometryError(f"{written[name]}={value!r}: expected {expected}.") from None
 
 
 def _is_one_of(value: Any, known: tuple[Any, ...]) -> bool:
@@ -281,42 +282,23 @@ def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     return value
 
 
-def _present(config: Mapping[str, Any], key: str, prefix: str = "") -> Any:
+def _integer(config: Mapping[str, Any], key: str, minimum: int, maximum: int) -> int:
     value = config.get(key)
     if value is None:
-        raise GeometryError(f"{prefix}{key}: missing from config.json.")
-    return value
-
-
-def _integer(config: Mapping[str, Any], key: str, prefix: str = "", minimum: int = 1, maximum: int = LARGEST) -> int:
-    value = _present(config, key, prefix)
+        raise GeometryError(f"{key}: missing from config.json.")
     if not _is_integer(value, minimum, maximum):
-        raise GeometryError(f"{prefix}{key}={value!r}: expected an integer from {minimum} to {maximum}.")
+        raise GeometryError(f"{key}={value!r}: expected an integer from {minimum} to {maximum}.")
     return int(value)
 
 
-def _optional_integer(config: Mapping[str, Any], key: str) -> int | None:
-    return None if config.get(key) is None else _integer(config, key)
-
-
-def _positive(config: Mapping[str, Any], key: str) -> float:
-    value = _present(config, key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST:
-        raise GeometryError(f"{key}={value!r}: expected a positive number, at most {LARGEST}.")
-    return float(value)
-
-
-def _boolean(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise GeometryError(f"{key}={value!r}: expected true or false.")
-    return value
-
-
-def _sequence(config: Mapping[str, Any], key: str, length: int) -> Sequence[Any]:
+def _choices(config: Mapping[str, Any], key: str, length: int, first: str, other: str) -> tuple[bool, ...]:
+    """Per layer, whether a list in config.json has the first of its two words."""
     value = config.get(key)
     if value is None:
         raise GeometryError(f"{key}: missing from config.json (and linear_attn_config is missing too).")
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
         raise GeometryError(f"{key}: expected a list of num_hidden_layers={length} entries.")
-    return value
+    for index, kind in enumerate(value):
+        if kind not in (first, other):
+            raise GeometryError(f"{key}[{index}]={kind!r}: expected {first!r} or {other!r}.")
+    return tuple(kind == first for kind in value)

@@ -48,24 +48,21 @@ class StateCacheMetrics(AggregateStatLoggerBase):
             (*_LABELS, "kind"),
             multiprocess_mode="mostrecent",
         )
-        counters = {name: Counter(f"{PREFIX}{name}", text, _LABELS) for name, text in _COUNTERS.items()}
         hits = Histogram(
             f"{PREFIX}hit_length_tokens",
             "Prompt tokens per request that were skipped by resuming from a checkpoint, 0 for none.",
             _LABELS,
             buckets=_HIT_BUCKETS,
         )
-        self._slots = {
-            (engine, name): slots.labels(self._model, str(engine), kind)
-            for engine in engine_indexes
-            for name, kind in _SLOT_KINDS.items()
-        }
+
+        def by_engine(metric: Any, *more: str) -> dict[int, Any]:
+            return {engine: metric.labels(self._model, str(engine), *more) for engine in engine_indexes}
+
+        self._slots = {name: by_engine(slots, kind) for name, kind in _SLOT_KINDS.items()}
         self._counters = {
-            (engine, name): counter.labels(self._model, str(engine))
-            for engine in engine_indexes
-            for name, counter in counters.items()
+            name: by_engine(Counter(f"{PREFIX}{name}", text, _LABELS)) for name, text in _COUNTERS.items()
         }
-        self._hits = {engine: hits.labels(self._model, str(engine)) for engine in engine_indexes}
+        self._hits = by_engine(hits)
 
     def record(
         self,
@@ -79,10 +76,10 @@ class StateCacheMetrics(AggregateStatLoggerBase):
             return
         for key, value in scheduler_stats.running_lora_adapters.items():
             name = key.removeprefix(STATS)
-            if (engine_idx, name) in self._slots:
-                self._slots[engine_idx, name].set(value)
-            elif (engine_idx, name) in self._counters:
-                self._counters[engine_idx, name].inc(value)
+            if name in self._slots:
+                self._slots[name][engine_idx].set(value)
+            elif name in self._counters:
+                self._counters[name][engine_idx].inc(value)
             elif name.startswith("hit_length:"):
                 for _ in range(value):
                     self._hits[engine_idx].observe(int(name.removeprefix("hit_length:")))

@@ -28,7 +28,7 @@ from vllm.sequence import IntermediateTensors
 
 from kimi_vllm import patches
 from kimi_vllm.cache.group import StateHome
-from kimi_vllm.geometry import KimiGeometry, geometry_of
+from kimi_vllm.geometry import KimiGeometry, geometry_of, stages_of
 from kimi_vllm.graph_breaks import check_graph_breaks
 from kimi_vllm.layers import skinny
 from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
@@ -227,10 +227,7 @@ def _known_format(config: Mapping[str, Any]) -> WeightFormat | None:
 
 
 def _state_home(geometry: KimiGeometry, vllm_config: VllmConfig, prefix: str) -> StateHome | None:
-    from vllm.distributed.utils import get_pp_indices
-
-    pipeline = get_pp_group()
-    stage = range(*get_pp_indices(geometry.num_layers, pipeline.rank_in_group, pipeline.world_size))
+    stage = stages_of(geometry, vllm_config)[get_pp_group().rank_in_group]
     kda = [index for index in stage if geometry.kda[index]]
     mla = [index for index in stage if not geometry.kda[index]]
     if not kda or not mla:

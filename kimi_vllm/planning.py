@@ -59,7 +59,6 @@ class Costs:
         """The costs of a model, or of one pipeline stage given as a geometry of fewer layers.
 
         Args:
-            geometry: The model.
             itemsize: Bytes per weight.
             block_size: Tokens per block of the KV cache.
             ranks: Tensor-parallel size. Heads and states are split over ranks; MLA latents are not.
@@ -199,12 +198,8 @@ class Sizing:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {
-            "state_slots": self.state_slots,
-            "state_bytes": self.state_bytes,
-            "kv_bytes": self.kv_bytes,
-            "kv_tokens": self.kv_tokens,
-        }
+        more = ("state_slots", "state_bytes", "kv_bytes", "kv_tokens")
+        return asdict(self) | {name: getattr(self, name) for name in more}
 
 
 def allowance(memory: int) -> int:

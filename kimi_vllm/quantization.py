@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 Scope = Literal["linear", "experts"]
 Strategy = Literal["tensor", "channel", "group", "block"]
@@ -87,19 +87,15 @@ FP8_PER_TENSOR = Stored(8)
 FP8_PER_CHANNEL = Stored(8, "channel")
 FP8_PER_BLOCK = Stored(8, "block", (BLOCK, BLOCK))
 
-_SPECS: dict[str, Stored] = {
-    "fp8_per_tensor_static": FP8_PER_TENSOR,
-    "fp8_per_channel_static": FP8_PER_CHANNEL,
-    "fp8_per_block_static": FP8_PER_BLOCK,
-    "int8_per_channel_static": Stored(8, "channel"),
-}
+_FORMATS = {"fp8_per_tensor": FP8_PER_TENSOR, "fp8_per_channel": FP8_PER_CHANNEL, "fp8_per_block": FP8_PER_BLOCK}
+_SPECS = {"int8_per_channel_static": Stored(8, "channel")}
+_SPECS |= {f"{name}_static": stored for name, stored in _FORMATS.items()}
 """By vLLM's names for linear layers and experts in ``--quantization-config``."""
 
-_ONLINE: dict[str, tuple[str | None, str]] = {
-    "fp8": ("fp8_per_tensor_static", "fp8_per_tensor_static"),
-    "fp8_per_tensor": ("fp8_per_tensor_static", "fp8_per_tensor_static"),
-    "fp8_per_channel": ("fp8_per_channel_static", "fp8_per_channel_static"),
-    "fp8_per_block": ("fp8_per_block_static", "fp8_per_block_static"),
+_ONLINE: dict[str, tuple[str | None, str]] = {name: (f"{name}_static", f"{name}_static") for name in _FORMATS}
+_ONLINE = {
+    "fp8": _ONLINE["fp8_per_tensor"],
+    **_ONLINE,
     "int8_per_channel_weight_only": (None, "int8_per_channel_static"),
 }
 ONLINE = tuple(_ONLINE)
@@ -153,14 +149,13 @@ class WeightFormat:
         Raises:
             QuantizationError: One of the names is unknown.
         """
-        stored: dict[Scope, Stored] = {}
-        scopes: tuple[tuple[Scope, str | None], ...] = (("linear", linear), ("experts", experts))
-        for scope, name in scopes:
-            if name is not None and name not in _SPECS:
+        scopes: dict[Scope, str | None] = {"linear": linear, "experts": experts}
+        named = {scope: name for scope, name in scopes.items() if name is not None}
+        for name in named.values():
+            if name not in _SPECS:
                 raise _unknown(name)
-            if name is not None:
-                stored[scope] = _SPECS[name]
-        return cls(method, (_Rule(stored),), tuple(ignored), "glob")
+        rule = _Rule({scope: _SPECS[name] for scope, name in named.items()})
+        return cls(method, (rule,), tuple(ignored), "glob")
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Self | None:
@@ -224,13 +219,7 @@ def _everywhere(stored: Stored, targets: Sequence[str] = (), match: Match = "pat
     return _Rule({"linear": stored, "experts": stored}, tuple(targets), match)
 
 
-_STRATEGIES: dict[str, Strategy] = {
-    "tensor": "tensor",
-    "channel": "channel",
-    "group": "group",
-    "tensor_group": "group",
-    "block": "block",
-}
+_STRATEGIES: dict[str, Strategy] = {each: each for each in get_args(Strategy)} | {"tensor_group": "group"}
 
 Read = tuple[list[_Rule], Sequence[str]]
 

@@ -6,14 +6,13 @@ from dataclasses import replace
 import psutil
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from kimi_vllm.cache.exchange import PlannedMemory
-from kimi_vllm.geometry import geometry_of
+from kimi_vllm.geometry import geometry_of, stages_of
 from kimi_vllm.options import KimiOptions, OptionsError
 from kimi_vllm.planning import Costs, Demand, cache_bytes, size
 from kimi_vllm.quantization import QuantizationError, WeightFormat
@@ -79,9 +78,8 @@ def planned_costs(vllm_config: VllmConfig, options: KimiOptions) -> Costs:
     cached = STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype)
     quantization = _known_format(vllm_config)
     stages = []
-    for stage in range(parallel.pipeline_parallel_size):
-        first, end = get_pp_indices(geometry.num_layers, stage, parallel.pipeline_parallel_size)
-        layers = slice(first, end)
+    for stage in stages_of(geometry, vllm_config):
+        layers = slice(stage.start, stage.stop)
         part = replace(geometry, kda=geometry.kda[layers], sparse=geometry.sparse[layers])
         # vLLM splits experts over data-parallel ranks too.
         costs = Costs.of(
@@ -94,7 +92,7 @@ def planned_costs(vllm_config: VllmConfig, options: KimiOptions) -> Costs:
             cache_itemsize=cached.itemsize,
             gpu_dtype=None if current_platform.is_cpu() else model.dtype,
             quantization=quantization,
-            first_layer=first,
+            first_layer=stage.start,
         )
         stages.append(costs)
     heaviest = Costs.heaviest(stages)

@@ -118,10 +118,7 @@ def weights(geometry: KimiGeometry, ranks: int, expert_ranks: int, first_layer: 
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield Weight(prefix + norm, hidden, 1, "plain")
-        attention = (
-            _kda(geometry, ranks, f"{prefix}self_attn.") if is_kda else _mla(geometry, ranks, f"{prefix}self_attn.")
-        )
-        yield from attention
+        yield from (_kda if is_kda else _mla)(geometry, ranks, f"{prefix}self_attn.")
         if not is_sparse or geometry.moe is None:
             yield from _mlp(f"{prefix}mlp.", hidden, geometry.intermediate_size // ranks)
             continue
@@ -129,10 +126,9 @@ def weights(geometry: KimiGeometry, ranks: int, expert_ranks: int, first_layer: 
         yield Weight(f"{name}gate", moe.num_experts, hidden, "router")
         yield Weight(f"{name}gate.e_score_correction_bias", moe.num_experts, 1, "float32")
         # Whole experts on a worker, or a slice of each: the same bytes, except for scales.
-        inner, count = moe.intermediate_size // expert_ranks, moe.num_experts
-        yield Weight(f"{name}experts.0.w1", inner, hidden, "experts", count)
-        yield Weight(f"{name}experts.0.w2", hidden, inner, "experts", count)
-        yield Weight(f"{name}experts.0.w3", inner, hidden, "experts", count)
+        inner = moe.intermediate_size // expert_ranks
+        for matrix, shape in {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}.items():
+            yield Weight(f"{name}experts.0.{matrix}", *shape, "experts", moe.num_experts)
         if moe.num_shared_experts:
             yield from _mlp(f"{name}shared_experts.", hidden, moe.num_shared_experts * moe.intermediate_size // ranks)
 

@@ -52,7 +52,6 @@ def load_weights(
 
     Args:
         model: The model; its parameters are named as in `model.py`.
-        geometry: The model's geometry.
         weights: Names and tensors, in any order.
         quantization: How the checkpoint stores its linear layers. If unknown, only vLLM's loaders check shapes.
 
@@ -64,7 +63,9 @@ def load_weights(
             that quantises it), or a quantised f_b_proj or g_b_proj.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    experts = list(_expert_mapping(model, geometry))
+    experts: list[tuple[str, str, int, str]] = []
+    if geometry.moe is not None:
+        experts = fused_moe_make_expert_params_mapping(model, "w1", "w2", "w3", geometry.moe.num_experts)
     elsewhere = _elsewhere(model)
     loaded: set[str] = set()
     seen: set[str] = set()
@@ -94,7 +95,6 @@ def check_whole(model: nn.Module, geometry: KimiGeometry, seen: set[str], *, all
 
     Args:
         model: The model; its parameters are named as in `model.py`.
-        geometry: The model's geometry.
         seen: Names of the loaded tensors.
         all_modules: Whether every module needs its tensors, as after a first load, or only those with a tensor in
             `seen`: vLLM's reloading gives a module new memory as soon as one of its tensors arrives.
@@ -154,18 +154,6 @@ def _canonical(name: str, geometry: KimiGeometry) -> str:
     if found and int(found[2]) < geometry.num_layers and not geometry.sparse[int(found[2])]:
         return f"{found[1]}mlp.{found[3]}"
     return name
-
-
-def _expert_mapping(model: nn.Module, geometry: KimiGeometry) -> Iterator[tuple[str, str, int, str]]:
-    if geometry.moe is None:
-        return
-    yield from fused_moe_make_expert_params_mapping(
-        model,
-        ckpt_gate_proj_name="w1",
-        ckpt_down_proj_name="w2",
-        ckpt_up_proj_name="w3",
-        num_experts=geometry.moe.num_experts,
-    )
 
 
 def _target(name: str, geometry: KimiGeometry, experts: list[tuple[str, str, int, str]]) -> tuple[str, dict[str, Any]]:
@@ -237,8 +225,7 @@ def _refuse_unquantized(name: str, tensor: Tensor, parameter: nn.Parameter, targ
 def _refuse_quantized_low_rank(name: str, tensor: Tensor, target: str) -> None:
     if ".fg_b_proj." not in target:
         return
-    full_precision = tensor.is_floating_point() and tensor.element_size() >= 2
-    if target.endswith((".weight", ".bias")) and full_precision:
+    if target.endswith((".weight", ".bias")) and tensor.is_floating_point() and tensor.element_size() >= 2:
         return
     dtype = str(tensor.dtype).removeprefix("torch.")
     raise WeightsError(

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -20,15 +19,9 @@ from kimi_vllm.cache.layout import SlotLayout
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.metadata import KDAStateBackend
 from kimi_vllm.cache.pool import StatePool
-from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.geometry import KimiGeometry, stages_of
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.precision import conv_dtype
-
-
-def kda_layers_by_stage(geometry: KimiGeometry, vllm_config: VllmConfig) -> list[int]:
-    """Number of KDA layers of each pipeline stage."""
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    return [sum(geometry.kda[slice(*get_pp_indices(geometry.num_layers, stage, stages))]) for stage in range(stages)]
 
 
 class StateGroupMember(nn.Module, AttentionLayerBase):
@@ -65,7 +58,6 @@ class StateHome:
     """Slots and metadata of the KDA layers of one pipeline stage.
 
     Args:
-        geometry: The model.
         num_layers: KDA layers on this stage.
         mla_layer: Index of an MLA layer on this stage, under whose group member the metadata is found.
         prefix: Prefix of the layers, ``model.layers``.
@@ -88,7 +80,8 @@ class StateHome:
         assert planned is not None  # the config hook ran, or there would be no geometry
         self.num_slots = 1 + planned.state_slots
         # Equal on all stages: vLLM would form separate groups of unequal specs.
-        self.largest_slot = replace(layout, num_layers=max(kda_layers_by_stage(geometry, vllm_config))).slot_bytes
+        most_layers = max(sum(geometry.kda[layer] for layer in stage) for stage in stages_of(geometry, vllm_config))
+        self.largest_slot = replace(layout, num_layers=most_layers).slot_bytes
         num_host_slots = int(self.options.host_memory_gib * 2**30 // self.largest_slot)
         self.pool = StatePool(layout, self.num_slots, device, num_host_slots)
         self.metadata_name = self.member_name(mla_layer)

@@ -3,15 +3,13 @@
 Pure: host slots are integers, keys are opaque. No vLLM, no torch. `SlotPool.moves` tells who copies what.
 """
 
-from collections.abc import Hashable
-
 from kimi_vllm.cache.checkpoints import CheckpointIndex
 from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.prefixes import Lineage
 
 
-class HostTier:
-    """Host slots, each free or holding one state that nobody is using.
+class HostTier(CheckpointIndex):
+    """Host slots, each free or holding one state that nobody is using: all that are held are idle.
 
     Args:
         num_slots: Host slots, from 0; none at all is fine.
@@ -19,22 +17,9 @@ class HostTier:
     """
 
     def __init__(self, num_slots: int, eviction: Eviction = "value") -> None:
+        super().__init__(eviction)
         self.num_slots = num_slots
         self._free = list(range(num_slots))
-        self._index = CheckpointIndex(eviction)
-
-    @property
-    def num_held(self) -> int:
-        """States in host memory."""
-        return self._index.num_idle
-
-    def find(self, key: Hashable) -> int | None:
-        """The host slot that holds the state for `key`."""
-        return self._index.find(key)
-
-    def longest(self, lineage: Lineage, limit: int) -> int:
-        """Blocks of the longest prefix of `lineage` that is here and has at most `limit`; 0 if there is none."""
-        return self._index.longest(lineage, limit)
 
     def store(self, lineage: Lineage, length: int) -> int | None:
         """Make room for the state after `length` blocks of `lineage`.
@@ -42,17 +27,17 @@ class HostTier:
         Returns:
             The host slot to copy it to; None if it is here already, or if there is no host memory at all.
         """
-        if not self.num_slots or self._index.find(lineage[length - 1]) is not None:
+        if not self.num_slots or self.find(lineage[length - 1]) is not None:
             return None
         if self._free:
             slot = self._free.pop()
-        elif (evicted := self._index.evict()) is not None:
+        elif (evicted := self.evict()) is not None:
             slot, _ = evicted
         else:
             return None  # the only ones are being loaded
         # A copy, for the request's own list goes on to the end of its answer and would live as long as the state.
-        self._index.add(slot, lineage[:length], length)
-        self._index.park(slot)
+        self.add(slot, lineage[:length], length)
+        self.park(slot)
         return slot
 
     def claim(self, slot: int) -> tuple[Lineage, int]:
@@ -61,8 +46,8 @@ class HostTier:
         Returns:
             What it was stored with.
         """
-        origin = self._index.origin(slot)
-        self._index.forget(slot)
+        origin = self.origin(slot)
+        self.forget(slot)
         return origin
 
     def release(self, slot: int) -> None:
@@ -71,19 +56,18 @@ class HostTier:
 
     def withdraw(self, slot: int) -> None:
         """Forget a state, if the slot holds one."""
-        if self._index.holds(slot):
+        if self.holds(slot):
             self.claim(slot)
             self.release(slot)
 
     def clear(self) -> None:
         """Forget every state."""
-        for slot in self._index.slots():
-            self.claim(slot)
-            self.release(slot)
+        for slot in self.slots():
+            self.withdraw(slot)
 
     def check(self) -> None:
         """Verify that no host slot is lost; raises AssertionError."""
-        held = set(self._index.slots())
+        held = set(self.slots())
         assert held.isdisjoint(self._free), "a host slot is free and held"
         assert len(held) + len(self._free) == self.num_slots, "a host slot is lost"
-        self._index.check()
+        super().check()

@@ -46,13 +46,7 @@ class SlotLayout:
         return prod(self.state_shape) * self.state_dtype.itemsize + prod(self.conv_shape) * self.conv_dtype.itemsize
 
     @classmethod
-    def of(
-        cls,
-        geometry: KimiGeometry,
-        num_layers: int,
-        tensor_parallel_size: int = 1,
-        **dtypes: torch.dtype,
-    ) -> Self:
+    def of(cls, geometry: KimiGeometry, num_layers: int, tensor_parallel_size: int = 1, **dtypes: torch.dtype) -> Self:
         """The layout of `num_layers` KDA layers with heads split over ranks; `dtypes` as the attributes.
 
         Raises:

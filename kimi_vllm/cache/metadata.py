@@ -65,16 +65,12 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     reorder_batch_threshold = 1
 
     def __init__(
-        self,
-        kv_cache_spec: KDAStateSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
+        self, kv_cache_spec: KDAStateSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.num_slots = kv_cache_spec.num_slots
         self.block_size = kv_cache_spec.block_size
-        self._buffers = None if device.type == "cpu" else _RowBuffers(_most_rows(vllm_config), device)
+        self._buffers = None if device.type == "cpu" else _RowBuffers(vllm_config, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -122,13 +118,12 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
 
 
 class _RowBuffers:
-    """The rows of a step on a GPU, always at the same addresses, which CUDA graphs hold.
+    """The rows of a step on a GPU, always at the same addresses, which CUDA graphs hold."""
 
-    Args:
-        most: Maximum rows of a step.
-    """
-
-    def __init__(self, most: int, device: torch.device) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        # vLLM pads a step to the size of a captured graph, which can exceed max_num_seqs.
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        most = max(vllm_config.scheduler_config.max_num_seqs, captured)
         read_slot, write_slot = torch.zeros(2, most, dtype=torch.int32, device=device)
         self._decode = DecodeRows(read_slot, write_slot, torch.zeros(most, dtype=torch.int64, device=device))
         self._cu_seqlens = torch.zeros(most + 1, dtype=torch.int32, device=device)
@@ -151,15 +146,26 @@ class _RowBuffers:
         return decode, prefill
 
 
-def _most_rows(vllm_config: VllmConfig) -> int:
-    # vLLM pads a step to the size of a captured graph, which can exceed max_num_seqs.
-    captured: int = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    scheduled: int = vllm_config.scheduler_config.max_num_seqs
-    return max(scheduled, captured)
+class OwnKernels:
+    """Mixed into backends that only tell vLLM how to build the metadata of layers, which call their kernels."""
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """There is none.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("these layers call their own kernels")
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Any: kernels find pages and slots one by one."""
+        return [MultipleOf(1)]
 
 
-class KDAStateBackend(AttentionBackend):
-    """Tells vLLM how to build the metadata of the state group. It computes no attention."""
+class KDAStateBackend(OwnKernels, AttentionBackend):
+    """The state group, whose block size is only the spacing of boundaries."""
 
     @staticmethod
     def get_name() -> str:
@@ -167,23 +173,9 @@ class KDAStateBackend(AttentionBackend):
         return "KIMI_KDA_STATE"
 
     @staticmethod
-    def get_impl_cls() -> type[Any]:
-        """There is none: KDA layers call their kernels themselves.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError("the KDA state group has no attention implementation")
-
-    @staticmethod
     def get_builder_cls() -> type[KDAMetadataBuilder]:
         """See `KDAMetadataBuilder`."""
         return KDAMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Any: the block size is only the spacing of boundaries."""
-        return [MultipleOf(1)]
 
     @classmethod
     def is_ssm(cls) -> bool:

@@ -1,5 +1,7 @@
 """The tensors of all slots, allocated with the model, so that vLLM counts them before it sizes its own pool."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,9 @@ class StatePool:
         self.state = torch.zeros(num_slots, *layout.state_shape, dtype=layout.state_dtype, device=device)
         self.conv = torch.zeros(num_slots, *layout.conv_shape, dtype=layout.conv_dtype, device=device)
         self.nonfinite = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        pinned = self.state.device.type != "cpu"
-        self.host_state = torch.empty(
-            num_host_slots, *layout.state_shape, dtype=layout.state_dtype, device="cpu", pin_memory=pinned
-        )
-        self.host_conv = torch.empty(
-            num_host_slots, *layout.conv_shape, dtype=layout.conv_dtype, device="cpu", pin_memory=pinned
-        )
+        at_host: dict[str, Any] = {"device": "cpu", "pin_memory": self.state.device.type != "cpu"}
+        self.host_state = torch.empty(num_host_slots, *layout.state_shape, dtype=layout.state_dtype, **at_host)
+        self.host_conv = torch.empty(num_host_slots, *layout.conv_shape, dtype=layout.conv_dtype, **at_host)
 
     @property
     def nbytes(self) -> int:

@@ -64,8 +64,7 @@ class _StateScheduling:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step, and attach the copies to make before it."""
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        moves = self._states.block_pool.take_moves()
-        if moves:
+        if moves := self._states.block_pool.take_moves():
             setattr(output, MOVES, moves)
         self._steps.append((output, Step(moves, self._accesses(output))))
         for new in output.scheduled_new_reqs:
@@ -108,20 +107,19 @@ class _StateScheduling:
         pool = self._states.block_pool
         now = self._counts + pool.counts
         now["swap_bytes"] = (now["swaps_out"] + now["swaps_in"]) * self._states.kv_cache_spec.slot_bytes
-        changes = {name: now[name] - self._sent[name] for name in now if now[name] != self._sent[name]}
-        self._sent = Counter(now)
+        changes = now - self._sent
+        self._sent = now
         gauges = {
             "slots_live": pool.slots.num_live,
             "slots_checkpoint": pool.slots.num_idle,
             "slots_free": pool.slots.num_free,
-            "slots_host": pool.host.num_held,
+            "slots_host": pool.host.num_idle,
         }
         stats.running_lora_adapters = {STATS + name: value for name, value in (gauges | changes | hits).items()}
         return stats
 
     def _count_hit(self, request: Request, hit: int) -> None:
-        self._counts["hit_tokens"] += hit
-        self._counts["miss_tokens"] += request.num_tokens - hit
+        self._counts.update(hit_tokens=hit, miss_tokens=request.num_tokens - hit)
         self._hits[f"hit_length:{hit}"] += 1
 
     def _accesses(self, output: SchedulerOutput) -> dict[str, Access]:

@@ -134,8 +134,7 @@ class SlotPool:
         """Forget every checkpoint. False, and nothing changed, while requests still hold slots."""
         if self.slots.num_live:
             return False
-        for slot in self.slots.withdraw_all():
-            self.blocks[slot].reset_hash()
+        self.withdraw_slots(self.slots.slots())
         self.host.clear()
         return True
 

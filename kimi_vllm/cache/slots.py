@@ -8,7 +8,6 @@ Pure: slots are integers, keys are opaque. No vLLM, no torch.
 """
 
 from collections import deque
-from collections.abc import Hashable
 
 from kimi_vllm.cache.checkpoints import CheckpointIndex
 from kimi_vllm.cache.eviction import Eviction
@@ -23,8 +22,8 @@ class NoSlotError(RuntimeError):
     """A slot was taken without asking `can_take` first."""
 
 
-class SlotAllocator:
-    """Hands slots out and takes them back; evicts idle checkpoints when nothing is free.
+class SlotAllocator(CheckpointIndex):
+    """Hands slots out and takes them back, and is the index of those published; evicts idle ones when nothing is free.
 
     Every method either succeeds or changes nothing.
 
@@ -36,20 +35,15 @@ class SlotAllocator:
     def __init__(self, num_slots: int, eviction: Eviction = "value") -> None:
         if num_slots < MIN_SLOTS:
             raise ValueError(f"num_slots={num_slots}: at least {MIN_SLOTS} are needed (one of them is the null slot).")
+        super().__init__(eviction)
         self.num_slots = num_slots
         self._free: deque[int] = deque(range(1, num_slots))
         self._references = [0] * num_slots
-        self._checkpoints = CheckpointIndex(eviction)
 
     @property
     def num_free(self) -> int:
         """Slots that hold nothing."""
         return len(self._free)
-
-    @property
-    def num_idle(self) -> int:
-        """Checkpoints nobody references; what can be evicted."""
-        return self._checkpoints.num_idle
 
     @property
     def num_live(self) -> int:
@@ -77,7 +71,7 @@ class SlotAllocator:
         """
         if self._free:
             slot, origin = self._free.popleft(), None
-        elif (evicted := self._checkpoints.evict()) is not None:
+        elif (evicted := self.evict()) is not None:
             slot, origin = evicted
         else:
             raise NoSlotError(f"all {self.num_slots - 1} slots are live")
@@ -86,10 +80,10 @@ class SlotAllocator:
 
     def retain(self, slot: int) -> None:
         """Add a reference to a live slot or an idle checkpoint."""
-        if not self._references[slot] and not self._checkpoints.holds(slot):
+        if not self._references[slot] and not self.holds(slot):
             raise ValueError(f"slot {slot} is free: there is nothing to reference")
         if not self._references[slot]:
-            self._checkpoints.wake(slot)
+            self.wake(slot)
         self._references[slot] += 1
 
     def release(self, slot: int) -> None:
@@ -99,8 +93,8 @@ class SlotAllocator:
         self._references[slot] -= 1
         if self._references[slot]:
             return
-        if self._checkpoints.holds(slot):
-            self._checkpoints.park(slot)
+        if self.holds(slot):
+            self.park(slot)
         else:
             self._free.append(slot)
 
@@ -116,36 +110,21 @@ class SlotAllocator:
         """
         if not self._references[slot]:
             raise ValueError(f"slot {slot} is not live: only its owner can publish it")
-        return self._checkpoints.add(slot, lineage, length)
+        return self.add(slot, lineage, length)
 
     def withdraw(self, slot: int) -> bool:
         """Make a checkpoint an ordinary slot again; an idle one becomes free. False if it was none."""
-        if not self._checkpoints.holds(slot):
+        if not self.holds(slot):
             return False
-        self._checkpoints.forget(slot)
+        self.forget(slot)
         if not self._references[slot]:
             self._free.append(slot)
         return True
 
-    def find(self, key: Hashable) -> int | None:
-        """The slot published under `key`. Never changes anything."""
-        return self._checkpoints.find(key)
-
-    def longest(self, lineage: Lineage, limit: int) -> int:
-        """Blocks of the longest published prefix of `lineage` that has at most `limit`; 0 if there is none."""
-        return self._checkpoints.longest(lineage, limit)
-
-    def withdraw_all(self) -> list[int]:
-        """Withdraw every checkpoint. Returns their slots."""
-        slots = self._checkpoints.slots()
-        for slot in slots:
-            self.withdraw(slot)
-        return slots
-
     def check(self) -> None:
         """Verify the invariants; raises AssertionError with what broke. Called by tests after every scenario."""
         free = set(self._free)
-        idle = self._checkpoints.idle_slots()
+        idle = self.idle_slots()
         live = {slot for slot in range(1, self.num_slots) if self._references[slot]}
         assert len(free) == len(self._free), "a slot is free twice"
         assert NULL_SLOT not in free | idle | live, "the null slot was handed out"
@@ -153,4 +132,4 @@ class SlotAllocator:
         assert not free & live, f"free and live: {free & live}"
         assert not idle & live, f"idle and live: {idle & live}"
         assert len(free) + len(idle) + len(live) == self.num_slots - 1, "a slot is lost"
-        self._checkpoints.check()
+        super().check()

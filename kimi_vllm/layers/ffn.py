@@ -1,5 +1,7 @@
 """The feed-forward half of a layer: a dense gated MLP, or a mixture of experts on vLLM's fused MoE."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -21,26 +23,15 @@ class KimiMLP(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden: int,
-        intermediate: int,
-        vllm_config: VllmConfig,
-        prefix: str,
-        *,
-        reduce_results: bool = True,
+        self, hidden: int, intermediate: int, vllm_config: VllmConfig, prefix: str, *, reduce_results: bool = True
     ) -> None:
         super().__init__()
-        quant_config = vllm_config.quant_config
+        linear: dict[str, Any] = {"bias": False, "quant_config": vllm_config.quant_config}
         self.gate_up_proj = MergedColumnParallelLinear(
-            hidden, [intermediate] * 2, bias=False, quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
+            hidden, [intermediate] * 2, prefix=f"{prefix}.gate_up_proj", **linear
         )
         self.down_proj = RowParallelLinear(
-            intermediate,
-            hidden,
-            bias=False,
-            quant_config=quant_config,
-            reduce_results=reduce_results,
-            prefix=f"{prefix}.down_proj",
+            intermediate, hidden, reduce_results=reduce_results, prefix=f"{prefix}.down_proj", **linear
         )
         self.activation = SiluAndMul()
 
@@ -74,17 +65,10 @@ class KimiMoE(nn.Module):
         self.gate.e_score_correction_bias = nn.Parameter(
             torch.empty(moe.num_experts, dtype=torch.float32), requires_grad=False
         )
-        self.shared_experts = (
-            KimiMLP(
-                hidden,
-                moe.intermediate_size * moe.num_shared_experts,
-                vllm_config,
-                f"{prefix}.shared_experts",
-                reduce_results=False,
-            )
-            if moe.num_shared_experts
-            else None
-        )
+        self.shared_experts: KimiMLP | None = None
+        if moe.num_shared_experts:
+            inner, name = moe.intermediate_size * moe.num_shared_experts, f"{prefix}.shared_experts"
+            self.shared_experts = KimiMLP(hidden, inner, vllm_config, name, reduce_results=False)
         self.experts = FusedMoEFactory(
             num_experts=moe.num_experts,
             top_k=moe.num_experts_per_token,

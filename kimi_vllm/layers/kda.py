@@ -107,7 +107,6 @@ class KimiDeltaAttention(nn.Module):
     """One KDA layer of one tensor-parallel rank; heads, and with them the state, are split over ranks.
 
     Args:
-        geometry: the model.
         home: the slots, and the name of this step's metadata.
         prefix: name in the checkpoint, ``model.layers.{i}.self_attn``.
     """

@@ -3,6 +3,8 @@
 The latent is ``[kv_lora_rank | qk_rope_head_dim]``; the second part keeps its name from rotated MLA and is used as is.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vllm.config import AttentionConfig, VllmConfig
@@ -29,7 +31,6 @@ class KimiMLA(nn.Module):
     """One MLA layer of one tensor-parallel rank: query heads are split over ranks, the latent is on all of them.
 
     Args:
-        geometry: The model.
         prefix: Name in the checkpoint, ``model.layers.{i}.self_attn``.
     """
 
@@ -38,15 +39,13 @@ class KimiMLA(nn.Module):
         self.geometry = geometry
         hidden, heads = geometry.hidden_size, geometry.num_attention_heads
         self.local_heads = heads // get_tensor_model_parallel_world_size()
-        quant_config = vllm_config.quant_config
+        linear: dict[str, Any] = {"bias": False, "quant_config": vllm_config.quant_config}
 
         def column(inputs: int, outputs: int, name: str) -> ColumnParallelLinear:
-            return ColumnParallelLinear(
-                inputs, outputs, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}"
-            )
+            return ColumnParallelLinear(inputs, outputs, prefix=f"{prefix}.{name}", **linear)
 
         def replicated(outputs: int, name: str) -> ReplicatedLinear:
-            return ReplicatedLinear(hidden, outputs, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}")
+            return ReplicatedLinear(hidden, outputs, prefix=f"{prefix}.{name}", **linear)
 
         query_width = heads * geometry.qk_head_dim
         if geometry.q_lora_rank is None:
@@ -60,13 +59,7 @@ class KimiMLA(nn.Module):
         self.kv_b_proj = column(
             geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim), "kv_b_proj"
         )
-        self.o_proj = RowParallelLinear(
-            heads * geometry.v_head_dim,
-            hidden,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.o_proj",
-        )
+        self.o_proj = RowParallelLinear(heads * geometry.v_head_dim, hidden, prefix=f"{prefix}.o_proj", **linear)
         build = LatentAttention if uses_latent_attention(geometry, vllm_config) else _vllm_attention
         self.attn = build(geometry, vllm_config, self.local_heads, self.kv_b_proj, f"{prefix}.attn")
 

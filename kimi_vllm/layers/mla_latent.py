@@ -67,7 +67,6 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     """Paged latent cache, decode and prefill of one MLA layer.
 
     Args:
-        geometry: The model.
         num_heads: Query heads on this rank.
         kv_b_proj: ``[R]`` to ``[H·(nope + v)]``; expands latents to keys and values.
         prefix: Name under which vLLM binds the cache.

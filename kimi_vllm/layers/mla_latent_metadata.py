@@ -1,7 +1,6 @@
 """One step for `LatentAttention`: where latents are written, and which pages each request reads."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +11,11 @@ from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
-    MultipleOf,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
+
+from kimi_vllm.cache.metadata import OwnKernels
 
 MAX_GRAPH_ELEMENTS = 1 << 28
 """Maximum latent elements of all sequences at full length for which decode steps are captured in CUDA graphs."""
@@ -125,7 +125,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
         return torch.where(owned, tables, tables[:, :1]), bias
 
 
-class LatentBackend(AttentionBackend):
+class LatentBackend(OwnKernels, AttentionBackend):
     """What vLLM needs to know about this attention."""
 
     @staticmethod
@@ -134,23 +134,9 @@ class LatentBackend(AttentionBackend):
         return "KIMI_MLA_TORCH"
 
     @staticmethod
-    def get_impl_cls() -> type[Any]:
-        """There is none: the layer is its own implementation.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError("LatentAttention calls its own kernels")
-
-    @staticmethod
     def get_builder_cls() -> type[LatentMetadataBuilder]:
         """See `LatentMetadataBuilder`."""
         return LatentMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Any."""
-        return [MultipleOf(1)]
 
     @classmethod
     def is_mla(cls) -> bool:

@@ -200,7 +200,7 @@ def test_a_slot_that_is_being_loaded_is_not_given_away():
     tier.release(slot)
     assert tier.store(list("xyz"), 3) == slot
     tier.clear()
-    assert tier.num_held == 0
+    assert tier.num_idle == 0
     tier.check()
 
 

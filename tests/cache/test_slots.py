@@ -94,7 +94,9 @@ def test_withdraw_frees_an_idle_checkpoint_and_unpublishes_a_live_one():
     slots.publish(idle, ["idle"], 1)
     slots.publish(live, ["live"], 1)
     slots.release(idle)
-    assert slots.withdraw_all() == [idle, live]
+    assert slots.slots() == [idle, live]
+    assert slots.withdraw(idle)
+    assert slots.withdraw(live)
     assert (slots.num_free, slots.num_live) == (2, 1)
     assert not slots.withdraw(live)
     slots.check()

@@ -154,10 +154,10 @@ def test_states_of_old_weights_go_with_the_prefix_cache(running, weights):
     for seed in range(12):  # more than there are slots: some go to host memory
         running.complete(random_prompts([200], 100, seed=100 + seed))
     host = running.manager.block_pool.host
-    assert host.num_held
+    assert host.num_idle
     assert running.slots.num_idle
     update(running, weights)
-    assert host.num_held == running.slots.num_idle == 0
+    assert host.num_idle == running.slots.num_idle == 0
     assert running.complete([prompt])[0].cached == 0
 
 

@@ -161,7 +161,7 @@ class Server:
     def check_healthy(self) -> None:
         """Nothing that a later request can find comes from a sick state."""
         pool, pages = self.manager.block_pool, self.scheduler.kv_cache_manager.block_pool
-        for slot in [*pool.slots._checkpoints.slots(), *(pool.slots.num_slots + h for h in pool.host._index.slots())]:
+        for slot in [*pool.slots.slots(), *(pool.slots.num_slots + h for h in pool.host.slots())]:
             assert self.worker.slot(slot) != SICK, f"slot {slot} is published, and sick"
         for page in pages.blocks:
             if page.block_hash is not None:
