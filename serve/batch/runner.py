@@ -80,18 +80,12 @@ async def healthy(openai: AsyncOpenAI) -> bool:
 
 @dataclass
 class Run:
-    """One run over the lines that are left.
+    """One run over the lines that are left."""
 
-    Attributes:
-        lines: read one at a time, when somebody can take the next.
-        send: posts one request.
-        sink: where outcomes go.
-        advance: is told how many were answered, failed, and their prompt and output tokens.
-    """
-
-    lines: Iterator[Request | Rejected]
+    lines: Iterator[Request | Rejected]  # read one at a time, when somebody can take the next
     send: Callable[[Request], Any]
     sink: Sink
+    # gets the numbers of lines answered and failed, and their prompt and output tokens
     advance: Callable[[int, int, int, int], None]
     _pending: list[Outcome] = field(default_factory=list)
 

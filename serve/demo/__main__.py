@@ -41,40 +41,23 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Something to ask.
+    """Something to ask."""
 
-    Attributes:
-        title: what the question shows.
-        turns: what was said, the user first; the last one is asked.
-        expected: the right answer.
-        chat: whether to use the chat endpoint; a completion has one turn.
-        max_tokens: length of the answer; more than a few makes the model go on after its answer is complete.
-    """
-
-    title: str
-    turns: tuple[str, ...]
-    expected: str
-    chat: bool = False
-    max_tokens: int = 8
+    title: str  # what the question shows
+    turns: tuple[str, ...]  # what was said, the user first; the last one is asked
+    expected: str  # the right answer
+    chat: bool = False  # whether to use the chat endpoint; a completion has one turn
+    max_tokens: int = 8  # length of the answer; more than a few makes the model go on after its answer is complete
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back.
-
-    Attributes:
-        text: the answer without surrounding blanks.
-        right: whether it is, or for a long one begins with, what was expected.
-        ttft_seconds: from the request to the first text.
-        total_seconds: from the request to the end.
-        prompt_tokens: length of the prompt.
-        output_tokens: length of the answer.
-    """
+    """What came back."""
 
     text: str
-    right: bool
-    ttft_seconds: float
-    total_seconds: float
+    right: bool  # whether it is, or for a long one begins with, what was expected
+    ttft_seconds: float  # from the request to the first text
+    total_seconds: float  # from the request to the end
     prompt_tokens: int
     output_tokens: int
 

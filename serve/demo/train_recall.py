@@ -33,45 +33,28 @@ CHARS_PER_QUESTION = 9
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, together with the code and the versions of torch and transformers.
+    """Everything that decides the result, together with the code and the versions of torch and transformers."""
 
-    Attributes:
-        seed: of torch and of the data.
-        steps: optimiser steps.
-        tokens: tokens in a batch.
-        lr: peak learning rate, after a linear warm-up and before a cosine down to a twentieth.
-        warmup: steps.
-        weight_decay: on matrices only.
-        text_weight: weight of the loss on all tokens that are not answers.
-        balance: step of the router's selection bias against the load of its experts.
-        gate_weight: weight of the loss on KDA gates that forget more than `gate_limit` at once.
-        gate_limit: in nats for each token and channel.
-    """
-
-    seed: int = 0
-    steps: int = 800
-    tokens: int = 2048
-    lr: float = 2e-3
-    warmup: int = 50
-    weight_decay: float = 0.05
-    text_weight: float = 0.1
-    balance: float = 2e-3
-    gate_weight: float = 0.1
-    gate_limit: float = 4.0
+    seed: int = 0  # of torch and of the data
+    steps: int = 800  # optimiser steps
+    tokens: int = 2048  # tokens in a batch
+    lr: float = 2e-3  # peak learning rate, after a linear warm-up and before a cosine down to a twentieth
+    warmup: int = 50  # steps
+    weight_decay: float = 0.05  # on matrices only
+    text_weight: float = 0.1  # weight of the loss on all tokens that are not answers
+    balance: float = 2e-3  # step of the router's selection bias against the load of its experts
+    gate_weight: float = 0.1  # weight of the loss on KDA gates that forget more than `gate_limit` at once
+    gate_limit: float = 4.0  # in nats for each token and channel
 
 
 @dataclass
 class Curve:
-    """How training went, every fifty steps.
+    """How training went, every fifty steps."""
 
-    Attributes:
-        step: steps done.
-        answer_loss: mean loss on the answers of the last batch, in nats for each token.
-        accuracy: on 90 held-out prompts of 2 to 16 facts: without references, and with one.
-    """
-
-    step: list[int] = field(default_factory=list)
+    step: list[int] = field(default_factory=list)  # steps done
+    # mean loss on the answers of the last batch, in nats for each token
     answer_loss: list[float] = field(default_factory=list)
+    # on 90 held-out prompts of 2 to 16 facts: without references, and with one
     accuracy: list[tuple[float, ...]] = field(default_factory=list)
 
 

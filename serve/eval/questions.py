@@ -28,17 +28,11 @@ REPLAY = "replay"
 
 @dataclass(frozen=True)
 class Question:
-    """One sequence and what is asked of it.
-
-    Attributes:
-        tokens: the sequence.
-        positions: scored positions in its second half; the first is what there is to remember.
-        targets: the right answer at each.
-    """
+    """One sequence and what is asked of it."""
 
     tokens: list[int]
-    positions: list[int]
-    targets: list[int]
+    positions: list[int]  # scored positions in its second half; the first is what there is to remember
+    targets: list[int]  # the right answer at each
 
     @property
     def prompt(self) -> int:
@@ -48,17 +42,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """What was answered to a question.
+    """What was answered to a question."""
 
-    Attributes:
-        tokens: the most likely token at each position.
-        margins: by how many nats it is more likely than the second.
-        cached: tokens of the prompt that came from the prefix cache.
-    """
-
-    tokens: list[int]
-    margins: list[float]
-    cached: int = 0
+    tokens: list[int]  # the most likely token at each position
+    margins: list[float]  # by how many nats it is more likely than the second
+    cached: int = 0  # tokens of the prompt that came from the prefix cache
 
     def right(self, question: Question) -> int:
         """How many are right."""
@@ -67,18 +55,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class Run:
-    """Answers to all questions, and what happened on the way.
+    """Answers to all questions, and what happened on the way."""
 
-    Attributes:
-        answers: in the order of the questions.
-        steps: of the engine.
-        most: requests that ran at once.
-        preemptions: requests that were preempted.
-    """
-
-    answers: list[Answers]
+    answers: list[Answers]  # in the order of the questions
     steps: int = 0
-    most: int = 0
+    most: int = 0  # requests that ran at once
     preemptions: int = 0
 
 

@@ -25,14 +25,10 @@ MAX_NEEDLES = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences and what is asked of them.
+    """Sequences and what is asked of them."""
 
-    Attributes:
-        tokens: int64 [rows, length].
-        targets: int64 [rows, length]; at a scored position the token to predict there, elsewhere `NOT_SCORED`.
-    """
-
-    tokens: torch.Tensor
+    tokens: torch.Tensor  # int64 [rows, length]
+    # int64 [rows, length]; at a scored position the token to predict there, elsewhere `NOT_SCORED`
     targets: torch.Tensor
 
     def __getitem__(self, rows: slice) -> "Batch":
@@ -44,19 +40,12 @@ Sampler = Callable[[int, int, torch.Generator, bool], Batch]
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """One task."""
 
-    Attributes:
-        name: for files and commands.
-        vocabulary: the tokens by id; every one is a word without spaces.
-        sample: `sample(rows, length, generator, held_out)` draws a batch on the generator's device.
-        min_length: the shortest sequence it can draw.
-    """
-
-    name: str
-    vocabulary: tuple[str, ...]
-    sample: Sampler
-    min_length: int
+    name: str  # for files and commands
+    vocabulary: tuple[str, ...]  # the tokens by id; every one is a word without spaces
+    sample: Sampler  # `sample(rows, length, generator, held_out)` draws a batch on the generator's device
+    min_length: int  # the shortest sequence it can draw
 
 
 def _words(prefix: str, count: int) -> tuple[str, ...]:

@@ -26,18 +26,12 @@ class GeneratorError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Who is asked.
+    """Who is asked."""
 
-    Attributes:
-        url: of the server, without /v1.
-        model: what the server calls the model.
-        tokenizer: folder or hub name, for the generator to count with.
-        goodput: objectives as `vllm bench serve --goodput` takes them, such as `ttft:500`, in milliseconds.
-    """
-
-    url: str
-    model: str
-    tokenizer: str
+    url: str  # without /v1
+    model: str  # as the server calls it
+    tokenizer: str  # folder or hub name, for the generator to count with
+    # objectives as `vllm bench serve --goodput` takes them, such as `ttft:500`, in milliseconds
     goodput: tuple[str, ...] = ()
 
 

@@ -20,17 +20,11 @@ Detail = dict[str, list[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Points that differ in one number.
+    """Points that differ in one number."""
 
-    Attributes:
-        axis: what that is.
-        x: reads it.
-        points: in its order.
-    """
-
-    axis: str
-    x: Callable[[Measured], float]
-    points: list[Measured]
+    axis: str  # what they differ in, for the x-axis
+    x: Callable[[Measured], float]  # that number of a point
+    points: list[Measured]  # by ascending `x`
 
 
 def pictures(record: Record, details: dict[str, Detail]) -> dict[str, str]:

@@ -46,17 +46,11 @@ CONVERSATIONS = 12
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request.
+    """One request."""
 
-    Attributes:
-        prompt: text with the question at its end.
-        answer: one digit.
-        max_tokens: more than a few makes the model go on after its answer, which is then the first character.
-    """
-
-    prompt: str
-    answer: str
-    max_tokens: int
+    prompt: str  # text with the question at its end
+    answer: str  # one digit
+    max_tokens: int  # more than a few makes the model go on after its answer, which is then the first character
 
     @property
     def long(self) -> bool:

@@ -52,22 +52,17 @@ _QUEUE = 16
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """One variant with prompts of one length. `running` is the result; `preemptions` were seen before it.
-
-    Attributes:
-        division: "default", "best", or "shared" for vLLM's own, which has but one pool.
-        cache_bytes: for states and pages together.
-        slots, pages: slots without the null slot, 0 for vLLM's own; pages with the null page.
-    """
+    """One variant with prompts of one length. `running` is the result; `preemptions` were seen before it."""
 
     variant: str
-    division: str
+    division: str  # "default", "best", or "shared" for vLLM's own, which has but one pool
     prefix_caching: bool
     max_num_seqs: int
     prompt: int
-    cache_bytes: int
+    cache_bytes: int  # for states and pages together
     running: int
     preemptions: int
+    # slots, pages: slots without the null slot, 0 for vLLM's own; pages with the null page
     slots: int
     pages: int
     page_tokens: int

@@ -49,21 +49,13 @@ _ROOM = 2**40
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a scheduler may hand out.
+    """What a scheduler may hand out."""
 
-    Attributes:
-        concurrency: requests at a time.
-        pages: of our attention block, or of vLLM's where states live in them too.
-        slots: of states, beside the null slot; vLLM's own has none.
-        step_tokens: tokens per step.
-        longest: tokens of the longest sequence.
-    """
-
-    concurrency: int
-    pages: int
-    slots: int
-    step_tokens: int = 8192
-    longest: int = LONGEST
+    concurrency: int  # requests at a time
+    pages: int  # of our attention block, or of vLLM's where states live in them too
+    slots: int  # of states, beside the null slot; vLLM's own has none
+    step_tokens: int = 8192  # tokens per step
+    longest: int = LONGEST  # tokens of the longest sequence
 
 
 def our_scheduler(memory: Memory, eviction: str = "value") -> Any:
@@ -219,23 +211,14 @@ def step(scheduler: Any, answers: dict[str, Tokens]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a replay counted.
+    """What a replay counted."""
 
-    Attributes:
-        hits: per turn, tokens that did not have to be computed.
-        prompts: per turn, length of the prompt.
-        computed: tokens of all steps together; with preemptions some are computed twice.
-        preemptions: requests thrown out for want of memory.
-        most_slots: most slots in use at a time, by requests or as checkpoints; 0 where there are none.
-        live_slots: slots that requests still hold at the end: none, or one is lost.
-    """
-
-    hits: list[int]
-    prompts: list[int]
-    computed: int
+    hits: list[int]  # per turn, tokens that did not have to be computed
+    prompts: list[int]  # per turn, length of the prompt
+    computed: int  # tokens of all steps together; with preemptions some are computed twice
     preemptions: int
-    most_slots: int
-    live_slots: int
+    most_slots: int  # most slots in use at a time, by requests or as checkpoints; 0 where there are none
+    live_slots: int  # slots that requests still hold at the end: none, or one is lost
 
 
 def replay(scheduler: Any, turns: Sequence[Turn]) -> Outcome:

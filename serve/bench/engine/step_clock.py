@@ -31,12 +31,9 @@ def summary_ms(seconds: Sequence[float]) -> dict[str, float]:
 
 @dataclass(slots=True)
 class StepClock:
-    """Arrivals of tokens, step by step.
+    """Arrivals of tokens, step by step."""
 
-    Attributes:
-        arrivals: time in seconds, and tokens by request, of every step that brought any.
-    """
-
+    # time in seconds, and tokens by request, of every step that brought any
     arrivals: list[tuple[float, dict[str, int]]] = field(default_factory=list)
 
     def run(self, step: Callable[[], tuple[float, dict[str, int]]], count: int, deadline: float) -> None:
