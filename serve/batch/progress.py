@@ -28,7 +28,7 @@ class TokensColumn(ProgressColumn):
         self._progress = progress
 
     def render(self, task: Task) -> Text:
-        """Draw it."""
+        """Return the number as text."""
         return Text(f"{self._progress.tokens_per_second:,.0f} tok/s", style="progress.data.speed")
 
 
@@ -62,7 +62,6 @@ class BatchProgress:
         self._started = self._logged = time.monotonic()
 
     def __enter__(self) -> Self:
-        """Show it."""
         if self._console.is_terminal:
             self._bar.start()
         return self

@@ -106,7 +106,6 @@ def survey(path: Path, done: np.ndarray) -> Survey:
     """Read the input for the first time.
 
     Args:
-        path: the input.
         done: hashes of the ids that the output has already.
 
     Raises:

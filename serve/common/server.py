@@ -60,8 +60,6 @@ class Server:
         """Describe a server; entering it starts it.
 
         Args:
-            model: the checkpoint.
-            log: file that receives the output of the server.
             options: of `vllm serve`, word by word.
             name: what clients call the model; None for the same as the checkpoint.
             port: on 127.0.0.1; 0 for a free one.
@@ -112,7 +110,6 @@ class Server:
         """Wait until the server answers, and return the seconds that took.
 
         Args:
-            timeout_seconds: when to give up.
             console: shows the newest line of the log meanwhile.
 
         Raises:

@@ -71,14 +71,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def save_as_hub(
     model: KimiLinearForCausalLM, out: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Write weights, configuration and tokenizer as the hub has them.
-
-    Args:
-        model: the native transformers model.
-        out: folder, made if it is missing.
-        config: the hub's config.json.
-        tokenizer: written beside it.
-    """
+    """Write weights, the hub's configuration and the tokenizer into a folder, in the hub's layout."""
     model.save_pretrained(out)
     weights = out / "model.safetensors"
     # transformers writes the dense layer's MLP as `block_sparse_moe.gate_proj`; the hub has `mlp.gate_proj`.
@@ -110,12 +103,7 @@ def reload_difference(model: KimiLinearForCausalLM, folder: Path) -> float:
 
 
 def write_card(training: dict[str, Any], out: Path) -> None:
-    """Write training.json and the model card, whose numbers come from it.
-
-    Args:
-        training: what `train_recall.py` measured.
-        out: folder of the checkpoint.
-    """
+    """Write what was measured, training.json, and the model card, whose numbers come from it."""
     _write_json(out / "training.json", training)
     rows = "\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in training["accuracy"].items())
     values = training | training["recipe"] | {"rows": rows}

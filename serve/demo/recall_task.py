@@ -77,7 +77,6 @@ def make_prompt(rng: random.Random, num_pairs: int, filler_chars: int = 0, refer
     """One question over distinct keys.
 
     Args:
-        rng: source of randomness.
         num_pairs: facts in the prompt, 1 to 26.
         filler_chars: characters without facts that are strewn in, 0 or at least 2.
         references: facts, fewer than all, that name an earlier key. If any does, the question is about one.

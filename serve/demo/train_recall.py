@@ -117,11 +117,7 @@ def accuracy(model: KimiLinearForCausalLM, prompts: list[tuple[str, str]]) -> fl
     """Share of prompts answered with exactly the space, the digit and the end token when decoding greedily.
 
     Greedy decoding gives that text if and only if each of its tokens is the most likely one after those
-    before it, so one forward pass decides.
-
-    Args:
-        model: in evaluation mode.
-        prompts: prompts and answers; those of one length share passes.
+    before it, so one forward pass decides. Prompts of one length share passes.
     """
     by_length: dict[int, list[list[int]]] = {}
     for text, answer in prompts:

@@ -44,7 +44,6 @@ def build_model(task: Task, start_from: Path | None = None, heads_of_48b: bool =
     """An untrained model, initialised by transformers (its `dt_bias` included) from torch's seed.
 
     Args:
-        task: whose vocabulary it speaks.
         start_from: a checkpoint; parameters of the same name and shape are taken from it.
         heads_of_48b: see `HEADS_OF_48B`.
     """
@@ -77,12 +76,5 @@ def build_tokenizer(task: Task) -> PreTrainedTokenizerFast:
 
 
 def save(model: KimiLinearForCausalLM, task: Task, out: Path, heads_of_48b: bool = False) -> None:
-    """Write weights, configuration and tokenizer in the hub's layout.
-
-    Args:
-        model: on any device.
-        task: whose vocabulary it speaks.
-        out: folder, made if it is missing.
-        heads_of_48b: as it was built.
-    """
+    """Write weights, configuration and tokenizer in the hub's layout."""
     recall_checkpoint.save_as_hub(model, out, hub_config(task, heads_of_48b), build_tokenizer(task))

@@ -134,7 +134,6 @@ class GateWatch:
     512 tokens of training hardly tell a memory of a thousand tokens from one of a million.
 
     Args:
-        model: whose KDA layers are watched.
         fast_weight: weight of the square by which gates exceed `limit`.
         keep_weight: weight of the logarithm by which gates and write strengths on filler exceed `keep`.
         limit: in nats a token.

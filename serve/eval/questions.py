@@ -85,13 +85,7 @@ class Replay(AdapterLogitsProcessor):  # type: ignore[misc]
 
 
 def questions_of(task: Task, counts: dict[int, int], seed: int = SEED) -> list[Question]:
-    """Held-out sequences.
-
-    Args:
-        task: the task.
-        counts: how many of each length.
-        seed: of the sequences.
-    """
+    """Held-out sequences, so many of each length."""
     found = []
     for length, count in counts.items():
         batch = task.sample(count, length, torch.Generator().manual_seed(seed * 10**6 + length), True)
@@ -102,12 +96,7 @@ def questions_of(task: Task, counts: dict[int, int], seed: int = SEED) -> list[Q
 
 
 def counts_of(lengths: Sequence[int], sequences: int) -> dict[int, int]:
-    """About as many tokens of every length.
-
-    Args:
-        lengths: of sequences.
-        sequences: how many in all, at least one of each.
-    """
+    """How many of so many sequences have each length: at least one, and about as many tokens of every length."""
     total = sum(1 / length for length in lengths)
     counts = {length: max(1, int(sequences / length / total)) for length in lengths}
     counts[min(lengths)] += sequences - sum(counts.values())
@@ -182,8 +171,6 @@ def ask(
     """Ask all questions at once.
 
     Args:
-        running: an engine of `serving`.
-        questions: what to ask.
         decode: whether the second half is decoded; else the whole sequence is a prompt.
         between: called after every step with the number of steps so far.
     """

@@ -53,11 +53,7 @@ def _words(prefix: str, count: int) -> tuple[str, ...]:
 
 
 def checksum(payload: torch.Tensor) -> torch.Tensor:
-    """The class of each row, in 0..CLASSES-1.
-
-    Args:
-        payload: int64 [rows, values]; unused values are 0.
-    """
+    """The class of each row of int64 [rows, values], in 0..CLASSES-1; unused values are 0."""
     weights = 1 + 2 * ((torch.arange(payload.shape[1], device=payload.device) * 40503 >> 5) % 1021)
     return (payload * weights).sum(1) % CLASSES
 
@@ -69,8 +65,6 @@ def _choose_split(payload: torch.Tensor, size: int, held_out: bool) -> torch.Ten
 
     Args:
         payload: int64 [rows, values]; the first may be any of `size` values.
-        size: how many values there are.
-        held_out: which split.
     """
     payload = payload.clone()
     for _ in range(CLASSES - 1 if held_out else 1):

@@ -155,13 +155,7 @@ class Stepper:
 
 
 def forward(model: KimiLinearForCausalLM, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Logits [batch, length, vocabulary].
-
-    Args:
-        model: transformers' model.
-        tokens: int64 [batch, length].
-        options: passed on to the model, such as `chunk_size` for its own recurrence.
-    """
+    """Logits [batch, length, vocabulary] of int64 [batch, length]; options of the model, such as `chunk_size`."""
     if torch.is_grad_enabled():
         # The gradient of a look-up sorts tokens; that of a product with one-hot rows can be captured.
         weight = model.model.embed_tokens.weight
@@ -174,14 +168,7 @@ def forward(model: KimiLinearForCausalLM, tokens: torch.Tensor, **options: Any) 
 
 @torch.no_grad()
 def accuracy(model: KimiLinearForCausalLM, batch: Batch, tokens: int = 16384, **options: Any) -> float:
-    """Share of scored positions whose most likely token is the target.
-
-    Args:
-        model: transformers' model.
-        batch: on its device.
-        tokens: tokens in a forward pass.
-        options: passed on to the model.
-    """
+    """Share of scored positions whose most likely token is the target; `tokens` in a forward pass."""
     rows = max(1, tokens // batch.tokens.shape[1])
     right = torch.zeros((), dtype=torch.int64, device=batch.tokens.device)
     for ids, targets in zip(batch.tokens.split(rows), batch.targets.split(rows), strict=True):
@@ -235,9 +222,6 @@ def train(model: KimiLinearForCausalLM, task: Task, recipe: Recipe, label: str) 
     """Train in place and leave the weights that did best on held-out sequences.
 
     Args:
-        model: untrained, on its device.
-        task: what to train on.
-        recipe: how.
         label: in front of the lines printed every fifteen seconds.
 
     Returns:

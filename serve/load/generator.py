@@ -95,13 +95,7 @@ def _guidellm(point: Point, target: Target, folder: Path) -> list[str]:
 
 
 def run(words: list[str], point: Point, folder: Path, tick: Callable[[], None]) -> dict[str, Any]:
-    """Run a generator to its end and return its numbers, lists left out.
-
-    Args:
-        words: its command line.
-        point: what is measured.
-        folder: where its result and its output go.
-        tick: called four times a second meanwhile.
+    """Run a generator to its end and return its numbers, lists left out; `tick` is called four times a second.
 
     Raises:
         GeneratorError: it failed.

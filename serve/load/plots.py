@@ -31,7 +31,6 @@ def pictures(record: Record, details: dict[str, Detail]) -> dict[str, str]:
     """All pictures for which there are numbers, as data URIs by title.
 
     Args:
-        record: the load test.
         details: by label of a mixed point, the lists that `vllm bench serve --save-detailed` wrote; times in seconds.
     """
     found = {title: _percentiles({"": sweep}) for title, sweep in sweeps(record).items()}

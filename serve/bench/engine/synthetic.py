@@ -24,7 +24,6 @@ def adopt_context(scheduler: Any, request: Any, growth: int, *, others: int) -> 
 
     Args:
         scheduler: vLLM's, before it has heard of the request.
-        request: vLLM's `Request`, waiting.
         growth: tokens by which this and every other request must still be able to grow.
         others: requests that hold memory already.
 

@@ -52,9 +52,6 @@ def search(layer: "Layer", tokens: int, configs: list[Config], row: Callable[...
     """Time configurations for so many tokens; the first is vLLM's default.
 
     Args:
-        layer: all experts.
-        tokens: of the batch.
-        configs: distinct ones.
         row: takes tokens, configuration, stage of the search, and what was found.
 
     Returns:
