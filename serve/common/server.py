@@ -142,12 +142,18 @@ class Server:
     def stop(self) -> None:
         """Ask the server to end; kill what is left of its process group after `TERM_SECONDS`."""
         # To the parent alone: it stops its children in order, and would report a signal to all as a crash.
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(TERM_SECONDS)
+        end(self.process, TERM_SECONDS)
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # also children that outlived it
-        self.process.wait()
+            os.killpg(self.process.pid, signal.SIGKILL)  # children that outlived it
+
+
+def end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ask a process to end, and kill it if it has not ended after so many seconds."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.kill()
+    process.wait()
 
 
 def interrupt_on_sigterm() -> None:
