@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -23,11 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kimi_vllm.cli.doctor import check_entry_point, check_environment, check_vllm_command
+from serve.common.paths import RECALL, ROOT
 from serve.common.server import Server, ServerError
 from serve.demo.recall_task import held_out_prompt
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "configs" / "models" / "recall"
 NAME = "kimi-recall"
 LOG = ROOT / ".demo" / "server.log"
 CONCURRENT = 8
@@ -160,7 +158,7 @@ def _refuse_inactive_plugin() -> None:
 
 def _serve_and_ask(port: int, *, keep: bool) -> bool:
     _refuse_inactive_plugin()
-    with Server(MODEL, LOG, "--config", str(PROFILE), name=NAME, port=port) as server:
+    with Server(RECALL, LOG, "--config", str(PROFILE), name=NAME, port=port) as server:
         seconds = server.wait_ready(300, console)
         if PLUGIN_LINE not in LOG.read_text(errors="replace"):
             raise ServerError(

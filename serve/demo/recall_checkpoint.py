@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedTokenizerFast
 
+from serve.common.paths import RECALL
 from serve.demo.recall_task import ARROW
 
 CARD = Path(__file__).with_name("recall_card.md")
@@ -27,8 +28,7 @@ CHAT_TEMPLATE = """{{- bos_token -}}
 {%- endfor -%}
 """
 
-FOLDER = Path(__file__).parents[2] / "configs" / "models" / "recall"
-HUB_CONFIG: dict[str, Any] = json.loads((FOLDER / "config.json").read_text())
+HUB_CONFIG: dict[str, Any] = json.loads((RECALL / "config.json").read_text())
 """The shipped model's: what is trained anew has the same shape."""
 
 

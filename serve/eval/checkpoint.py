@@ -1,4 +1,13 @@
-"""The models of the synthetic tasks: configuration, untrained weights, tokenizer."""
+"""The models of the synthetic tasks: configuration, untrained weights, tokenizer.
+
+What is trained anew has the shape of the model that is shipped for its task.
+
+The report's size: two KDA layers of two heads of 128. The plugin serves models with at least one MLA layer, and this
+one comes first, where it cannot solve a task: it sees tokens without their neighbours or positions (NoPE, no
+convolution before it), so it can count tokens but not link a key to the value beside it. The needle's model reads a
+million tokens on a CPU. Only MLA takes time that grows with the square of the context, so its MLA layer is as small as
+one can be: one head of 16.
+"""
 
 import json
 from pathlib import Path
@@ -8,18 +17,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedTokenizerFast
 
+from serve.common.paths import SYNTHETIC
 from serve.demo import recall_checkpoint
 from serve.eval.tasks import BOS, PAD, Task
-
-MODELS = Path(__file__).parents[2] / "configs" / "models" / "synthetic"
-"""A shipped model for each task; what is trained anew has its shape.
-
-The report's size: two KDA layers of two heads of 128. The plugin serves models with at least one MLA layer, and this
-one comes first, where it cannot solve a task: it sees tokens without their neighbours or positions (NoPE, no
-convolution before it), so it can count tokens but not link a key to the value beside it. The needle's model reads a
-million tokens on a CPU. Only MLA takes time that grows with the square of the context, so its MLA layer is as small as
-one can be: one head of 16.
-"""
 
 HEADS_OF_48B: dict[str, Any] = {
     "kv_lora_rank": 512,
@@ -34,7 +34,7 @@ HEADS_OF_48B: dict[str, Any] = {
 
 def hub_config(task: Task, heads_of_48b: bool = False) -> dict[str, Any]:
     """config.json of a task's model."""
-    config: dict[str, Any] = json.loads((MODELS / task.name / "config.json").read_text())
+    config: dict[str, Any] = json.loads((SYNTHETIC / task.name / "config.json").read_text())
     if heads_of_48b:
         config |= HEADS_OF_48B | {"linear_attn_config": config["linear_attn_config"] | {"num_heads": 32}}
     return config

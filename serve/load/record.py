@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serve.common.machine import ROOT as FOLDER
 from serve.common.machine import nvidia_smi, processor
+from serve.common.paths import ROOT
 from serve.load.generator import Target
 from serve.load.scenario import Point, Scenario
 from serve.load.scrape import Sample
 
 FORMAT = 1
-ROOT = f"{FOLDER}/"
+PREFIX = f"{ROOT}/"
 PACKAGES = ("vllm", "kimi-vllm", "torch", "transformers", "guidellm")
 
 
@@ -78,12 +78,12 @@ class Record:
 
 def from_root(command: list[str]) -> list[str]:
     """A command as it is typed in the repository's folder with its environment active: without our machine's paths."""
-    return [word.removeprefix(ROOT).removeprefix(".venv/bin/") for word in command]
+    return [word.removeprefix(PREFIX).removeprefix(".venv/bin/") for word in command]
 
 
 def without_root(numbers: dict[str, Any]) -> dict[str, Any]:
     """A generator's result, whose texts name the model by its path, in the same way."""
-    return {name: value.removeprefix(ROOT) if isinstance(value, str) else value for name, value in numbers.items()}
+    return {name: value.removeprefix(PREFIX) if isinstance(value, str) else value for name, value in numbers.items()}
 
 
 def new(scenario: Scenario, target: Target, server_command: list[str]) -> Record:

@@ -18,7 +18,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +31,10 @@ from kimi_vllm.planning import Costs, Demand, Sizing, best_concurrency, size
 from serve.bench.cache.replay import build, engine_config, in_tree_scheduler, make_request, our_specs, step
 from serve.bench.cache.traces import BLOCK, VOCABULARY
 from serve.bench.engine.plan import IN_TREE, OURS
+from serve.common.paths import LARGE
 from serve.common.rows import Row
 from serve.common.tables import ResultTable
 
-MODEL = Path(__file__).parents[3] / "configs" / "models" / "48b-a3b"
 MAX_NUM_SEQS = (256, 1024)
 """The second is vLLM's default for GPUs of this size."""
 STEP_TOKENS = 8192
@@ -98,7 +97,7 @@ def best_sizing(num_bytes: int, prompt: int, longest: int, caching: bool, growth
 @cache
 def costs() -> Costs:
     """What a state and a page of the 48B model weigh on one GPU, in bfloat16."""
-    geometry = KimiGeometry.from_config(json.loads((MODEL / "config.json").read_text()))
+    geometry = KimiGeometry.from_config(json.loads((LARGE / "config.json").read_text()))
     return Costs.of(geometry, torch.bfloat16.itemsize, BLOCK, gpu_dtype=torch.bfloat16)
 
 
@@ -129,7 +128,7 @@ def _configure(longest: int, caching: bool, max_num_seqs: int) -> VllmConfig:
 @cache
 def _config(caching: bool, longest: int) -> VllmConfig:
     return engine_config(
-        MODEL,
+        LARGE,
         enable_prefix_caching=caching,
         max_model_len=longest + _ROOM_TO_DECODE,
         max_num_seqs=2,

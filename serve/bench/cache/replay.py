@@ -39,8 +39,8 @@ from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 from kimi_vllm.cache.scheduler import KimiScheduler
 from kimi_vllm.geometry import geometry_of
 from serve.bench.cache.traces import BLOCK, Tokens, Turn, prompt_of
+from serve.common.paths import RECALL
 
-CHECKPOINT = Path(__file__).parents[3] / "configs" / "models" / "recall"
 ALIGN_BLOCK = 1920
 """Tokens of vLLM's attention block for the 48B model: as many as make a page as large as a layer's float32 state."""
 LONGEST = 8192
@@ -119,7 +119,7 @@ def configuration(memory: Memory, eviction: str, **engine: Any) -> VllmConfig:
     """What the engine would have on the tiny checkpoint; `engine`, other options of vLLM."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     config = engine_config(
-        CHECKPOINT,
+        RECALL,
         enable_prefix_caching=True,
         hf_overrides={"model_max_length": memory.longest},
         max_model_len=memory.longest,

@@ -25,10 +25,8 @@ from serve.bench.engine.rows import Rows, read
 from serve.bench.engine.tables import tables
 from serve.bench.engine.variant import run_variant
 from serve.common.environment import ENGINE
+from serve.common.paths import RECALL, RESULTS, ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
-RESULTS = ROOT / "serve" / "bench" / "results"
-RECALL = ROOT / "configs" / "models" / "recall"
 SETTINGS = ENGINE | {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # with several GPUs, functions of this benchmark are sent to the workers
