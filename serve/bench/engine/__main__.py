@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from dataclasses import fields, replace
 from json import loads as read_json
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,19 +121,19 @@ def run(
         if unknown := sorted(set(asked) - set(known)):
             raise typer.BadParameter(f"{option} is {unknown[0]}; it must be one of {', '.join(known)}")
     plan = Plan.for_model(model.resolve())
-    same = {field.name for field in fields(Plan)} - {"model", "engine", "state_slots"}
+    same = Plan.model_fields.keys() - {"model", "engine", "state_slots"}
     given = {name: value for name, value in context.params.items() if name in same and value is not None}
     chosen: dict[str, Any] = {name: READ.get(name, lambda value: value)(value) for name, value in given.items()}
     chosen |= {"measurements": tuple(measure), "engine": plan.engine | read_json(engine)}
     chosen |= {} if minutes is None else {"variant_s": minutes * 60}
-    plan = replace(plan, **chosen)
+    plan = plan.model_copy(update=chosen)
     first = len(read(json)) if json.exists() else 0
     good = True
     for name in variant:
         provider, environment = PROVIDERS[name]
         good &= _start(plan, provider, environment, json, verbose)
         if name == "ours" and state_slots:
-            more = replace(plan, state_slots=state_slots, measurements=("concurrency",))
+            more = plan.model_copy(update={"state_slots": state_slots, "measurements": ("concurrency",)})
             good &= _start(more, f"{OURS}, {state_slots} slots", environment, json, verbose)
     for table in tables(read(json)[first:]) if json.exists() else ():
         table.show()
@@ -148,7 +147,7 @@ def child(plan: str, provider: str, json: Path) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled there, but looking costs seconds
-    raise typer.Exit(0 if run_variant(Plan.from_json(plan), provider, json) else 1)
+    raise typer.Exit(0 if run_variant(Plan.model_validate_json(plan), provider, json) else 1)
 
 
 @app.command()
@@ -171,7 +170,15 @@ def plot(
 
 def _start(plan: Plan, provider: str, environment: dict[str, str], path: Path, verbose: bool) -> bool:
     console.print(f"{provider}: {Path(plan.model).name}, at most {plan.variant_s / 60:.1f} minutes")
-    command = [sys.executable, "-m", "serve.bench.engine", "child", plan.to_json(), provider, str(path.resolve())]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.bench.engine",
+        "child",
+        plan.model_dump_json(),
+        provider,
+        str(path.resolve()),
+    ]
     with tempfile.TemporaryFile("w+") as log:
         try:
             code: int | str = subprocess.run(

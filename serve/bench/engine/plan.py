@@ -1,9 +1,10 @@
 """What is measured and with which engine: one object, made on the command line, read in the engine's process."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
+
+from pydantic import BaseModel
 
 from kimi_vllm.geometry import KimiGeometry
 
@@ -11,8 +12,7 @@ OURS, IN_TREE = "kimi-vllm", "in-tree"
 MEASUREMENTS = ("ready", "tpot", "concurrency", "mixed", "prefill", "throughput")
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(BaseModel, frozen=True, extra="forbid"):
     """All choices of a run. Lengths are in tokens."""
 
     model: str  # folder with a config.json
@@ -21,7 +21,7 @@ class Plan:
     max_model_len: int = 0  # 0 to choose from the lengths below
     batched_tokens: int = 8192  # most tokens of one step (--max-num-batched-tokens)
     max_num_seqs: int = 256  # most requests that run at once; our plugin may lower it to what fits
-    engine: dict[str, Any] = field(default_factory=dict)  # further options of vLLM's `LLM`
+    engine: dict[str, Any] = {}  # further options of vLLM's `LLM`
     state_slots: int = 0  # our state slots; 0 leaves them to the plugin
     contexts: tuple[int, ...] = (4096, 32768, 131072, 262144, 524288, 1048576)  # behind the token that is decoded
     batch_cap: int = 256  # most requests of the larger batch
@@ -51,11 +51,11 @@ class Plan:
     @classmethod
     def for_model(cls, model: Path) -> Self:
         """The defaults for a model of this size: those above, or small ones for a toy that must do on a CPU."""
-        plan = cls(str(model))
+        plan = cls(model=str(model))
         if plan.geometry().hidden_size >= 1024:
             return plan
-        return replace(
-            plan,
+        return cls(
+            model=plan.model,
             batched_tokens=1024,
             max_num_seqs=16,
             engine={"num_gpu_blocks_override": 300},  # so that long prompts do not all fit
@@ -92,19 +92,6 @@ class Plan:
         """The model's."""
         return KimiGeometry.from_config(self._config())
 
-    def to_json(self) -> str:
-        """As one line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> Self:
-        """The inverse of `to_json`."""
-        return cls(**{name: _tuples(value) for name, value in json.loads(line).items()})
-
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((Path(self.model) / "config.json").read_text())
         return config
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
