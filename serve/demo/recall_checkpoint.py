@@ -53,9 +53,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model() -> KimiLinearForCausalLM:
+def build_model(config: dict[str, Any] = HUB_CONFIG) -> KimiLinearForCausalLM:
     """An untrained model, initialised by transformers (its `dt_bias` included) from torch's seed."""
-    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(HUB_CONFIG))
+    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(config))
     for layer in model.model.layers:
         if hasattr(layer.self_attn, "conv1d"):
             # transformers draws the short convolutions like any linear layer. Four taps of that size leave

@@ -19,7 +19,7 @@ import typer
 from rich.progress import Progress
 from transformers import KimiLinearForCausalLM
 
-from serve.common.training import decayed_apart, switched_off
+from serve.common.training import GateWatch, decayed_apart, switched_off
 from serve.demo import recall_checkpoint
 from serve.demo.recall_task import KEYS, Plan, Turn, held_out_prompt, make_conversation
 
@@ -154,31 +154,6 @@ class RouterBalance:
         return max((load.max() / load.mean()).item() for load in self._loads.values())
 
 
-class GateLimit:
-    """A loss on the gates of the last batch that forget very fast.
-
-    The chunked form of the recurrence takes differences of summed gates. A gate of -50 nats forgets hardly
-    more than one of -5, but in sums with it its neighbours lose digits: without this loss, transformers with
-    chunks of 64 and with chunks of 16 differed by 5e-4 in a log-probability.
-    """
-
-    def __init__(self, model: KimiLinearForCausalLM, limit: float) -> None:
-        self._limit = limit
-        self._losses: list[torch.Tensor] = []
-        for module in model.modules():
-            if hasattr(module, "dt_bias"):
-                module.register_forward_hook(self._measure)
-
-    def _measure(self, _gate: Any, _inputs: Any, log_decay: torch.Tensor) -> None:
-        if torch.is_grad_enabled():
-            self._losses.append(F.relu(-log_decay - self._limit).square().mean())
-
-    def loss(self) -> torch.Tensor:
-        """Mean square of the excess, summed over layers; forgets the batch."""
-        losses, self._losses = self._losses, []
-        return torch.stack(losses).sum()
-
-
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then a cosine from the peak to a twentieth of it."""
     if step < recipe.warmup:
@@ -193,7 +168,7 @@ def train(model: KimiLinearForCausalLM, recipe: Recipe) -> Curve:
     probes = [[held_out_prompt(random.Random(i), 2 + i % 15, 0, refs) for i in range(90)] for refs in (0, 1)]
     groups = decayed_apart(model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
-    balance, gates = RouterBalance(model, recipe.balance), GateLimit(model, recipe.gate_limit)
+    balance, gates = RouterBalance(model, recipe.balance), GateWatch(model, 1.0, 0.0, recipe.gate_limit)
     with Progress() as bar:
         task = bar.add_task("training", total=recipe.steps)
         for step in range(recipe.steps):
@@ -203,7 +178,7 @@ def train(model: KimiLinearForCausalLM, recipe: Recipe) -> Curve:
             logits = model(ids, chunk_size=CHUNK, use_cache=False).logits[:, :-1]
             losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             answer_loss = losses[answers[:, 1:]].mean()
-            gate_loss = gates.loss()
+            gate_loss = gates.losses(None)
             loss = answer_loss + recipe.text_weight * losses[text[:, 1:]].mean() + recipe.gate_weight * gate_loss
             optimizer.zero_grad()
             loss.backward()

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from serve.common.environment import ENGINE, UNCOMPILED, prepare
+from serve.common.options import refuse_unknown
 from serve.common.paths import RESULTS, SYNTHETIC
 from serve.common.rows import save
 from serve.common.tables import ResultTable
@@ -187,8 +188,7 @@ def run(
         raise typer.BadParameter(f"--sequences {sequences}: at least one for each of {len(lengths)} lengths.")
     result: dict[str, Any] = {"bench": "synthetic", "sequences": sequences, "tasks": {}}
     names = task or TASKS
-    if unknown := [name for name in names if name not in TASKS]:
-        raise typer.BadParameter(f"--task {unknown[0]}: tasks are {', '.join(TASKS)}.")
+    refuse_unknown("--task", names, TASKS)
     start, cpu = time.perf_counter(), 0.0
     if jobs > 1:
         options = [f"--length={n}" for n in lengths] + [f"--sequences={sequences}", f"--models={models}"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedTokenizerFast
+from transformers import KimiLinearForCausalLM, PreTrainedTokenizerFast
 
 from serve.common.paths import SYNTHETIC
 from serve.demo import recall_checkpoint
@@ -41,16 +41,8 @@ def hub_config(task: Task, heads_of_48b: bool = False) -> dict[str, Any]:
 
 
 def build_model(task: Task, start_from: Path | None = None, heads_of_48b: bool = False) -> KimiLinearForCausalLM:
-    """An untrained model, initialised by transformers (its `dt_bias` included) from torch's seed.
-
-    Args:
-        start_from: a checkpoint; parameters of the same name and shape are taken from it.
-        heads_of_48b: see `HEADS_OF_48B`.
-    """
-    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(hub_config(task, heads_of_48b)))
-    for layer in model.model.layers:
-        if hasattr(layer.self_attn, "conv1d"):
-            layer.self_attn.conv1d.reset_parameters()  # see recall_checkpoint.build_model
+    """An untrained model, or one with the parameters of `start_from` that have the same name and shape."""
+    model = recall_checkpoint.build_model(hub_config(task, heads_of_48b))
     if start_from is not None:
         own = model.state_dict()
         trained = KimiLinearForCausalLM.from_pretrained(start_from, dtype=torch.float32).state_dict()

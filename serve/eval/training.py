@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import typer
 from transformers import KimiLinearForCausalLM
 
-from serve.common.training import decayed_apart, switched_off
+from serve.common.training import GateWatch, decayed_apart, switched_off
 from serve.eval import fast_kda
 from serve.eval.tasks import FILLERS, FIRST_FILLER, NOT_SCORED, Batch, Task
 
@@ -85,7 +85,7 @@ class Stepper:
     def __init__(self, model: KimiLinearForCausalLM, task: Task, recipe: Recipe) -> None:
         self._model, self._task = model, task
         device = model.device
-        self._watch = fast_kda.GateWatch(model, recipe.fast_weight, recipe.keep_weight)
+        self._watch = GateWatch(model, recipe.fast_weight, recipe.keep_weight)
         if recipe.mla_dropout:
             fast_kda.drop(model, "full_attention", recipe.mla_dropout)
         self.lr = torch.zeros((), device=device)

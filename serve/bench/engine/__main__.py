@@ -24,6 +24,7 @@ from serve.bench.engine.rows import Rows, read
 from serve.bench.engine.tables import tables
 from serve.bench.engine.variant import run_variant
 from serve.common.environment import ENGINE
+from serve.common.options import refuse_unknown
 from serve.common.paths import RECALL, RESULTS, ROOT
 
 SETTINGS = ENGINE | {
@@ -74,11 +75,10 @@ READ = {"contexts": _numbers, "prompts": _numbers, "prefills": _numbers, "loads"
 def run(
     context: typer.Context,
     model: Annotated[Path, typer.Option(help="Folder with a config.json.", exists=True, file_okay=False)] = RECALL,
-    variant: Annotated[list[str], typer.Option(help="ours, in-tree; repeat for both.")] = ["ours", "in-tree"],  # noqa: B006
-    measure: Annotated[
-        list[str],
-        typer.Option(help="Some of ready, tpot, concurrency, mixed, prefill, throughput; repeat for several."),
-    ] = [*MEASUREMENTS],  # noqa: B006
+    variant: Annotated[list[str], typer.Option(help="ours, in-tree; repeat for both.")] = [*PROVIDERS],  # noqa: B006
+    measure: Annotated[list[str], typer.Option(help=f"Some of {', '.join(MEASUREMENTS)}; repeat for several.")] = [
+        *MEASUREMENTS
+    ],  # noqa: B006
     json: Annotated[Path, typer.Option(help="Append one JSON line per point to this file.")] = RESULTS / "engine.jsonl",
     load_format: Annotated[str, typer.Option(help="dummy: no weights are read, random ones are drawn; or auto.")] = (
         "dummy"
@@ -117,9 +117,8 @@ def run(
 
     Exit status: 0 if all went well, 1 if a point or a variant failed. What was measured is in the file either way.
     """
-    for option, asked, known in (("--variant", variant, PROVIDERS), ("--measure", measure, MEASUREMENTS)):
-        if unknown := sorted(set(asked) - set(known)):
-            raise typer.BadParameter(f"{option} is {unknown[0]}; it must be one of {', '.join(known)}")
+    refuse_unknown("--variant", variant, PROVIDERS)
+    refuse_unknown("--measure", measure, MEASUREMENTS)
     plan = Plan.for_model(model.resolve())
     same = Plan.model_fields.keys() - {"model", "engine", "state_slots"}
     given = {name: value for name, value in context.params.items() if name in same and value is not None}

@@ -16,7 +16,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     """All choices of a run. Lengths are in tokens."""
 
     model: str  # folder with a config.json
-    measurements: tuple[str, ...] = MEASUREMENTS  # some of `MEASUREMENTS`
+    measurements: tuple[str, ...] = MEASUREMENTS
     load_format: str = "dummy"
     max_model_len: int = 0  # 0 to choose from the lengths below
     batched_tokens: int = 8192  # most tokens of one step (--max-num-batched-tokens)
