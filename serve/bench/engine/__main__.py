@@ -76,9 +76,9 @@ def run(
     context: typer.Context,
     model: Annotated[Path, typer.Option(help="Folder with a config.json.", exists=True, file_okay=False)] = RECALL,
     variant: Annotated[list[str], typer.Option(help="ours, in-tree; repeat for both.")] = [*PROVIDERS],  # noqa: B006
-    measure: Annotated[list[str], typer.Option(help=f"Some of {', '.join(MEASUREMENTS)}; repeat for several.")] = [
-        *MEASUREMENTS
-    ],  # noqa: B006
+    measure: Annotated[
+        list[str], typer.Option(help="Some of ready, tpot, concurrency, mixed, prefill, throughput; repeat.")
+    ] = [*MEASUREMENTS],  # noqa: B006
     json: Annotated[Path, typer.Option(help="Append one JSON line per point to this file.")] = RESULTS / "engine.jsonl",
     load_format: Annotated[str, typer.Option(help="dummy: no weights are read, random ones are drawn; or auto.")] = (
         "dummy"
