@@ -8,28 +8,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
-    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.text import Text
 
 LOG_SECONDS = 15
-
-
-class TokensColumn(ProgressColumn):
-    """Output tokens per second over the last half minute, from a second task that counts them."""
-
-    def __init__(self, progress: "BatchProgress") -> None:
-        super().__init__()
-        self._progress = progress
-
-    def render(self, task: Task) -> Text:
-        """Draw it."""
-        return Text(f"{self._progress.tokens_per_second:,.0f} tok/s", style="progress.data.speed")
 
 
 class BatchProgress:
@@ -50,7 +35,7 @@ class BatchProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[failed]} failed"),
-            TokensColumn(self),
+            TextColumn("[progress.data.speed]{task.fields[rate]:,.0f} tok/s"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -58,11 +43,10 @@ class BatchProgress:
         self._bar = Progress(*columns, console=console, speed_estimate_period=30)
         # A hidden task without a total: rich keeps its speed as it does for the bar.
         self._tokens = self._bar.add_task("", total=None, visible=False)
-        self._lines = self._bar.add_task("", total=total, completed=completed, failed=0)
+        self._lines = self._bar.add_task("", total=total, completed=completed, failed=0, rate=0.0)
         self._started = self._logged = time.monotonic()
 
     def __enter__(self) -> Self:
-        """Show it."""
         if self._console.is_terminal:
             self._bar.start()
         return self
@@ -87,8 +71,8 @@ class BatchProgress:
         self.failed += failed
         self.prompt_tokens += prompt_tokens
         self.output_tokens += output_tokens
-        self._bar.update(self._lines, advance=answered + failed, failed=self.failed)
         self._bar.update(self._tokens, advance=output_tokens)
+        self._bar.update(self._lines, advance=answered + failed, failed=self.failed, rate=self.tokens_per_second)
         if not self._console.is_terminal and time.monotonic() - self._logged > LOG_SECONDS:
             self._logged = time.monotonic()
             task = next(task for task in self._bar.tasks if task.id == self._lines)

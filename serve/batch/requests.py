@@ -38,20 +38,12 @@ class Mark(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One line of the input.
+    """One line of the input."""
 
-    Attributes:
-        line: its number, from 1.
-        raw: the line itself.
-        custom_id: the user's name for it, unique in the file.
-        url: path on the server, such as /v1/chat/completions.
-        body: what is posted there.
-    """
-
-    line: int
+    line: int  # from 1
     raw: bytes
-    custom_id: str
-    url: str
+    custom_id: str  # the user's name for it, unique in the file
+    url: str  # path on the server, such as /v1/chat/completions
     body: dict[str, Any]
 
 
@@ -66,19 +58,13 @@ class Rejected:
 
 @dataclass(slots=True)
 class Survey:
-    """What the first reading found.
+    """What the first reading found."""
 
-    Attributes:
-        keys: hash of each line's `custom_id`; 0 where there is none.
-        marks: a `Mark` for each line.
-        models: the first `MAX_NAMES` values of `model` in the bodies left to do or done; None for a body without.
-        complaints: the first few bad lines, in words.
-    """
-
-    keys: np.ndarray
-    marks: np.ndarray
+    keys: np.ndarray  # uint64, hash of each line's `custom_id`; 0 where there is none
+    marks: np.ndarray  # uint8, a `Mark` for each line
+    # the first `MAX_NAMES` values of `model` in the bodies left to do or done; None for a body without
     models: set[str | None] = field(default_factory=set)
-    complaints: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)  # the first few bad lines, in words
 
     def count(self, *marks: Mark) -> int:
         """How many lines have one of these marks."""
@@ -120,7 +106,6 @@ def survey(path: Path, done: np.ndarray) -> Survey:
     """Read the input for the first time.
 
     Args:
-        path: the input.
         done: hashes of the ids that the output has already.
 
     Raises:

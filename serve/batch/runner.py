@@ -4,22 +4,15 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient
 
 from serve.batch.requests import BatchError, Rejected, Request
-from serve.batch.results import answered, failed
+from serve.batch.results import Results, answered, failed
 
 RETRIES = 3
-
-
-class Sink(Protocol):
-    """Where answers go; `Results` in life."""
-
-    def write(self, answers: list[dict[str, Any]], failures: list[dict[str, Any]]) -> None:
-        """Return once they are safe."""
 
 
 @dataclass(slots=True)
@@ -80,18 +73,12 @@ async def healthy(openai: AsyncOpenAI) -> bool:
 
 @dataclass
 class Run:
-    """One run over the lines that are left.
+    """One run over the lines that are left."""
 
-    Attributes:
-        lines: read one at a time, when somebody can take the next.
-        send: posts one request.
-        sink: where outcomes go.
-        advance: is told how many were answered, failed, and their prompt and output tokens.
-    """
-
-    lines: Iterator[Request | Rejected]
+    lines: Iterator[Request | Rejected]  # read one at a time, when somebody can take the next
     send: Callable[[Request], Any]
-    sink: Sink
+    sink: Results
+    # gets the numbers of lines answered and failed, and their prompt and output tokens
     advance: Callable[[int, int, int, int], None]
     _pending: list[Outcome] = field(default_factory=list)
 

@@ -18,12 +18,11 @@ import typer
 from openai import AsyncOpenAI
 
 from serve.common.environment import SERVER
+from serve.common.paths import RECALL, ROOT
 from serve.common.rows import save
 from serve.common.server import Server
 from serve.common.tables import ResultTable
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "configs" / "models" / "recall"
 LOG = ROOT / ".demo" / "bench.log"
 PROMPT_TOKENS = 40
 
@@ -32,7 +31,7 @@ def measure_served(
     prompts: list[list[int]], tokens: int, repeats: int, port: int, options: list[str]
 ) -> dict[str, Any]:
     """Tokens per second of `vllm serve`, started as in `make demo`, over HTTP with all prompts in flight at once."""
-    with Server(MODEL, LOG, *options, name="recall", port=port) as server:
+    with Server(RECALL, LOG, *options, name="recall", port=port) as server:
         ready = server.wait_ready(300)
         rates = asyncio.run(_rounds(f"{server.url}/v1", prompts, tokens, repeats + 1))[1:]
     return {"ready_seconds": round(ready, 1), "tokens_per_second": _summary(rates)}
@@ -62,7 +61,7 @@ def measure_transformers(prompts: list[list[int]], tokens: int, repeats: int) ->
     import torch
     from transformers import KimiLinearForCausalLM
 
-    model = KimiLinearForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model = KimiLinearForCausalLM.from_pretrained(RECALL, dtype=torch.float32).eval()
 
     def generate(batch: list[list[int]]) -> None:
         ids = torch.tensor(batch)
@@ -94,7 +93,7 @@ def measure_ready() -> float:
     script = (
         "import time, os; start = time.perf_counter()\n"
         "from vllm import LLM\n"
-        f"LLM({str(MODEL)!r}, dtype='float32', max_num_seqs=8, max_model_len=2048, enforce_eager=True)\n"
+        f"LLM({str(RECALL)!r}, dtype='float32', max_num_seqs=8, max_model_len=2048, enforce_eager=True)\n"
         "print('READY', time.perf_counter() - start)"
     )
     environment = os.environ | SERVER

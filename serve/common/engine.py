@@ -5,9 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-RECALL = Path(__file__).parents[2] / "configs" / "models" / "recall"
-
-
 SMALL: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 1024,

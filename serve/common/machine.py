@@ -8,9 +8,6 @@ from typing import Any
 
 from kimi_vllm._vllm import installed_vllm
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The repository, where there is one around this file."""
-
 
 def facts(*packages: str) -> dict[str, Any]:
     """Processor and cores or GPU and driver; versions of Python, vLLM and these packages; commit, time."""

@@ -60,8 +60,6 @@ class Server:
         """Describe a server; entering it starts it.
 
         Args:
-            model: the checkpoint.
-            log: file that receives the output of the server.
             options: of `vllm serve`, word by word.
             name: what clients call the model; None for the same as the checkpoint.
             port: on 127.0.0.1; 0 for a free one.
@@ -112,7 +110,6 @@ class Server:
         """Wait until the server answers, and return the seconds that took.
 
         Args:
-            timeout_seconds: when to give up.
             console: shows the newest line of the log meanwhile.
 
         Raises:
@@ -145,12 +142,18 @@ class Server:
     def stop(self) -> None:
         """Ask the server to end; kill what is left of its process group after `TERM_SECONDS`."""
         # To the parent alone: it stops its children in order, and would report a signal to all as a crash.
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(TERM_SECONDS)
+        end(self.process, TERM_SECONDS)
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # also children that outlived it
-        self.process.wait()
+            os.killpg(self.process.pid, signal.SIGKILL)  # children that outlived it
+
+
+def end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ask a process to end, and kill it if it has not ended after so many seconds."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.kill()
+    process.wait()
 
 
 def interrupt_on_sigterm() -> None:

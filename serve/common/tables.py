@@ -9,16 +9,12 @@ from rich.table import Table
 
 @dataclass(frozen=True, slots=True)
 class ResultTable:
-    """A title, column names, and cells as text.
-
-    Attributes:
-        words: how many columns, from the left, are words; the others are numbers.
-    """
+    """A title, column names, and cells as text."""
 
     title: str
     columns: Sequence[str]
     cells: Sequence[Sequence[str]]
-    words: int = 1
+    words: int = 1  # how many columns, from the left, are words; the others are numbers
 
     def markdown(self) -> str:
         """As Markdown."""

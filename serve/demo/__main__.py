@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -23,11 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kimi_vllm.cli.doctor import check_entry_point, check_environment, check_vllm_command
+from serve.common.paths import RECALL, ROOT
 from serve.common.server import Server, ServerError
 from serve.demo.recall_task import held_out_prompt
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "configs" / "models" / "recall"
 NAME = "kimi-recall"
 LOG = ROOT / ".demo" / "server.log"
 CONCURRENT = 8
@@ -41,40 +39,23 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Something to ask.
+    """Something to ask."""
 
-    Attributes:
-        title: what the question shows.
-        turns: what was said, the user first; the last one is asked.
-        expected: the right answer.
-        chat: whether to use the chat endpoint; a completion has one turn.
-        max_tokens: length of the answer; more than a few makes the model go on after its answer is complete.
-    """
-
-    title: str
-    turns: tuple[str, ...]
-    expected: str
-    chat: bool = False
-    max_tokens: int = 8
+    title: str  # what the question shows
+    turns: tuple[str, ...]  # what was said, the user first; the last one is asked
+    expected: str  # the right answer
+    chat: bool = False  # whether to use the chat endpoint; a completion has one turn
+    max_tokens: int = 8  # length of the answer; more than a few makes the model go on after its answer is complete
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back.
-
-    Attributes:
-        text: the answer without surrounding blanks.
-        right: whether it is, or for a long one begins with, what was expected.
-        ttft_seconds: from the request to the first text.
-        total_seconds: from the request to the end.
-        prompt_tokens: length of the prompt.
-        output_tokens: length of the answer.
-    """
+    """What came back."""
 
     text: str
-    right: bool
-    ttft_seconds: float
-    total_seconds: float
+    right: bool  # whether it is, or for a long one begins with, what was expected
+    ttft_seconds: float  # from the request to the first text
+    total_seconds: float  # from the request to the end
     prompt_tokens: int
     output_tokens: int
 
@@ -177,7 +158,7 @@ def _refuse_inactive_plugin() -> None:
 
 def _serve_and_ask(port: int, *, keep: bool) -> bool:
     _refuse_inactive_plugin()
-    with Server(MODEL, LOG, "--config", str(PROFILE), name=NAME, port=port) as server:
+    with Server(RECALL, LOG, "--config", str(PROFILE), name=NAME, port=port) as server:
         seconds = server.wait_ready(300, console)
         if PLUGIN_LINE not in LOG.read_text(errors="replace"):
             raise ServerError(

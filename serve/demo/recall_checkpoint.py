@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedTokenizerFast
 
+from serve.common.paths import RECALL
 from serve.demo.recall_task import ARROW
 
 CARD = Path(__file__).with_name("recall_card.md")
@@ -27,8 +28,7 @@ CHAT_TEMPLATE = """{{- bos_token -}}
 {%- endfor -%}
 """
 
-FOLDER = Path(__file__).parents[2] / "configs" / "models" / "recall"
-HUB_CONFIG: dict[str, Any] = json.loads((FOLDER / "config.json").read_text())
+HUB_CONFIG: dict[str, Any] = json.loads((RECALL / "config.json").read_text())
 """The shipped model's: what is trained anew has the same shape."""
 
 
@@ -53,9 +53,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model() -> KimiLinearForCausalLM:
+def build_model(config: dict[str, Any] = HUB_CONFIG) -> KimiLinearForCausalLM:
     """An untrained model, initialised by transformers (its `dt_bias` included) from torch's seed."""
-    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(HUB_CONFIG))
+    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(config))
     for layer in model.model.layers:
         if hasattr(layer.self_attn, "conv1d"):
             # transformers draws the short convolutions like any linear layer. Four taps of that size leave
@@ -71,14 +71,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def save_as_hub(
     model: KimiLinearForCausalLM, out: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Write weights, configuration and tokenizer as the hub has them.
-
-    Args:
-        model: the native transformers model.
-        out: folder, made if it is missing.
-        config: the hub's config.json.
-        tokenizer: written beside it.
-    """
+    """Write weights, the hub's configuration and the tokenizer into a folder, in the hub's layout."""
     model.save_pretrained(out)
     weights = out / "model.safetensors"
     # transformers writes the dense layer's MLP as `block_sparse_moe.gate_proj`; the hub has `mlp.gate_proj`.
@@ -110,12 +103,7 @@ def reload_difference(model: KimiLinearForCausalLM, folder: Path) -> float:
 
 
 def write_card(training: dict[str, Any], out: Path) -> None:
-    """Write training.json and the model card, whose numbers come from it.
-
-    Args:
-        training: what `train_recall.py` measured.
-        out: folder of the checkpoint.
-    """
+    """Write what was measured, training.json, and the model card, whose numbers come from it."""
     _write_json(out / "training.json", training)
     rows = "\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in training["accuracy"].items())
     values = training | training["recipe"] | {"rows": rows}

@@ -42,17 +42,11 @@ def filler(rng: random.Random, length: int) -> list[str]:
 
 @dataclass
 class Memory:
-    """The facts so far.
+    """The facts so far."""
 
-    Attributes:
-        text: words, facts and filler.
-        values: the digit of each key.
-        references: keys whose fact names an earlier key.
-    """
-
-    text: list[str] = field(default_factory=list)
-    values: dict[str, str] = field(default_factory=dict)
-    references: list[str] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)  # words, facts and filler
+    values: dict[str, str] = field(default_factory=dict)  # the digit of each key
+    references: list[str] = field(default_factory=list)  # keys whose fact names an earlier key
 
     def add(self, rng: random.Random, key: str, target: str | None = None) -> str:
         """Write one fact, with a random digit or the name of another key, and return its text."""
@@ -83,7 +77,6 @@ def make_prompt(rng: random.Random, num_pairs: int, filler_chars: int = 0, refer
     """One question over distinct keys.
 
     Args:
-        rng: source of randomness.
         num_pairs: facts in the prompt, 1 to 26.
         filler_chars: characters without facts that are strewn in, 0 or at least 2.
         references: facts, fewer than all, that name an earlier key. If any does, the question is about one.
@@ -109,34 +102,21 @@ def held_out_prompt(rng: random.Random, num_pairs: int, filler_chars: int = 0, r
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation.
+    """One turn of a conversation."""
 
-    Attributes:
-        text: facts, if any, and the question, up to and including the arrow.
-        answer: one digit.
-    """
-
-    text: str
-    answer: str
+    text: str  # facts, if any, and the question, up to and including the arrow
+    answer: str  # one digit
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The shape of a conversation. Conversations of one plan have one length: they batch without padding.
+    """The shape of a conversation. Conversations of one plan have one length: they batch without padding."""
 
-    Attributes:
-        first: facts in the first turn, at least 1.
-        later: new facts of each later turn, often 0; its length is the number of later turns.
-        filler_chars: characters of filler in the first turn.
-        rewrite: probability that a fact is about a key that already has one.
-        reference: probability that a fact names an earlier key.
-    """
-
-    first: int
-    later: tuple[int, ...] = ()
-    filler_chars: int = 0
-    rewrite: float = 0.0
-    reference: float = 0.0
+    first: int  # facts in the first turn, at least 1
+    later: tuple[int, ...] = ()  # new facts of each later turn, often 0; its length is the number of later turns
+    filler_chars: int = 0  # characters of filler in the first turn
+    rewrite: float = 0.0  # probability that a fact is about a key that already has one
+    reference: float = 0.0  # probability that a fact names an earlier key
 
 
 def _new_facts(rng: random.Random, plan: Plan, memory: Memory, count: int) -> Iterator[str]:

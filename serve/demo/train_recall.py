@@ -19,7 +19,7 @@ import typer
 from rich.progress import Progress
 from transformers import KimiLinearForCausalLM
 
-from serve.common.training import decayed_apart, switched_off
+from serve.common.training import GateWatch, decayed_apart, switched_off
 from serve.demo import recall_checkpoint
 from serve.demo.recall_task import KEYS, Plan, Turn, held_out_prompt, make_conversation
 
@@ -33,45 +33,28 @@ CHARS_PER_QUESTION = 9
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, together with the code and the versions of torch and transformers.
+    """Everything that decides the result, together with the code and the versions of torch and transformers."""
 
-    Attributes:
-        seed: of torch and of the data.
-        steps: optimiser steps.
-        tokens: tokens in a batch.
-        lr: peak learning rate, after a linear warm-up and before a cosine down to a twentieth.
-        warmup: steps.
-        weight_decay: on matrices only.
-        text_weight: weight of the loss on all tokens that are not answers.
-        balance: step of the router's selection bias against the load of its experts.
-        gate_weight: weight of the loss on KDA gates that forget more than `gate_limit` at once.
-        gate_limit: in nats for each token and channel.
-    """
-
-    seed: int = 0
-    steps: int = 800
-    tokens: int = 2048
-    lr: float = 2e-3
-    warmup: int = 50
-    weight_decay: float = 0.05
-    text_weight: float = 0.1
-    balance: float = 2e-3
-    gate_weight: float = 0.1
-    gate_limit: float = 4.0
+    seed: int = 0  # of torch and of the data
+    steps: int = 800  # optimiser steps
+    tokens: int = 2048  # tokens in a batch
+    lr: float = 2e-3  # peak learning rate, after a linear warm-up and before a cosine down to a twentieth
+    warmup: int = 50  # steps
+    weight_decay: float = 0.05  # on matrices only
+    text_weight: float = 0.1  # weight of the loss on all tokens that are not answers
+    balance: float = 2e-3  # step of the router's selection bias against the load of its experts
+    gate_weight: float = 0.1  # weight of the loss on KDA gates that forget more than `gate_limit` at once
+    gate_limit: float = 4.0  # in nats for each token and channel
 
 
 @dataclass
 class Curve:
-    """How training went, every fifty steps.
+    """How training went, every fifty steps."""
 
-    Attributes:
-        step: steps done.
-        answer_loss: mean loss on the answers of the last batch, in nats for each token.
-        accuracy: on 90 held-out prompts of 2 to 16 facts: without references, and with one.
-    """
-
-    step: list[int] = field(default_factory=list)
+    step: list[int] = field(default_factory=list)  # steps done
+    # mean loss on the answers of the last batch, in nats for each token
     answer_loss: list[float] = field(default_factory=list)
+    # on 90 held-out prompts of 2 to 16 facts: without references, and with one
     accuracy: list[tuple[float, ...]] = field(default_factory=list)
 
 
@@ -134,11 +117,7 @@ def accuracy(model: KimiLinearForCausalLM, prompts: list[tuple[str, str]]) -> fl
     """Share of prompts answered with exactly the space, the digit and the end token when decoding greedily.
 
     Greedy decoding gives that text if and only if each of its tokens is the most likely one after those
-    before it, so one forward pass decides.
-
-    Args:
-        model: in evaluation mode.
-        prompts: prompts and answers; those of one length share passes.
+    before it, so one forward pass decides. Prompts of one length share passes.
     """
     by_length: dict[int, list[list[int]]] = {}
     for text, answer in prompts:
@@ -175,31 +154,6 @@ class RouterBalance:
         return max((load.max() / load.mean()).item() for load in self._loads.values())
 
 
-class GateLimit:
-    """A loss on the gates of the last batch that forget very fast.
-
-    The chunked form of the recurrence takes differences of summed gates. A gate of -50 nats forgets hardly
-    more than one of -5, but in sums with it its neighbours lose digits: without this loss, transformers with
-    chunks of 64 and with chunks of 16 differed by 5e-4 in a log-probability.
-    """
-
-    def __init__(self, model: KimiLinearForCausalLM, limit: float) -> None:
-        self._limit = limit
-        self._losses: list[torch.Tensor] = []
-        for module in model.modules():
-            if hasattr(module, "dt_bias"):
-                module.register_forward_hook(self._measure)
-
-    def _measure(self, _gate: Any, _inputs: Any, log_decay: torch.Tensor) -> None:
-        if torch.is_grad_enabled():
-            self._losses.append(F.relu(-log_decay - self._limit).square().mean())
-
-    def loss(self) -> torch.Tensor:
-        """Mean square of the excess, summed over layers; forgets the batch."""
-        losses, self._losses = self._losses, []
-        return torch.stack(losses).sum()
-
-
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then a cosine from the peak to a twentieth of it."""
     if step < recipe.warmup:
@@ -214,7 +168,7 @@ def train(model: KimiLinearForCausalLM, recipe: Recipe) -> Curve:
     probes = [[held_out_prompt(random.Random(i), 2 + i % 15, 0, refs) for i in range(90)] for refs in (0, 1)]
     groups = decayed_apart(model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
-    balance, gates = RouterBalance(model, recipe.balance), GateLimit(model, recipe.gate_limit)
+    balance, gates = RouterBalance(model, recipe.balance), GateWatch(model, 1.0, 0.0, recipe.gate_limit)
     with Progress() as bar:
         task = bar.add_task("training", total=recipe.steps)
         for step in range(recipe.steps):
@@ -224,7 +178,7 @@ def train(model: KimiLinearForCausalLM, recipe: Recipe) -> Curve:
             logits = model(ids, chunk_size=CHUNK, use_cache=False).logits[:, :-1]
             losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             answer_loss = losses[answers[:, 1:]].mean()
-            gate_loss = gates.loss()
+            gate_loss = gates.losses(None)
             loss = answer_loss + recipe.text_weight * losses[text[:, 1:]].mean() + recipe.gate_weight * gate_loss
             optimizer.zero_grad()
             loss.backward()

@@ -20,12 +20,11 @@ from typing import Annotated, Any
 import typer
 
 from serve.common.environment import ENGINE, UNCOMPILED, prepare
+from serve.common.options import refuse_unknown
+from serve.common.paths import RESULTS, SYNTHETIC
 from serve.common.rows import save
 from serve.common.tables import ResultTable
 
-ROOT = Path(__file__).parents[2]
-MODELS = ROOT / "configs" / "models" / "synthetic"
-RESULTS = ROOT / "serve" / "bench" / "results"
 TASKS = ("palindrome", "mqar", "stack", "registers", "needle")
 LENGTHS = [256, 512, 1024, 2048]
 TRANSFORMERS = "transformers"
@@ -180,7 +179,7 @@ def run(
     ] = None,
     sequences: Annotated[int, typer.Option(help="Of a task, all lengths together.", min=1, max=64)] = 64,
     file: Json = None,
-    models: Annotated[Path, typer.Option(help="Folder with a checkpoint for every task.")] = MODELS,
+    models: Annotated[Path, typer.Option(help="Folder with a checkpoint for every task.")] = SYNTHETIC,
     jobs: Annotated[int, typer.Option(help="Tasks at once, a process each.", min=1)] = 1,
 ) -> None:
     """Ask every model in every mode, and transformers; exits with 1 if answers are not what they must be."""
@@ -189,8 +188,7 @@ def run(
         raise typer.BadParameter(f"--sequences {sequences}: at least one for each of {len(lengths)} lengths.")
     result: dict[str, Any] = {"bench": "synthetic", "sequences": sequences, "tasks": {}}
     names = task or TASKS
-    if unknown := [name for name in names if name not in TASKS]:
-        raise typer.BadParameter(f"--task {unknown[0]}: tasks are {', '.join(TASKS)}.")
+    refuse_unknown("--task", names, TASKS)
     start, cpu = time.perf_counter(), 0.0
     if jobs > 1:
         options = [f"--length={n}" for n in lengths] + [f"--sequences={sequences}", f"--models={models}"]
@@ -226,12 +224,12 @@ def plot(
 
 
 @app.command()
-def curves(png: Annotated[Path, typer.Argument(help="The picture.")] = MODELS / "training.png") -> None:
+def curves(png: Annotated[Path, typer.Argument(help="The picture.")] = SYNTHETIC / "training.png") -> None:
     """Draw the training curves of the shipped checkpoints, and of another seed."""
     from serve.eval import plots
 
     found, others = (
-        {name: json.loads((MODELS / name / file).read_text()) for name in TASKS}
+        {name: json.loads((SYNTHETIC / name / file).read_text()) for name in TASKS}
         for file in ("training.json", "training-seed1.json")
     )
     plots.training({name: run.get("started_from", run) for name, run in found.items()}, others, png)
@@ -243,7 +241,7 @@ def long(
     chunk: Annotated[int, typer.Option(help="Tokens in a step.")] = 8192,
     threads: Annotated[int, typer.Option(help="Of torch and of our kernels.")] = os.cpu_count() or 1,
     file: Json = None,
-    model: Annotated[Path, typer.Option(help="Checkpoint of the needle task.")] = MODELS / "needle",
+    model: Annotated[Path, typer.Option(help="Checkpoint of the needle task.")] = SYNTHETIC / "needle",
     dtype: Annotated[str, typer.Option(help="As for `vllm serve`.")] = "float32",
     state_dtype: Annotated[str, typer.Option(help="kimi.state_dtype")] = "float32",
 ) -> None:

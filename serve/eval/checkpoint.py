@@ -1,18 +1,6 @@
-"""The models of the synthetic tasks: configuration, untrained weights, tokenizer."""
+"""The models of the synthetic tasks: configuration, untrained weights, tokenizer.
 
-import json
-from pathlib import Path
-from typing import Any
-
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import KimiLinearConfig, KimiLinearForCausalLM, PreTrainedTokenizerFast
-
-from serve.demo import recall_checkpoint
-from serve.eval.tasks import BOS, PAD, Task
-
-MODELS = Path(__file__).parents[2] / "configs" / "models" / "synthetic"
-"""A shipped model for each task; what is trained anew has its shape.
+What is trained anew has the shape of the model that is shipped for its task.
 
 The report's size: two KDA layers of two heads of 128. The plugin serves models with at least one MLA layer, and this
 one comes first, where it cannot solve a task: it sees tokens without their neighbours or positions (NoPE, no
@@ -20,6 +8,18 @@ convolution before it), so it can count tokens but not link a key to the value b
 million tokens on a CPU. Only MLA takes time that grows with the square of the context, so its MLA layer is as small as
 one can be: one head of 16.
 """
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import KimiLinearForCausalLM, PreTrainedTokenizerFast
+
+from serve.common.paths import SYNTHETIC
+from serve.demo import recall_checkpoint
+from serve.eval.tasks import BOS, PAD, Task
 
 HEADS_OF_48B: dict[str, Any] = {
     "kv_lora_rank": 512,
@@ -34,24 +34,15 @@ HEADS_OF_48B: dict[str, Any] = {
 
 def hub_config(task: Task, heads_of_48b: bool = False) -> dict[str, Any]:
     """config.json of a task's model."""
-    config: dict[str, Any] = json.loads((MODELS / task.name / "config.json").read_text())
+    config: dict[str, Any] = json.loads((SYNTHETIC / task.name / "config.json").read_text())
     if heads_of_48b:
         config |= HEADS_OF_48B | {"linear_attn_config": config["linear_attn_config"] | {"num_heads": 32}}
     return config
 
 
 def build_model(task: Task, start_from: Path | None = None, heads_of_48b: bool = False) -> KimiLinearForCausalLM:
-    """An untrained model, initialised by transformers (its `dt_bias` included) from torch's seed.
-
-    Args:
-        task: whose vocabulary it speaks.
-        start_from: a checkpoint; parameters of the same name and shape are taken from it.
-        heads_of_48b: see `HEADS_OF_48B`.
-    """
-    model = KimiLinearForCausalLM(KimiLinearConfig.from_dict(hub_config(task, heads_of_48b)))
-    for layer in model.model.layers:
-        if hasattr(layer.self_attn, "conv1d"):
-            layer.self_attn.conv1d.reset_parameters()  # see recall_checkpoint.build_model
+    """An untrained model, or one with the parameters of `start_from` that have the same name and shape."""
+    model = recall_checkpoint.build_model(hub_config(task, heads_of_48b))
     if start_from is not None:
         own = model.state_dict()
         trained = KimiLinearForCausalLM.from_pretrained(start_from, dtype=torch.float32).state_dict()
@@ -77,12 +68,5 @@ def build_tokenizer(task: Task) -> PreTrainedTokenizerFast:
 
 
 def save(model: KimiLinearForCausalLM, task: Task, out: Path, heads_of_48b: bool = False) -> None:
-    """Write weights, configuration and tokenizer in the hub's layout.
-
-    Args:
-        model: on any device.
-        task: whose vocabulary it speaks.
-        out: folder, made if it is missing.
-        heads_of_48b: as it was built.
-    """
+    """Write weights, configuration and tokenizer in the hub's layout."""
     recall_checkpoint.save_as_hub(model, out, hub_config(task, heads_of_48b), build_tokenizer(task))

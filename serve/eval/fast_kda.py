@@ -3,11 +3,10 @@
 transformers builds a [chunk, chunk, K] tensor of decays per chunk and inverts its triangular matrix row by row.
 Here decays are split between the two sides of a matrix product, which is exact as long as no gate of a chunk
 forgets more than `MIN_LOG_DECAY` a token, and the inverse is built in blocks that double. A gate below the limit
-is taken as the limit; `GateLimit` keeps trained gates above it, and accuracies are measured with transformers'
+is taken as the limit; `GateWatch` keeps trained gates above it, and accuracies are measured with transformers'
 own function.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -124,57 +123,3 @@ def drop(model: KimiLinearForCausalLM, kind: str, share: float) -> None:
     for layer in model.model.layers:
         if layer.block_type == kind:
             layer.self_attn.o_proj.register_forward_hook(hook)
-
-
-class GateWatch:
-    """Losses on the gates of the last batch.
-
-    A gate of -50 nats forgets hardly more than one of -5, but sums with it lose digits, in this chunked form and
-    in others. For the needle task, gates and write strengths on filler are pushed towards "keep, write nothing":
-    512 tokens of training hardly tell a memory of a thousand tokens from one of a million.
-
-    Args:
-        model: whose KDA layers are watched.
-        fast_weight: weight of the square by which gates exceed `limit`.
-        keep_weight: weight of the logarithm by which gates and write strengths on filler exceed `keep`.
-        limit: in nats a token.
-        keep: of a gate in nats, and of a write strength.
-    """
-
-    def __init__(
-        self,
-        model: KimiLinearForCausalLM,
-        fast_weight: float,
-        keep_weight: float,
-        limit: float = 3.0,
-        keep: float = 1e-7,
-    ) -> None:
-        self._fast_weight, self._keep_weight, self._limit, self._keep = fast_weight, keep_weight, limit, keep
-        self._gates: list[torch.Tensor] = []
-        self._betas: list[torch.Tensor] = []
-        for layer in model.model.layers:
-            if layer.block_type == "linear_attention":
-                layer.self_attn.forget_gate.register_forward_hook(lambda _m, _i, out: self._note(self._gates, out))
-                layer.self_attn.b_proj.register_forward_hook(lambda _m, _i, out: self._note(self._betas, out))
-
-    @staticmethod
-    def _note(noted: list[torch.Tensor], output: torch.Tensor) -> None:
-        if torch.is_grad_enabled():
-            noted.append(output)
-
-    def losses(self, filler: torch.Tensor | None) -> torch.Tensor:
-        """The weighted losses on the gates of the last batch, which is forgotten.
-
-        Args:
-            filler: bool [batch, length], where nothing is to be forgotten or written; None for nowhere.
-        """
-        gates, betas = self._gates, self._betas
-        self._gates, self._betas = [], []
-        fast = torch.stack([F.relu(-gate - self._limit).square().mean() for gate in gates]).sum()
-        if filler is None:
-            return self._fast_weight * fast
-        weight, floor = filler / filler.sum().clamp_min(1), math.log(self._keep)
-        # transformers computes log(1 + exp(x)), which is 0 for x below -17, where no gradient is left.
-        forgets = [(F.relu((-gate).clamp_min(1e-9).log() - floor).mean((2, 3)) * weight).sum() for gate in gates]
-        writes = [(F.relu(F.logsigmoid(beta.float()) - floor).mean(2) * weight).sum() for beta in betas]
-        return self._fast_weight * fast + self._keep_weight * torch.stack([*forgets, *writes]).sum()

@@ -20,11 +20,7 @@ GPU_KV_BYTES = 4 * 2**30
 
 
 def make_context(length: int, seed: int = 0) -> tuple[list[int], list[tuple[int, int]]]:
-    """Filler with a needle at each of DEPTHS.
-
-    Args:
-        length: tokens.
-        seed: of everything in it.
+    """Filler of so many tokens with a needle at each of DEPTHS.
 
     Returns:
         Token ids, and key and value of each needle.
@@ -43,13 +39,7 @@ def make_context(length: int, seed: int = 0) -> tuple[list[int], list[tuple[int,
 
 
 def _ask(running: Engine, prompt: list[int], samples: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """One greedy token, and how memory went on the way.
-
-    Args:
-        running: the engine.
-        prompt: token ids.
-        samples: gets an entry after every step.
-    """
+    """One greedy token, and how memory went on the way: `samples` gets an entry after every step."""
     process = psutil.Process()
     pages = running.scheduler.kv_cache_manager.block_pool
     free = pages.get_num_free_blocks()
@@ -89,11 +79,8 @@ def read_and_ask(
     """Read a context once and ask for each needle; all questions but the first find it in the prefix cache.
 
     Args:
-        model: checkpoint of the needle task.
-        tokens: length of the context.
         chunk: tokens in a step.
         threads: of torch, whose attention takes most of the time on a CPU.
-        dtype, state_dtype: of the model and of KDA's states.
 
     Returns:
         Questions with answers and times, memory over time, sizes of a slot, of a page and of both pools in bytes.

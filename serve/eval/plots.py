@@ -9,12 +9,7 @@ MARKERS = "osv^D*Px<>h8+"
 
 
 def accuracy(tasks: dict[str, Any], path: Path) -> None:
-    """One panel a task, one line a mode.
-
-    Args:
-        tasks: what `python -m serve.eval run` found, by task, mode and length.
-        path: the PNG.
-    """
+    """Draw what `python -m serve.eval run` found by task, mode and length: one panel a task, one line a mode."""
     figure, [axes] = panels(1, len(tasks), figsize=(3 * len(tasks), 4.2))
     for panel, (task, modes) in zip(axes, tasks.items(), strict=True):
         for number, (mode, rows) in enumerate(modes.items()):
@@ -28,13 +23,7 @@ def accuracy(tasks: dict[str, Any], path: Path) -> None:
 
 
 def training(runs: dict[str, Any], others: dict[str, Any], path: Path) -> None:
-    """Loss and held-out accuracy of every task against optimiser steps.
-
-    Args:
-        runs: training.json by task.
-        others: the same from another seed, drawn dashed.
-        path: the PNG.
-    """
+    """Loss and held-out accuracy against steps, from each task's training.json; from another seed's, dashed."""
     figure, (top, bottom) = panels(2, len(runs), figsize=(3 * len(runs), 5), sharex="col")
     for over, under, (task, run) in zip(top, bottom, runs.items(), strict=True):
         for style, one in (("-", run), ("--", others[task])):

@@ -28,17 +28,11 @@ REPLAY = "replay"
 
 @dataclass(frozen=True)
 class Question:
-    """One sequence and what is asked of it.
-
-    Attributes:
-        tokens: the sequence.
-        positions: scored positions in its second half; the first is what there is to remember.
-        targets: the right answer at each.
-    """
+    """One sequence and what is asked of it."""
 
     tokens: list[int]
-    positions: list[int]
-    targets: list[int]
+    positions: list[int]  # scored positions in its second half; the first is what there is to remember
+    targets: list[int]  # the right answer at each
 
     @property
     def prompt(self) -> int:
@@ -48,17 +42,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """What was answered to a question.
+    """What was answered to a question."""
 
-    Attributes:
-        tokens: the most likely token at each position.
-        margins: by how many nats it is more likely than the second.
-        cached: tokens of the prompt that came from the prefix cache.
-    """
-
-    tokens: list[int]
-    margins: list[float]
-    cached: int = 0
+    tokens: list[int]  # the most likely token at each position
+    margins: list[float]  # by how many nats it is more likely than the second
+    cached: int = 0  # tokens of the prompt that came from the prefix cache
 
     def right(self, question: Question) -> int:
         """How many are right."""
@@ -67,18 +55,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class Run:
-    """Answers to all questions, and what happened on the way.
+    """Answers to all questions, and what happened on the way."""
 
-    Attributes:
-        answers: in the order of the questions.
-        steps: of the engine.
-        most: requests that ran at once.
-        preemptions: requests that were preempted.
-    """
-
-    answers: list[Answers]
+    answers: list[Answers]  # in the order of the questions
     steps: int = 0
-    most: int = 0
+    most: int = 0  # requests that ran at once
     preemptions: int = 0
 
 
@@ -104,13 +85,7 @@ class Replay(AdapterLogitsProcessor):  # type: ignore[misc]
 
 
 def questions_of(task: Task, counts: dict[int, int], seed: int = SEED) -> list[Question]:
-    """Held-out sequences.
-
-    Args:
-        task: the task.
-        counts: how many of each length.
-        seed: of the sequences.
-    """
+    """Held-out sequences, so many of each length."""
     found = []
     for length, count in counts.items():
         batch = task.sample(count, length, torch.Generator().manual_seed(seed * 10**6 + length), True)
@@ -121,12 +96,7 @@ def questions_of(task: Task, counts: dict[int, int], seed: int = SEED) -> list[Q
 
 
 def counts_of(lengths: Sequence[int], sequences: int) -> dict[int, int]:
-    """About as many tokens of every length.
-
-    Args:
-        lengths: of sequences.
-        sequences: how many in all, at least one of each.
-    """
+    """How many of so many sequences have each length: at least one, and about as many tokens of every length."""
     total = sum(1 / length for length in lengths)
     counts = {length: max(1, int(sequences / length / total)) for length in lengths}
     counts[min(lengths)] += sequences - sum(counts.values())
@@ -201,8 +171,6 @@ def ask(
     """Ask all questions at once.
 
     Args:
-        running: an engine of `serving`.
-        questions: what to ask.
         decode: whether the second half is decoded; else the whole sequence is a prompt.
         between: called after every step with the number of steps so far.
     """

@@ -25,14 +25,10 @@ MAX_NEEDLES = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences and what is asked of them.
+    """Sequences and what is asked of them."""
 
-    Attributes:
-        tokens: int64 [rows, length].
-        targets: int64 [rows, length]; at a scored position the token to predict there, elsewhere `NOT_SCORED`.
-    """
-
-    tokens: torch.Tensor
+    tokens: torch.Tensor  # int64 [rows, length]
+    # int64 [rows, length]; at a scored position the token to predict there, elsewhere `NOT_SCORED`
     targets: torch.Tensor
 
     def __getitem__(self, rows: slice) -> "Batch":
@@ -44,19 +40,12 @@ Sampler = Callable[[int, int, torch.Generator, bool], Batch]
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """One task."""
 
-    Attributes:
-        name: for files and commands.
-        vocabulary: the tokens by id; every one is a word without spaces.
-        sample: `sample(rows, length, generator, held_out)` draws a batch on the generator's device.
-        min_length: the shortest sequence it can draw.
-    """
-
-    name: str
-    vocabulary: tuple[str, ...]
-    sample: Sampler
-    min_length: int
+    name: str  # for files and commands
+    vocabulary: tuple[str, ...]  # the tokens by id; every one is a word without spaces
+    sample: Sampler  # `sample(rows, length, generator, held_out)` draws a batch on the generator's device
+    min_length: int  # the shortest sequence it can draw
 
 
 def _words(prefix: str, count: int) -> tuple[str, ...]:
@@ -64,11 +53,7 @@ def _words(prefix: str, count: int) -> tuple[str, ...]:
 
 
 def checksum(payload: torch.Tensor) -> torch.Tensor:
-    """The class of each row, in 0..CLASSES-1.
-
-    Args:
-        payload: int64 [rows, values]; unused values are 0.
-    """
+    """The class of each row of int64 [rows, values], in 0..CLASSES-1; unused values are 0."""
     weights = 1 + 2 * ((torch.arange(payload.shape[1], device=payload.device) * 40503 >> 5) % 1021)
     return (payload * weights).sum(1) % CLASSES
 
@@ -80,8 +65,6 @@ def _choose_split(payload: torch.Tensor, size: int, held_out: bool) -> torch.Ten
 
     Args:
         payload: int64 [rows, values]; the first may be any of `size` values.
-        size: how many values there are.
-        held_out: which split.
     """
     payload = payload.clone()
     for _ in range(CLASSES - 1 if held_out else 1):

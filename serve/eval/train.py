@@ -14,8 +14,9 @@ import torch
 import transformers
 import typer
 
+from serve.common.options import refuse_unknown
 from serve.eval import checkpoint, training
-from serve.eval.tasks import TASKS, Task
+from serve.eval.tasks import TASKS
 
 SECONDS_TO_MEASURE = 45
 """Kept back by `all` for loading libraries and measuring the trained models."""
@@ -27,12 +28,6 @@ Minutes = Annotated[float, typer.Option(help="Time limit; the schedule is stretc
 def device_name(device: str) -> str:
     """What the model was trained on."""
     return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-
-
-def _task(name: str) -> Task:
-    if name not in TASKS:
-        raise typer.BadParameter(f"{name!r}: tasks are {', '.join(TASKS)}.")
-    return TASKS[name]
 
 
 @app.command()
@@ -55,7 +50,8 @@ def one(
     ] = False,
 ) -> None:
     """Train one task's model from one seed, measure it, and write its checkpoint."""
-    task = _task(name)
+    refuse_unknown("TASK", [name], TASKS)
+    task = TASKS[name]
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")

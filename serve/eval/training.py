@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import typer
 from transformers import KimiLinearForCausalLM
 
-from serve.common.training import decayed_apart, switched_off
+from serve.common.training import GateWatch, decayed_apart, switched_off
 from serve.eval import fast_kda
 from serve.eval.tasks import FILLERS, FIRST_FILLER, NOT_SCORED, Batch, Task
 
@@ -25,55 +25,34 @@ NO_MASK = {"full_attention": None, "linear_attention": None}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, together with the code, the device and the time limit.
+    """Everything that decides the result, together with the code, the device and the time limit."""
 
-    Attributes:
-        seed: of torch and of the data.
-        steps: optimiser steps at most.
-        seconds: training ends then at the latest; the learning rate follows whichever of the two is nearer.
-        tokens: tokens in a batch.
-        lengths: of the sequences; shorter ones come first (curriculum).
-        probe_lengths: of the held-out sequences that choose the weights to keep.
-        advance: training accuracy on the longest sequences so far at which longer ones join.
-        lr: peak learning rate, after a linear warm-up and before a cosine down to a hundredth.
-        warmup: steps.
-        weight_decay: on matrices only.
-        fast_weight: weight of the loss on gates that forget very fast.
-        keep_weight: weight of the loss on gates that forget, and on writes, at filler (needle only).
-        mla_dropout: share of sequences in which the MLA layer adds nothing, so that the memory is in the KDA layers.
-    """
-
-    seed: int = 0
-    steps: int = 100_000
-    seconds: float = 400.0
-    tokens: int = 16384
-    lengths: tuple[int, ...] = (32, 64, 128, 256, 512)
-    probe_lengths: tuple[int, ...] = (256, 512)
-    advance: float = 0.9
-    lr: float = 1e-3
-    warmup: int = 100
-    weight_decay: float = 0.05
-    fast_weight: float = 0.1
-    keep_weight: float = 0.02
+    seed: int = 0  # of torch and of the data
+    steps: int = 100_000  # optimiser steps
+    seconds: float = 400.0  # training ends then at the latest; the learning rate follows whichever of the two is nearer
+    tokens: int = 16384  # tokens in a batch
+    lengths: tuple[int, ...] = (32, 64, 128, 256, 512)  # tokens of the sequences; shorter ones come first (curriculum)
+    probe_lengths: tuple[int, ...] = (256, 512)  # of the held-out sequences that choose the weights to keep
+    advance: float = 0.9  # training accuracy on the longest sequences so far at which longer ones join
+    lr: float = 1e-3  # peak learning rate, after a linear warm-up and before a cosine down to a hundredth
+    warmup: int = 100  # steps
+    weight_decay: float = 0.05  # on matrices only
+    fast_weight: float = 0.1  # weight of the loss on gates that forget very fast
+    keep_weight: float = 0.02  # weight of the loss on gates that forget, and on writes, at filler (needle only)
+    # share of sequences in which the MLA layer adds nothing, so that the memory is in the KDA layers
     mla_dropout: float = 0.0
 
 
 @dataclass
 class Curve:
-    """How training went, at about forty moments.
+    """How training went, at about forty moments."""
 
-    Attributes:
-        step, seconds: steps done, and seconds since training began.
-        length: of the longest sequences trained on so far.
-        loss: of the last batch read, in nats for each scored token.
-        accuracy: held-out accuracy by length.
-    """
-
+    # step, seconds: steps done, and seconds since training began
     step: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    length: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    accuracy: dict[int, list[float]] = field(default_factory=dict)
+    length: list[int] = field(default_factory=list)  # of the longest sequences trained on so far
+    loss: list[float] = field(default_factory=list)  # of the last batch read, in nats for each scored token
+    accuracy: dict[int, list[float]] = field(default_factory=dict)  # held-out accuracy by length
 
 
 class Batches:
@@ -106,7 +85,7 @@ class Stepper:
     def __init__(self, model: KimiLinearForCausalLM, task: Task, recipe: Recipe) -> None:
         self._model, self._task = model, task
         device = model.device
-        self._watch = fast_kda.GateWatch(model, recipe.fast_weight, recipe.keep_weight)
+        self._watch = GateWatch(model, recipe.fast_weight, recipe.keep_weight)
         if recipe.mla_dropout:
             fast_kda.drop(model, "full_attention", recipe.mla_dropout)
         self.lr = torch.zeros((), device=device)
@@ -176,13 +155,7 @@ class Stepper:
 
 
 def forward(model: KimiLinearForCausalLM, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Logits [batch, length, vocabulary].
-
-    Args:
-        model: transformers' model.
-        tokens: int64 [batch, length].
-        options: passed on to the model, such as `chunk_size` for its own recurrence.
-    """
+    """Logits [batch, length, vocabulary] of int64 [batch, length]; options of the model, such as `chunk_size`."""
     if torch.is_grad_enabled():
         # The gradient of a look-up sorts tokens; that of a product with one-hot rows can be captured.
         weight = model.model.embed_tokens.weight
@@ -195,14 +168,7 @@ def forward(model: KimiLinearForCausalLM, tokens: torch.Tensor, **options: Any) 
 
 @torch.no_grad()
 def accuracy(model: KimiLinearForCausalLM, batch: Batch, tokens: int = 16384, **options: Any) -> float:
-    """Share of scored positions whose most likely token is the target.
-
-    Args:
-        model: transformers' model.
-        batch: on its device.
-        tokens: tokens in a forward pass.
-        options: passed on to the model.
-    """
+    """Share of scored positions whose most likely token is the target; `tokens` in a forward pass."""
     rows = max(1, tokens // batch.tokens.shape[1])
     right = torch.zeros((), dtype=torch.int64, device=batch.tokens.device)
     for ids, targets in zip(batch.tokens.split(rows), batch.targets.split(rows), strict=True):
@@ -256,9 +222,6 @@ def train(model: KimiLinearForCausalLM, task: Task, recipe: Recipe, label: str) 
     """Train in place and leave the weights that did best on held-out sequences.
 
     Args:
-        model: untrained, on its device.
-        task: what to train on.
-        recipe: how.
         label: in front of the lines printed every fifteen seconds.
 
     Returns:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from serve.common.paths import ROOT
 from serve.common.server import Server, ServerError, interrupt_on_sigterm, models, root_of
 from serve.load import compare as comparison
 from serve.load import record as records
@@ -31,8 +32,7 @@ from serve.load.record import Record, RecordError
 from serve.load.scenario import Point, Scenario, ScenarioError, points, read
 from serve.load.scrape import Scraper
 
-ROOT = Path(__file__).parents[2]
-SCENARIOS = ROOT / "serve" / "load" / "scenarios"
+SCENARIOS = Path(__file__).with_name("scenarios")
 START_SECONDS = 3600
 SHOWN = {"output tok/s": "output_throughput", "TTFT p50 ms": "p50_ttft_ms", "TPOT p50 ms": "p50_tpot_ms"}
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130

@@ -22,15 +22,7 @@ NOTICEABLE = 0.05  # smaller differences are not coloured
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A number in both.
-
-    Attributes:
-        label: of the point.
-        name: of the number.
-        first: in the first load test.
-        second: in the second.
-        more_is_better: which way is good.
-    """
+    """A number in both."""
 
     label: str
     name: str

@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.common.server import program
+from serve.common.server import end, program
 from serve.load.scenario import Point, RandomWorkload, ScenarioError
 from serve.load.traffic import CHUNK, trace
 
@@ -26,24 +26,13 @@ class GeneratorError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Who is asked.
+    """Who is asked."""
 
-    Attributes:
-        url: of the server, without /v1.
-        model: what the server calls the model.
-        tokenizer: folder or hub name, for the generator to count with.
-        goodput: objectives as `vllm bench serve --goodput` takes them, such as `ttft:500`, in milliseconds.
-    """
-
-    url: str
-    model: str
-    tokenizer: str
+    url: str  # without /v1
+    model: str  # as the server calls it
+    tokenizer: str  # folder or hub name, for the generator to count with
+    # objectives as `vllm bench serve --goodput` takes them, such as `ttft:500`, in milliseconds
     goodput: tuple[str, ...] = ()
-
-
-def _guidellm_program() -> str | None:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return shutil.which("guidellm", path=path)
 
 
 def command(point: Point, target: Target, folder: Path) -> list[str]:
@@ -53,7 +42,7 @@ def command(point: Point, target: Target, folder: Path) -> list[str]:
         ScenarioError: the point wants GuideLLM and there is none.
     """
     if point.part.engine == "guidellm":
-        if not _guidellm_program():
+        if not shutil.which(program("guidellm")):
             raise ScenarioError(f"part {point.part.name!r} wants GuideLLM: pip install guidellm, or engine: vllm")
         return _guidellm(point, target, folder)
     words = [program("vllm"), "bench", "serve", "--backend", "openai", "--base-url", target.url]
@@ -92,7 +81,7 @@ def _guidellm(point: Point, target: Target, folder: Path) -> list[str]:
         profile = f"kind=concurrent,streams={point.concurrency}"
     else:
         profile = f"kind=poisson,rate={point.rate:g}"
-    words = [_guidellm_program() or "guidellm", "run", "--profile", profile, "--disable-progress"]
+    words = [program("guidellm"), "run", "--profile", profile, "--disable-progress"]
     words += ["--backend", f"kind=openai_http,target={target.url},model={target.model}"]
     words += ["--tokenizer", f"kind=huggingface_auto,model={target.tokenizer}"]
     words += ["--data", f"kind=synthetic_text,prompt_tokens={point.prompt},output_tokens={workload.output}"]
@@ -101,13 +90,7 @@ def _guidellm(point: Point, target: Target, folder: Path) -> list[str]:
 
 
 def run(words: list[str], point: Point, folder: Path, tick: Callable[[], None]) -> dict[str, Any]:
-    """Run a generator to its end and return its numbers, lists left out.
-
-    Args:
-        words: its command line.
-        point: what is measured.
-        folder: where its result and its output go.
-        tick: called four times a second meanwhile.
+    """Run a generator to its end and return its numbers, lists left out; `tick` is called four times a second.
 
     Raises:
         GeneratorError: it failed.
@@ -125,24 +108,15 @@ def run(words: list[str], point: Point, folder: Path, tick: Callable[[], None]) 
             start_new_session=True,  # Ctrl-C is for us: we end it and write the report
         )
         try:
-            while True:
-                try:
-                    process.wait(0.25)
-                    break
-                except subprocess.TimeoutExpired:
-                    tick()
+            while process.poll() is None:
+                time.sleep(0.25)
+                tick()
         finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(TERM_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            end(process, TERM_SECONDS)
     result = folder / result_name(point)
     if process.returncode != 0 or not result.exists():
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-        raise GeneratorError(f"status {process.returncode}; the end of {log}:\n{end}")
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+        raise GeneratorError(f"status {process.returncode}; the end of {log}:\n{tail}")
     if point.part.engine == "guidellm":
         return guidellm_numbers(json.loads(result.read_text()))
     return {name: value for name, value in json.loads(result.read_text()).items() if name not in LISTS}

@@ -1,8 +1,9 @@
 """The pictures of one load test or of two, as SVG: percentiles, throughput against latency, a timeline, caches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 from serve.common.plots import data_uri, log_ticks, panels, tidy
@@ -20,24 +21,21 @@ Detail = dict[str, list[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Points that differ in one number.
+    """Points that differ in one number."""
 
-    Attributes:
-        axis: what that is.
-        x: reads it.
-        points: in its order.
-    """
-
-    axis: str
-    x: Callable[[Measured], float]
+    axis: str  # what they differ in, for the x-axis
+    name: str  # of the field that has the number
     points: list[Measured]
+
+    def x(self, point: Measured) -> float:
+        """The number of a point."""
+        return float(getattr(point, self.name))
 
 
 def pictures(record: Record, details: dict[str, Detail]) -> dict[str, str]:
     """All pictures for which there are numbers, as data URIs by title.
 
     Args:
-        record: the load test.
         details: by label of a mixed point, the lists that `vllm bench serve --save-detailed` wrote; times in seconds.
     """
     found = {title: _percentiles({"": sweep}) for title, sweep in sweeps(record).items()}
@@ -75,18 +73,12 @@ def sweeps(record: Record) -> dict[str, Sweep]:
         prompts = sorted({point.prompt for point in mine if point.prompt})
         first = [point for point in mine if point.prompt == prompts[0]] if prompts else []
         for name, axis in (("concurrency", "requests at once"), ("rate", "requests per second")):
-
-            def x(point: Measured, name: str = name) -> float:
-                return float(getattr(point, name))
-
-            swept = sorted((point for point in first if getattr(point, name)), key=x)
-            if len({x(point) for point in swept}) > 1:
-                found[f"{part}: latency against {axis}"] = Sweep(axis, x, swept)
+            swept = sorted((point for point in first if getattr(point, name)), key=attrgetter(name))
+            if len({getattr(point, name) for point in swept}) > 1:
+                found[f"{part}: latency against {axis}"] = Sweep(axis, name, swept)
         if len(prompts) > 1:
             same = [point for point in mine if (point.concurrency, point.rate) == (mine[0].concurrency, mine[0].rate)]
-            found[f"{part}: latency against context length"] = Sweep(
-                "tokens of prompt", lambda point: float(point.prompt), same
-            )
+            found[f"{part}: latency against context length"] = Sweep("tokens of prompt", "prompt", same)
     return found
 
 
@@ -172,13 +164,13 @@ def _timeline(detail: Detail) -> str:
 
 
 def hit_rate(
-    samples: Sequence[dict[str, float]], hits: str, queries: str, window: int = HIT_WINDOW
+    samples: Sequence[dict[str, float]], hits: str, queries: Sequence[str], window: int = HIT_WINDOW
 ) -> list[tuple[float, float]]:
     """Share of hits among the queries of the last `window` samples, where there were any, with its time in seconds."""
     found = []
     for index, sample in enumerate(samples):
         before = samples[max(0, index - window)]
-        asked = sample.get(queries, 0.0) - before.get(queries, 0.0)
+        asked = sum(sample.get(name, 0.0) - before.get(name, 0.0) for name in queries)
         if asked > 0:
             found.append((sample["t"], (sample.get(hits, 0.0) - before.get(hits, 0.0)) / asked))
     return found
@@ -190,14 +182,12 @@ def _over_time(record: Record) -> str:
     count = 4 if memory else 3
     figure, column = panels(count, 1, figsize=(WIDTH, 2.3 * count), sharex=True)
     caches, slots, requests, *resident = (axes for [axes] in column)
-    states = [
-        {**sample, "asked": sample.get("state_hit_tokens", 0.0) + sample.get("state_miss_tokens", 0.0)}
-        for sample in samples
-    ]
-    if line := hit_rate(samples, "prefix_hits", "prefix_queries"):
-        caches.plot(*zip(*line, strict=True), label="prefix cache\n(pages and states)", lw=3, alpha=0.4)
-    if line := hit_rate(states, "state_hit_tokens", "asked"):
-        caches.plot(*zip(*line, strict=True), label="state cache", ls="--")
+    for hits, queries, look in (
+        ("prefix_hits", ["prefix_queries"], {"label": "prefix cache\n(pages and states)", "lw": 3, "alpha": 0.4}),
+        ("state_hit_tokens", ["state_hit_tokens", "state_miss_tokens"], {"label": "state cache", "ls": "--"}),
+    ):
+        if line := hit_rate(samples, hits, queries):
+            caches.plot(*zip(*line, strict=True), **look)
     window = HIT_WINDOW * (times[-1] - times[0]) / (len(times) - 1)
     tidy(caches, f"share of prompt tokens found in the cache, last {window:.0f} s", "", "share").set_ylim(0, 1)
     kinds = [kind for kind in SLOTS if any(f"slots_{kind}" in sample for sample in samples)]

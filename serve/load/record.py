@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serve.common.machine import ROOT as FOLDER
 from serve.common.machine import nvidia_smi, processor
+from serve.common.paths import ROOT
 from serve.load.generator import Target
 from serve.load.scenario import Point, Scenario
 from serve.load.scrape import Sample
 
 FORMAT = 1
-ROOT = f"{FOLDER}/"
+PREFIX = f"{ROOT}/"
 PACKAGES = ("vllm", "kimi-vllm", "torch", "transformers", "guidellm")
 
 
@@ -25,35 +25,20 @@ class RecordError(Exception):
 
 @dataclass(slots=True)
 class Measured:
-    """A point and what came of it.
+    """A point and what came of it."""
 
-    Attributes:
-        label: part, and what is swept.
-        part: its name.
-        kind: of the workload.
-        prompt: tokens of a random prompt; 0 for others.
-        concurrency: users at once, if that was set.
-        rate: arrivals per second, if that was.
-        command: that generated the load.
-        started: seconds since the start of the load test.
-        ended: the same.
-        result: numbers of the generator; empty if it failed.
-        file: its own result, beside the record.
-        error: why there is no result.
-    """
-
-    label: str
+    label: str  # part, and what is swept
     part: str
-    kind: str
-    prompt: int
-    concurrency: int | None
-    rate: float | None
+    kind: str  # of the workload
+    prompt: int  # tokens of a random prompt; 0 for others
+    concurrency: int | None  # users at once, if that was set
+    rate: float | None  # arrivals per second, if that was set
     command: list[str]
-    started: float
+    started: float  # seconds since the start of the load test
     ended: float
-    result: dict[str, Any] = field(default_factory=dict)
-    file: str = ""
-    error: str = ""
+    result: dict[str, Any] = field(default_factory=dict)  # numbers of the generator; empty if it failed
+    file: str = ""  # its own result, beside the record
+    error: str = ""  # why there is no result
 
     def get(self, name: str) -> float | None:
         """A number of the result, None where there is none."""
@@ -63,35 +48,20 @@ class Measured:
 
 @dataclass(slots=True)
 class Record:
-    """A load test.
-
-    Attributes:
-        title: of the scenario.
-        about: what it is for.
-        scenario: the file's content.
-        started: date and time, UTC.
-        environment: versions and the machine.
-        model: what the server calls the model.
-        server_command: that started the server; empty if it ran already.
-        goodput: objectives, as given.
-        complete: whether all points were tried.
-        points: measured so far.
-        samples: of /metrics.
-        verdict: of a soak; empty for other load tests.
-    """
+    """A load test."""
 
     title: str
     about: str
-    scenario: dict[str, Any]
-    started: str
+    scenario: dict[str, Any]  # the file's content
+    started: str  # date and time, UTC
     environment: dict[str, str]
     model: str
-    server_command: list[str]
+    server_command: list[str]  # empty if it ran already
     goodput: list[str]
-    complete: bool = False
+    complete: bool = False  # whether all points were tried
     points: list[Measured] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    verdict: list[dict[str, Any]] = field(default_factory=list)
+    verdict: list[dict[str, Any]] = field(default_factory=list)  # of a soak; empty for other load tests
     format: int = FORMAT
 
     def limit(self, part: str) -> float:
@@ -108,12 +78,12 @@ class Record:
 
 def from_root(command: list[str]) -> list[str]:
     """A command as it is typed in the repository's folder with its environment active: without our machine's paths."""
-    return [word.removeprefix(ROOT).removeprefix(".venv/bin/") for word in command]
+    return [word.removeprefix(PREFIX).removeprefix(".venv/bin/") for word in command]
 
 
 def without_root(numbers: dict[str, Any]) -> dict[str, Any]:
     """A generator's result, whose texts name the model by its path, in the same way."""
-    return {name: value.removeprefix(ROOT) if isinstance(value, str) else value for name, value in numbers.items()}
+    return {name: value.removeprefix(PREFIX) if isinstance(value, str) else value for name, value in numbers.items()}
 
 
 def new(scenario: Scenario, target: Target, server_command: list[str]) -> Record:

@@ -16,18 +16,11 @@ from serve.load.record import Measured, Record
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A number of a point.
+    """A number of a point."""
 
-    Attributes:
-        group: heading above it; columns of one group stand together.
-        name: heading.
-        key: in the generator's result.
-        form: how it is written.
-    """
-
-    group: str
+    group: str  # heading above it; columns of one group stand together
     name: str
-    key: str
+    key: str  # in the generator's result
     form: str
 
 

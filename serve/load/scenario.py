@@ -24,91 +24,58 @@ class Strict(BaseModel):
 
 
 class RandomWorkload(Strict):
-    """Independent requests of random tokens.
-
-    Attributes:
-        prompt: tokens of a prompt; a list is swept.
-        output: tokens of an answer.
-        prefix: tokens in front that all prompts of a point share.
-        spread: lengths vary by this share, from 0 up to 1.
-    """
+    """Independent requests of random tokens."""
 
     kind: Literal["random"]
-    prompt: PositiveInt | list[PositiveInt]
-    output: PositiveInt
-    prefix: Annotated[int, Field(ge=0)] = 0
-    spread: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    prompt: PositiveInt | list[PositiveInt]  # tokens of a prompt; a list is swept
+    output: PositiveInt  # tokens of an answer
+    prefix: Annotated[int, Field(ge=0)] = 0  # tokens in front that all prompts of a point share
+    spread: Annotated[float, Field(ge=0, lt=1)] = 0.0  # lengths vary by this share, from 0 up to 1
 
 
 class ConversationWorkload(Strict):
-    """Users who talk in turns; all of them share a system prompt, and each turn repeats the conversation so far.
-
-    Attributes:
-        users: conversations at once.
-        turns: of each.
-        system: tokens of the shared system prompt.
-        turn: tokens that a turn adds to the prompt, the earlier answer included.
-        output: tokens of an answer.
-        seconds: between two turns of a user.
-    """
+    """Users who talk in turns; all of them share a system prompt, and each turn repeats the conversation so far."""
 
     kind: Literal["conversation"]
-    users: PositiveInt
-    turns: PositiveInt
-    system: PositiveInt
-    turn: PositiveInt
-    output: PositiveInt
-    seconds: PositiveFloat
+    users: PositiveInt  # conversations at once
+    turns: PositiveInt  # of each user
+    system: PositiveInt  # tokens of the shared system prompt
+    turn: PositiveInt  # tokens that a turn adds to the prompt, the earlier answer included
+    output: PositiveInt  # tokens of an answer
+    seconds: PositiveFloat  # between two turns of a user
 
 
 class MixedWorkload(Strict):
-    """Requests that decode all the time, and long prompts that arrive meanwhile.
-
-    Attributes:
-        decoders: requests that start together and decode.
-        decode_prompt: tokens of their prompts.
-        decode_output: tokens of their answers.
-        prompt: tokens of a long prompt.
-        output: tokens of its answer.
-        arrivals: number of long prompts.
-        every: seconds between two.
-    """
+    """Requests that decode all the time, and long prompts that arrive meanwhile."""
 
     kind: Literal["mixed"]
-    decoders: PositiveInt
-    decode_prompt: PositiveInt = 32
-    decode_output: PositiveInt
-    prompt: PositiveInt
-    output: PositiveInt = 1
-    arrivals: PositiveInt
-    every: PositiveFloat
+    decoders: PositiveInt  # requests that start together and decode
+    decode_prompt: PositiveInt = 32  # tokens of their prompts
+    decode_output: PositiveInt  # tokens of their answers
+    prompt: PositiveInt  # tokens of a long prompt
+    output: PositiveInt = 1  # tokens of its answer
+    arrivals: PositiveInt  # number of long prompts
+    every: PositiveFloat  # seconds between two
 
 
 Workload = Annotated[RandomWorkload | ConversationWorkload | MixedWorkload, Field(discriminator="kind")]
 
 
 class Part(Strict):
-    """One kind of traffic.
+    """One kind of traffic."""
 
-    Attributes:
-        name: heading in the report.
-        engine: who generates the load: `vllm bench serve`, or GuideLLM if it is installed.
-        workload: what is asked.
-        concurrency: users at once, each with `requests_per_user` requests one after another.
-        rate: arrivals per second, for `seconds`.
-        rate_of: an earlier part; `rate` then is a share of the most requests per second that it reached.
-        burstiness: 1 for Poisson arrivals, less for bursts, more for an even flow.
-    """
-
-    name: str
+    name: str  # heading in the report
+    # who generates the load: `vllm bench serve`, or GuideLLM if it is installed
     engine: Literal["vllm", "guidellm"] = "vllm"
     workload: Workload
+    # users at once, each with `requests_per_user` requests one after another
     concurrency: list[PositiveInt] | None = None
     requests_per_user: PositiveInt = 8
-    rate: list[PositiveFloat] | None = None
+    rate: list[PositiveFloat] | None = None  # arrivals per second, for `seconds`
+    # an earlier part; `rate` then is a share of the most requests per second that it reached
     rate_of: str | None = None
     seconds: PositiveFloat | None = None
-    burstiness: PositiveFloat = 1.0
+    burstiness: PositiveFloat = 1.0  # 1 for Poisson arrivals, less for bursts, more for an even flow
 
     @model_validator(mode="after")
     def _one_way_to_say_how_much(self) -> Self:
@@ -125,48 +92,29 @@ class Part(Strict):
 
 
 class Soak(Strict):
-    """What must hold in the end; see `load/soak.py`. The server's memory is watched, so it must be on this machine.
+    """What must hold in the end; see `verdict.py`. The server's memory is watched, so it must be on this machine."""
 
-    Attributes:
-        part: that is judged; those before it warm the server up.
-        memory_growth: share by which the resident memory of the server's processes may grow during that part.
-    """
-
-    part: str
+    part: str  # is judged; those before it warm the server up
+    # share by which the resident memory of the server's processes may grow during that part
     memory_growth: PositiveFloat = 0.02
 
 
 class ServerSection(Strict):
-    """The server to start when none is named on the command line.
+    """The server to start when none is named on the command line."""
 
-    Attributes:
-        model: checkpoint; a relative path counts from the repository.
-        options: for `vllm serve`; names of files in the repository count from there too.
-        environment: variables set for it.
-    """
-
-    model: str
-    options: list[str] = []
+    model: str  # checkpoint; a relative path counts from the repository
+    options: list[str] = []  # for `vllm serve`; names of files in the repository count from there too
     environment: dict[str, str] = {}
 
 
 class Scenario(Strict):
-    """A file.
-
-    Attributes:
-        title: of the report.
-        about: what to look at.
-        server: to start.
-        sample_seconds: between two samples of /metrics.
-        soak: makes the run a test that passes or fails.
-        parts: in order.
-    """
+    """A file."""
 
     title: str
-    about: str = ""
+    about: str = ""  # what to look at
     server: ServerSection | None = None
-    sample_seconds: PositiveFloat = 0.5
-    soak: Soak | None = None
+    sample_seconds: PositiveFloat = 0.5  # between two samples of /metrics
+    soak: Soak | None = None  # makes the run a test that passes or fails
     parts: Annotated[list[Part], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -181,23 +129,15 @@ class Scenario(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One run of the load generator.
+    """One run of the load generator."""
 
-    Attributes:
-        number: from 0; also the seed, so that no point finds the prompts of another in the cache.
-        part: what it belongs to.
-        prompt: tokens of a random prompt, 0 otherwise.
-        concurrency: users at once, if that is what is set.
-        rate: arrivals per second, if that is; None before `at` if it is a share of what another part reaches.
-        share: of that.
-    """
-
-    number: int
+    number: int  # from 0; also the seed, so that no point finds the prompts of another in the cache
     part: Part
-    prompt: int = 0
-    concurrency: int | None = None
+    prompt: int = 0  # tokens of a random prompt, 0 otherwise
+    concurrency: int | None = None  # users at once, if that is what is set
+    # arrivals per second, if that is; None before `at` if it is a share of what another part reaches
     rate: float | None = None
-    share: float | None = None
+    share: float | None = None  # of what `part.rate_of` reaches; None if `rate` is given
 
     def at(self, limit: float) -> Self:
         """Itself with a rate, where that is a share of a limit in requests per second."""

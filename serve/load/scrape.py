@@ -60,7 +60,6 @@ class Scraper:
         """Describe a scraper; entering it starts it.
 
         Args:
-            url: of the server, without /metrics.
             every_seconds: between two samples.
             pid: of the server, if its memory is to be sampled too, as `rss_bytes`.
         """
@@ -71,7 +70,6 @@ class Scraper:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Self:
-        """Start."""
         self._thread.start()
         return self
 

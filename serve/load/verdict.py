@@ -65,8 +65,6 @@ def judge(record: Record, judged: str, allowed: float, end: Sample) -> list[dict
     """Hold a load test against what a soak must keep.
 
     Args:
-        record: the load test.
-        judged: name of the part.
         allowed: growth of memory, as a share.
         end: what `drain` returned.
     """

@@ -19,10 +19,10 @@ from rich.progress import Progress
 
 from serve.common.engine import Engine, engine
 from serve.common.environment import ENGINE, prepare
+from serve.common.paths import RECALL
 from serve.common.rows import save
 from serve.demo.recall_task import Plan, Turn, held_out_prompt, make_conversation
 
-MODEL = Path(__file__).parents[2] / "configs" / "models" / "recall"
 SEQUENCES = 16
 SHORTAGE: dict[str, Any] = {
     "max_num_seqs": SEQUENCES,
@@ -46,17 +46,11 @@ CONVERSATIONS = 12
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request.
+    """One request."""
 
-    Attributes:
-        prompt: text with the question at its end.
-        answer: one digit.
-        max_tokens: more than a few makes the model go on after its answer, which is then the first character.
-    """
-
-    prompt: str
-    answer: str
-    max_tokens: int
+    prompt: str  # text with the question at its end
+    answer: str  # one digit
+    max_tokens: int  # more than a few makes the model go on after its answer, which is then the first character
 
     @property
     def long(self) -> bool:
@@ -119,7 +113,7 @@ def soak(requests: int, seed: int = 0, progress: Progress | None = None) -> dict
     progress = progress or Progress(disable=True)
     task = progress.add_task("asking", total=requests)
     started = time.perf_counter()
-    with engine(MODEL, **WITH_TEXT, **SHORTAGE) as running:
+    with engine(RECALL, **WITH_TEXT, **SHORTAGE) as running:
         vllm = running.llm.llm_engine
         while counts["requests"] < requests or asked:
             while counts["requests"] < requests and len(asked) < SEQUENCES + WAITING:
@@ -168,7 +162,7 @@ def _count(counts: Counter[str], question: Question, output: Any) -> None:
 def _model_mistakes(doubtful: list[tuple[Question, str]]) -> int:
     if not doubtful:
         return 0
-    with engine(MODEL, **WITH_TEXT, **PLENTY) as alone:
+    with engine(RECALL, **WITH_TEXT, **PLENTY) as alone:
         return sum(_answer(alone, question) == text for question, text in doubtful)
 
 

@@ -12,7 +12,8 @@ from vllm.v1.attention.backend import MultipleOf
 
 from kimi_vllm.planning import Demand, size
 from serve.bench.cache import concurrency
-from serve.bench.cache.concurrency import best_sizing, default_sizing, in_tree_scheduler, run_in_tree, run_ours
+from serve.bench.cache.concurrency import best_sizing, default_sizing, run_in_tree, run_ours
+from serve.bench.cache.replay import ALIGN_BLOCK, in_tree_scheduler
 
 LONGEST = 4096
 SLOT, PAGE, IN_TREE_PAGE = 43_909_120, 516_096, 7 * 1920 * 576 * 2
@@ -63,7 +64,8 @@ def test_the_default_division_is_the_plugins_and_the_best_has_a_slot_for_each_re
 @pytest.mark.parametrize("caching", [True, False])
 def test_in_tree_has_the_pages_that_vllm_logs_on_a_gpu(caching):
     with mock.patch.object(logging.Logger, "warning") as warned:
-        scheduler = in_tree_scheduler(37_127_946_240 + IN_TREE_PAGE - 1, 256, 131_072, caching)
+        config = concurrency._configure(131_072, caching, 256)
+        scheduler = in_tree_scheduler(config, 37_127_946_240 + IN_TREE_PAGE - 1)
     assert any("padding layers" in call.args[0] and call.args[1] == 1 for call in warned.call_args_list)
     caches = scheduler.kv_cache_config
     assert caches.num_blocks == 2398
@@ -88,5 +90,5 @@ def test_vllm_chooses_blocks_of_1920_tokens():
         mock.patch.object(Platform, "_find_non_ssm_backends", return_value=[backend]),
     ):
         Platform._align_hybrid_block_size(config, backend)
-    assert config.cache_config.block_size == concurrency.ALIGN_BLOCK == 1920
+    assert config.cache_config.block_size == ALIGN_BLOCK == 1920
     assert 7 * config.cache_config.mamba_page_size_padded == IN_TREE_PAGE

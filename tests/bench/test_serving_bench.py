@@ -89,7 +89,7 @@ def test_latency_of_a_token_counts_from_the_same_requests_last():
 
 
 def test_plan_travels_as_json():
-    assert Plan.from_json(LARGE.to_json()) == LARGE
+    assert Plan.model_validate_json(LARGE.model_dump_json()) == LARGE
     assert LARGE.model_len == 1048576
 
 

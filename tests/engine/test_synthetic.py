@@ -29,7 +29,7 @@ COLLAPSED = {
 
 @pytest.fixture(scope="module")
 def running():
-    with asking.serving(evaluate.MODELS / "palindrome", max(COUNTS)) as started:
+    with asking.serving(evaluate.SYNTHETIC / "palindrome", max(COUNTS)) as started:
         yield started
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from support.load import CHAT, TARGET, make_record, result, scenario
 from typer.testing import CliRunner
 
+from serve.common.server import program
 from serve.load import __main__ as load_test
 from serve.load import compare, plots, record, report, scrape, traffic
 from serve.load.generator import GeneratorError, Target, command, guidellm_numbers, run
@@ -146,7 +147,7 @@ other 9.0
 
 def test_hit_rate_is_of_the_window_and_not_of_all_time():
     samples = [{"t": t, "hits": max(0, t - 4) * 10.0, "asked": t * 10.0} for t in range(9)]
-    rates = dict(plots.hit_rate(samples, "hits", "asked", window=2))
+    rates = dict(plots.hit_rate(samples, "hits", ["asked"], window=2))
     assert 0 not in rates  # nothing was asked yet
     assert rates[3] == 0
     assert rates[5] == 0.5
@@ -305,12 +306,12 @@ def test_guidellms_numbers_take_the_names_of_vllms():
 
 def test_guidellm_is_asked_for_only_where_it_is_installed(tmp_path, monkeypatch):
     [point, _] = points(read(scenario(tmp_path, CHAT.replace("name: chat", "name: chat, engine: guidellm"))))
-    monkeypatch.setattr("serve.load.generator._guidellm_program", lambda: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ScenarioError, match="'chat' wants GuideLLM: pip install guidellm"):
         command(point, TARGET, tmp_path)
-    monkeypatch.setattr("serve.load.generator._guidellm_program", lambda: "/bin/guidellm")
+    monkeypatch.setattr("shutil.which", lambda name: name)
     words = command(point, TARGET, tmp_path)
-    assert words[:2] == ["/bin/guidellm", "run"]
+    assert words[:2] == [program("guidellm"), "run"]
     assert option(words, "--profile") == "kind=concurrent,streams=2"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from serve.common import engine as common
-from serve.common.engine import RECALL as RECALL
+from serve.common.paths import RECALL as RECALL
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """``python -m serve.bench.cache reuse``, ``concurrency`` or ``scheduler``: what the state cache spares, and costs."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from serve.common.environment import ENGINE, prepare
 from serve.common.machine import facts
+from serve.common.options import refuse_unknown
 from serve.common.rows import take
 
 PACKAGES = ("torch", "numba", "kimi-vllm")
@@ -25,9 +27,7 @@ def reuse(
     traces: Annotated[list[str], typer.Option(help="chat, agent, rag; repeat for several.")] = ["chat", "agent", "rag"],  # noqa: B006
     policies: Annotated[
         list[str],
-        typer.Option(
-            help="value and lru are ours; align is vLLM's own, with --prefix-match-unit align-64 and align-128."
-        ),
+        typer.Option(help="value and lru are ours; align is vLLM's own, -64 and -128 its --prefix-match-unit."),
     ] = ["value", "lru", "align", "align-64", "align-128"],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Draws the traces.")] = 0,
     engine: Annotated[
@@ -43,16 +43,11 @@ def reuse(
     from serve.bench.cache import reuse as bench
     from serve.bench.cache.traces import TRACES
 
-    for option, asked, known in (("--traces", traces, tuple(TRACES)), ("--policies", policies, bench.POLICIES)):
-        if unknown := sorted(set(asked) - set(known)):
-            raise typer.BadParameter(f"{option} is {unknown[0]}; it must be one of {', '.join(known)}")
-    env = facts(*PACKAGES)
+    refuse_unknown("--traces", traces, TRACES)
+    refuse_unknown("--policies", policies, bench.POLICIES)
     if engine:
-        from serve.bench.cache import first_token as real
-
-        real.report(take("engine", real.rows(traces, policies, seed), env, json), env)
-    else:
-        bench.report(take("cache", bench.rows(traces, policies, seed), env, json), env)
+        from serve.bench.cache import first_token as bench  # type: ignore[no-redef]
+    _measure(bench, "engine" if engine else "cache", bench.rows(traces, policies, seed), json)
 
 
 @app.command()
@@ -77,9 +72,8 @@ def concurrency(
     """
     from serve.bench.cache import concurrency as bench
 
-    env = facts(*PACKAGES)
     ours, in_tree = (int((cache_gib if own is None else own) * 2**30) for own in (ours_gib, in_tree_gib))
-    bench.report(take("concurrency", bench.rows(prompts, ours, in_tree), env, json), env)
+    _measure(bench, "concurrency", bench.rows(prompts, ours, in_tree), json)
 
 
 @app.command()
@@ -88,9 +82,13 @@ def scheduler(json: Json = None) -> None:
     from serve.bench.cache import overhead as bench
     from serve.bench.cache.age import age_rows
 
+    _measure(bench, "scheduler", [*bench.scheduler_rows(), *bench.metadata_rows(), *age_rows()], json)
+
+
+def _measure(bench: Any, name: str, rows: Iterable[Any], json: Path | None) -> None:
+    """Write the rows as they come, and print the benchmark's table of them."""
     env = facts(*PACKAGES)
-    rows = [*bench.scheduler_rows(), *bench.metadata_rows(), *age_rows()]
-    bench.report(take("scheduler", rows, env, json), env)
+    bench.report(take(name, rows, env, json), env)
 
 
 if __name__ == "__main__":

@@ -18,28 +18,23 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.request import RequestStatus
 
 from kimi_vllm.cache.scheduler import KimiScheduler
-from kimi_vllm.geometry import KimiGeometry, geometry_of
+from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.planning import Costs, Demand, Sizing, best_concurrency, size
-from serve.bench.cache.replay import ALIGN_BLOCK, attention_spec, build, make_request, our_specs, step
+from serve.bench.cache.replay import build, engine_config, in_tree_scheduler, make_request, our_specs, step
 from serve.bench.cache.traces import BLOCK, VOCABULARY
 from serve.bench.engine.plan import IN_TREE, OURS
+from serve.common.paths import LARGE
 from serve.common.rows import Row
 from serve.common.tables import ResultTable
 
-MODEL = Path(__file__).parents[3] / "configs" / "models" / "48b-a3b"
 MAX_NUM_SEQS = (256, 1024)
 """The second is vLLM's default for GPUs of this size."""
 STEP_TOKENS = 8192
@@ -52,22 +47,17 @@ _QUEUE = 16
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """One variant with prompts of one length. `running` is the result; `preemptions` were seen before it.
-
-    Attributes:
-        division: "default", "best", or "shared" for vLLM's own, which has but one pool.
-        cache_bytes: for states and pages together.
-        slots, pages: slots without the null slot, 0 for vLLM's own; pages with the null page.
-    """
+    """One variant with prompts of one length. `running` is the result; `preemptions` were seen before it."""
 
     variant: str
-    division: str
+    division: str  # "default", "best", or "shared" for vLLM's own, which has but one pool
     prefix_caching: bool
     max_num_seqs: int
     prompt: int
-    cache_bytes: int
+    cache_bytes: int  # for states and pages together
     running: int
     preemptions: int
+    # slots, pages: slots without the null slot, 0 for vLLM's own; pages with the null page
     slots: int
     pages: int
     page_tokens: int
@@ -107,7 +97,7 @@ def best_sizing(num_bytes: int, prompt: int, longest: int, caching: bool, growth
 @cache
 def costs() -> Costs:
     """What a state and a page of the 48B model weigh on one GPU, in bfloat16."""
-    geometry = KimiGeometry.from_config(json.loads((MODEL / "config.json").read_text()))
+    geometry = KimiGeometry.from_config(json.loads((LARGE / "config.json").read_text()))
     return Costs.of(geometry, torch.bfloat16.itemsize, BLOCK, gpu_dtype=torch.bfloat16)
 
 
@@ -125,37 +115,8 @@ def run_ours(sizing: Sizing, prompt: int, num_bytes: int, division: str) -> Admi
 
 def run_in_tree(num_bytes: int, max_num_seqs: int, prompt: int, longest: int, caching: bool) -> Admission:
     """Count with vLLM's scheduler and states in pages."""
-    scheduler = in_tree_scheduler(num_bytes, max_num_seqs, longest, caching)
+    scheduler = in_tree_scheduler(_configure(longest, caching, max_num_seqs), num_bytes)
     return _run(scheduler, IN_TREE, "shared", max_num_seqs, prompt, num_bytes, 0)
-
-
-def in_tree_scheduler(num_bytes: int, max_num_seqs: int, longest: int, caching: bool) -> Any:
-    """VLLM's scheduler with the caches that its own model has on a GPU, in so many bytes."""
-    config = _configure(longest, caching, max_num_seqs)
-    config.scheduler_config.scheduler_cls = None
-    caches, model = config.cache_config, config.model_config
-    caches.block_size = ALIGN_BLOCK
-    # As vLLM's MambaModelConfig has it: without prefix caching one "block" is as long as any sequence.
-    caches.mamba_cache_mode = "align" if caching else "none"
-    caches.mamba_block_size = ALIGN_BLOCK if caching else model.max_model_len
-    return build(Scheduler, config, in_tree_specs(config), available=num_bytes)
-
-
-def in_tree_specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
-    """What the workers of vLLM's own model tell the engine about their caches."""
-    caches, model = config.cache_config, config.model_config
-    geometry = geometry_of(model)
-    attention = attention_spec(config, ALIGN_BLOCK)
-    state = MambaSpec(
-        block_size=caches.mamba_block_size,
-        shapes=MambaStateShapeCalculator.kda_state_shape(
-            1, geometry.linear_num_heads, geometry.linear_head_dim, conv_kernel_size=geometry.conv_width
-        ),
-        dtypes=MambaStateDtypeCalculator.kda_state_dtype(model.dtype, "auto", "auto"),
-        page_size_padded=attention.page_size_bytes,
-        mamba_cache_mode=caches.mamba_cache_mode,
-    )
-    return {f"model.layers.{index}.self_attn": state if kda else attention for index, kda in enumerate(geometry.kda)}
 
 
 def _configure(longest: int, caching: bool, max_num_seqs: int) -> VllmConfig:
@@ -166,22 +127,16 @@ def _configure(longest: int, caching: bool, max_num_seqs: int) -> VllmConfig:
 
 @cache
 def _config(caching: bool, longest: int) -> VllmConfig:
-    config = EngineArgs(
-        model=str(MODEL),
-        skip_tokenizer_init=True,
-        enforce_eager=True,
+    return engine_config(
+        LARGE,
         enable_prefix_caching=caching,
-        async_scheduling=False,
         max_model_len=longest + _ROOM_TO_DECODE,
         max_num_seqs=2,
         max_num_batched_tokens=STEP_TOKENS,
         # For the plugin, which would divide this machine's memory; replaced by what is asked for.
         num_gpu_blocks_override=(longest + _ROOM_TO_DECODE) // BLOCK + 2,
         additional_config={"kimi": {"state_slots": 2}},
-    ).create_engine_config()
-    config.cache_config.num_gpu_blocks_override = None
-    config.cache_config.kv_cache_memory_bytes = None
-    return config
+    )
 
 
 def _run(

@@ -15,10 +15,10 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.planning import Costs
-from serve.bench.cache.replay import CHECKPOINT
 from serve.bench.cache.reuse import ALIGNED, FITS, THIRD, Workload
 from serve.bench.cache.traces import BLOCK, Turn, prompt_of
 from serve.common.engine import engine
+from serve.common.paths import RECALL
 from serve.common.rows import Row
 from serve.common.tables import ResultTable
 
@@ -68,7 +68,7 @@ def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[F
 
 
 def _serve(workload: Workload, slots: int, eviction: str | None) -> tuple[list[int], list[float]]:
-    geometry = KimiGeometry.from_config(json.loads((CHECKPOINT / "config.json").read_text()))
+    geometry = KimiGeometry.from_config(json.loads((RECALL / "config.json").read_text()))
     costs = Costs.of(geometry, itemsize=4, block_size=BLOCK)
     options: dict[str, Any] = {
         "max_model_len": 8192,
@@ -78,7 +78,7 @@ def _serve(workload: Workload, slots: int, eviction: str | None) -> tuple[list[i
         "enable_prefix_caching": eviction is not None,
         "additional_config": {"kimi": {"state_slots": slots, "eviction": eviction or "value"}},
     }
-    with engine(CHECKPOINT, **options) as running:
+    with engine(RECALL, **options) as running:
         _ask(running.llm, Turn(None, [5] * 512, [0] * 2), [5] * 512, "warm-up")
         running.llm.reset_prefix_cache()
         return _play(running.llm, workload.turns)

@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
@@ -38,8 +39,8 @@ from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 from kimi_vllm.cache.scheduler import KimiScheduler
 from kimi_vllm.geometry import geometry_of
 from serve.bench.cache.traces import BLOCK, Tokens, Turn, prompt_of
+from serve.common.paths import RECALL
 
-CHECKPOINT = Path(__file__).parents[3] / "configs" / "models" / "recall"
 ALIGN_BLOCK = 1920
 """Tokens of vLLM's attention block for the 48B model: as many as make a page as large as a layer's float32 state."""
 LONGEST = 8192
@@ -49,21 +50,13 @@ _ROOM = 2**40
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a scheduler may hand out.
+    """What a scheduler may hand out."""
 
-    Attributes:
-        concurrency: requests at a time.
-        pages: of our attention block, or of vLLM's where states live in them too.
-        slots: of states, beside the null slot; vLLM's own has none.
-        step_tokens: tokens per step.
-        longest: tokens of the longest sequence.
-    """
-
-    concurrency: int
-    pages: int
-    slots: int
-    step_tokens: int = 8192
-    longest: int = LONGEST
+    concurrency: int  # requests at a time
+    pages: int  # of our attention block, or of vLLM's where states live in them too
+    slots: int  # of states, beside the null slot; vLLM's own has none
+    step_tokens: int = 8192  # tokens per step
+    longest: int = LONGEST  # tokens of the longest sequence
 
 
 def our_scheduler(memory: Memory, eviction: str = "value") -> Any:
@@ -77,8 +70,8 @@ def our_specs(config: VllmConfig, slots: int, eviction: str = "value", **more: i
     geometry = geometry_of(config.model_config)
     layout = SlotLayout.of(geometry, sum(geometry.kda))
     specs: dict[str, KVCacheSpec] = {}
-    for layer in _mla_layers(config):
-        attention = attention_spec(config, BLOCK)
+    attention = attention_spec(config, BLOCK)
+    for layer in (layer for layer, kda in enumerate(geometry.kda) if not kda):
         specs[f"model.layers.{layer}.self_attn.attn"] = attention
         specs[f"model.layers.{layer}.kda_state"] = KDAStateSpec.beside(
             attention, num_slots=1 + slots, slot_bytes=layout.slot_bytes, eviction=eviction, **more
@@ -95,51 +88,57 @@ def align_scheduler(memory: Memory, match_unit: int | None = None) -> Any:
             the state at the last such place in a prompt is kept too.
     """
     config = configuration(memory, "lru")
-    config.scheduler_config.scheduler_cls = None
-    config.cache_config.block_size = config.cache_config.mamba_block_size = ALIGN_BLOCK
-    config.cache_config.mamba_cache_mode = "align"
     config.cache_config.prefix_match_unit = match_unit
-    geometry = geometry_of(config.model_config)
-    layout = SlotLayout.of(geometry, 1)
-    attention = attention_spec(config, ALIGN_BLOCK)
+    return in_tree_scheduler(config)
+
+
+def in_tree_scheduler(config: VllmConfig, available: int = _ROOM) -> Any:
+    """VLLM's scheduler with the caches that its own model has on a GPU, in so many bytes."""
+    config.scheduler_config.scheduler_cls = None
+    caches, model = config.cache_config, config.model_config
+    geometry, attention = geometry_of(model), attention_spec(config, ALIGN_BLOCK)
+    # As vLLM's MambaModelConfig has it: without prefix caching one "block" is as long as any sequence.
+    caching = caches.enable_prefix_caching
+    caches.block_size = ALIGN_BLOCK
+    caches.mamba_cache_mode = "align" if caching else "none"
+    caches.mamba_block_size = ALIGN_BLOCK if caching else model.max_model_len
     state = MambaSpec(
-        block_size=ALIGN_BLOCK,
-        shapes=(layout.state_shape[1:], layout.conv_shape[1:]),
-        dtypes=(layout.state_dtype, layout.conv_dtype),
+        block_size=caches.mamba_block_size,
+        shapes=MambaStateShapeCalculator.kda_state_shape(
+            1, geometry.linear_num_heads, geometry.linear_head_dim, conv_kernel_size=geometry.conv_width
+        ),
+        dtypes=MambaStateDtypeCalculator.kda_state_dtype(model.dtype, "auto", "auto"),
         page_size_padded=attention.page_size_bytes,
-        mamba_cache_mode="align",
+        mamba_cache_mode=caches.mamba_cache_mode,
     )
-    specs: dict[str, KVCacheSpec] = {
-        f"model.layers.{layer}.self_attn": state if is_kda else attention for layer, is_kda in enumerate(geometry.kda)
-    }
-    return build(Scheduler, config, specs)
+    specs = {f"model.layers.{layer}.self_attn": state if kda else attention for layer, kda in enumerate(geometry.kda)}
+    return build(Scheduler, config, specs, available=available)
 
 
 def configuration(memory: Memory, eviction: str, **engine: Any) -> VllmConfig:
-    """What the engine would have; `engine`, other options of vLLM."""
+    """What the engine would have on the tiny checkpoint; `engine`, other options of vLLM."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    config = EngineArgs(
-        model=str(CHECKPOINT),
-        skip_tokenizer_init=True,
-        enforce_eager=True,
+    config = engine_config(
+        RECALL,
         enable_prefix_caching=True,
-        async_scheduling=False,
         hf_overrides={"model_max_length": memory.longest},
         max_model_len=memory.longest,
         max_num_seqs=memory.concurrency,
         max_num_batched_tokens=memory.step_tokens,
         additional_config={"kimi": {"state_slots": max(memory.slots, memory.concurrency + 1), "eviction": eviction}},
         **engine,
-    ).create_engine_config()
-    # What the hook has sized from this machine's memory gives way to what was asked for.
+    )
     config.scheduler_config.max_num_seqs = memory.concurrency
-    config.cache_config.kv_cache_memory_bytes = None
     config.cache_config.num_gpu_blocks_override = memory.pages
     return config
 
 
-def _mla_layers(config: VllmConfig) -> list[int]:
-    return [layer for layer, is_kda in enumerate(geometry_of(config.model_config).kda) if not is_kda]
+def engine_config(model: Path, **options: Any) -> VllmConfig:
+    """What the engine makes of vLLM's options, without the pages that the hook has sized from this machine's memory."""
+    options = {"skip_tokenizer_init": True, "enforce_eager": True, "async_scheduling": False} | options
+    config = EngineArgs(model=str(model), **options).create_engine_config()
+    config.cache_config.kv_cache_memory_bytes = config.cache_config.num_gpu_blocks_override = None
+    return config
 
 
 def attention_spec(config: VllmConfig, block_size: int) -> MLAAttentionSpec:
@@ -219,23 +218,14 @@ def step(scheduler: Any, answers: dict[str, Tokens]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a replay counted.
+    """What a replay counted."""
 
-    Attributes:
-        hits: per turn, tokens that did not have to be computed.
-        prompts: per turn, length of the prompt.
-        computed: tokens of all steps together; with preemptions some are computed twice.
-        preemptions: requests thrown out for want of memory.
-        most_slots: most slots in use at a time, by requests or as checkpoints; 0 where there are none.
-        live_slots: slots that requests still hold at the end: none, or one is lost.
-    """
-
-    hits: list[int]
-    prompts: list[int]
-    computed: int
+    hits: list[int]  # per turn, tokens that did not have to be computed
+    prompts: list[int]  # per turn, length of the prompt
+    computed: int  # tokens of all steps together; with preemptions some are computed twice
     preemptions: int
-    most_slots: int
-    live_slots: int
+    most_slots: int  # most slots in use at a time, by requests or as checkpoints; 0 where there are none
+    live_slots: int  # slots that requests still hold at the end: none, or one is lost
 
 
 def replay(scheduler: Any, turns: Sequence[Turn]) -> Outcome:

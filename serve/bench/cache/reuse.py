@@ -25,15 +25,7 @@ CONCURRENCY = 8
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """One policy on one trace with one amount of memory; tokens summed over all turns.
-
-    Attributes:
-        reusable: see `traces.reusable_tokens`.
-        hit: tokens of prompts that were not computed.
-        computed: all that was computed, answers included.
-        share: how much of what can be reused was.
-        slots, pages: memory; for "align" slots is 0 and pages are of 1920 tokens.
-    """
+    """One policy on one trace with one amount of memory; tokens summed over all turns."""
 
     trace: str
     seed: int
@@ -41,14 +33,15 @@ class Reuse:
     policy: str
     turns: int
     prompt: int
-    reusable: int
-    hit: int
-    computed: int
+    reusable: int  # see `traces.reusable_tokens`
+    hit: int  # tokens of prompts that were not computed
+    computed: int  # all that was computed, answers included
     preemptions: int
+    # slots, pages: memory; for "align" slots is 0 and pages are of 1920 tokens
     slots: int
     pages: int
     working_set: int
-    share: float
+    share: float  # how much of what can be reused was
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,17 +19,11 @@ Tokens = list[int]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request.
+    """One request."""
 
-    Attributes:
-        follows: index of the turn whose prompt and answer this prompt begins with, or None.
-        tokens: the rest of the prompt.
-        answer: what the model is made to say in a replay; a real engine says something else of this length.
-    """
-
-    follows: int | None
-    tokens: Tokens
-    answer: Tokens
+    follows: int | None  # index of the turn whose prompt and answer this prompt begins with, or None
+    tokens: Tokens  # the rest of the prompt
+    answer: Tokens  # what the model is made to say in a replay; a real engine says something else of this length
 
 
 def prompt_of(turns: Sequence[Turn], index: int, answers: Sequence[Tokens]) -> Tokens:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from dataclasses import fields, replace
 from json import loads as read_json
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,10 +24,9 @@ from serve.bench.engine.rows import Rows, read
 from serve.bench.engine.tables import tables
 from serve.bench.engine.variant import run_variant
 from serve.common.environment import ENGINE
+from serve.common.options import refuse_unknown
+from serve.common.paths import RECALL, RESULTS, ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
-RESULTS = ROOT / "serve" / "bench" / "results"
-RECALL = ROOT / "configs" / "models" / "recall"
 SETTINGS = ENGINE | {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # with several GPUs, functions of this benchmark are sent to the workers
@@ -77,10 +75,9 @@ READ = {"contexts": _numbers, "prompts": _numbers, "prefills": _numbers, "loads"
 def run(
     context: typer.Context,
     model: Annotated[Path, typer.Option(help="Folder with a config.json.", exists=True, file_okay=False)] = RECALL,
-    variant: Annotated[list[str], typer.Option(help="ours, in-tree; repeat for both.")] = ["ours", "in-tree"],  # noqa: B006
+    variant: Annotated[list[str], typer.Option(help="ours, in-tree; repeat for both.")] = [*PROVIDERS],  # noqa: B006
     measure: Annotated[
-        list[str],
-        typer.Option(help="Some of ready, tpot, concurrency, mixed, prefill, throughput; repeat for several."),
+        list[str], typer.Option(help="Some of ready, tpot, concurrency, mixed, prefill, throughput; repeat.")
     ] = [*MEASUREMENTS],  # noqa: B006
     json: Annotated[Path, typer.Option(help="Append one JSON line per point to this file.")] = RESULTS / "engine.jsonl",
     load_format: Annotated[str, typer.Option(help="dummy: no weights are read, random ones are drawn; or auto.")] = (
@@ -120,23 +117,22 @@ def run(
 
     Exit status: 0 if all went well, 1 if a point or a variant failed. What was measured is in the file either way.
     """
-    for option, asked, known in (("--variant", variant, PROVIDERS), ("--measure", measure, MEASUREMENTS)):
-        if unknown := sorted(set(asked) - set(known)):
-            raise typer.BadParameter(f"{option} is {unknown[0]}; it must be one of {', '.join(known)}")
+    refuse_unknown("--variant", variant, PROVIDERS)
+    refuse_unknown("--measure", measure, MEASUREMENTS)
     plan = Plan.for_model(model.resolve())
-    same = {field.name for field in fields(Plan)} - {"model", "engine", "state_slots"}
+    same = Plan.model_fields.keys() - {"model", "engine", "state_slots"}
     given = {name: value for name, value in context.params.items() if name in same and value is not None}
     chosen: dict[str, Any] = {name: READ.get(name, lambda value: value)(value) for name, value in given.items()}
     chosen |= {"measurements": tuple(measure), "engine": plan.engine | read_json(engine)}
     chosen |= {} if minutes is None else {"variant_s": minutes * 60}
-    plan = replace(plan, **chosen)
+    plan = plan.model_copy(update=chosen)
     first = len(read(json)) if json.exists() else 0
     good = True
     for name in variant:
         provider, environment = PROVIDERS[name]
         good &= _start(plan, provider, environment, json, verbose)
         if name == "ours" and state_slots:
-            more = replace(plan, state_slots=state_slots, measurements=("concurrency",))
+            more = plan.model_copy(update={"state_slots": state_slots, "measurements": ("concurrency",)})
             good &= _start(more, f"{OURS}, {state_slots} slots", environment, json, verbose)
     for table in tables(read(json)[first:]) if json.exists() else ():
         table.show()
@@ -150,7 +146,7 @@ def child(plan: str, provider: str, json: Path) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled there, but looking costs seconds
-    raise typer.Exit(0 if run_variant(Plan.from_json(plan), provider, json) else 1)
+    raise typer.Exit(0 if run_variant(Plan.model_validate_json(plan), provider, json) else 1)
 
 
 @app.command()
@@ -173,7 +169,15 @@ def plot(
 
 def _start(plan: Plan, provider: str, environment: dict[str, str], path: Path, verbose: bool) -> bool:
     console.print(f"{provider}: {Path(plan.model).name}, at most {plan.variant_s / 60:.1f} minutes")
-    command = [sys.executable, "-m", "serve.bench.engine", "child", plan.to_json(), provider, str(path.resolve())]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.bench.engine",
+        "child",
+        plan.model_dump_json(),
+        provider,
+        str(path.resolve()),
+    ]
     with tempfile.TemporaryFile("w+") as log:
         try:
             code: int | str = subprocess.run(

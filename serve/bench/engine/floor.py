@@ -56,7 +56,6 @@ def step_bytes(
     """Bytes that one worker moves in a decode step; see the module's formula.
 
     Args:
-        geometry: the model.
         batch: sequences that decode.
         context: tokens behind each.
         itemsize: bytes per element of weights and latents.

@@ -1,9 +1,10 @@
 """What is measured and with which engine: one object, made on the command line, read in the engine's process."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
+
+from pydantic import BaseModel
 
 from kimi_vllm.geometry import KimiGeometry
 
@@ -11,69 +12,50 @@ OURS, IN_TREE = "kimi-vllm", "in-tree"
 MEASUREMENTS = ("ready", "tpot", "concurrency", "mixed", "prefill", "throughput")
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """All choices of a run. Lengths are in tokens.
+class Plan(BaseModel, frozen=True, extra="forbid"):
+    """All choices of a run. Lengths are in tokens."""
 
-    Attributes:
-        model: folder with a config.json.
-        measurements: some of `MEASUREMENTS`.
-        max_model_len: 0 to choose from the lengths below.
-        batched_tokens: most tokens of one step (--max-num-batched-tokens).
-        max_num_seqs: most requests that run at once; our plugin may lower it to what fits.
-        engine: further options of vLLM's `LLM`.
-        state_slots: our state slots; 0 leaves them to the plugin.
-        contexts: behind the token that is decoded.
-        batch_cap: most requests of the larger batch.
-        steps, warmup, profiled: decode steps timed, before them, and after them under the profiler.
-        budget_s: most seconds that one point may take.
-        variant_s: seconds after which a variant starts no further point.
-        prompts: for which to count the requests that run at once.
-        decoders, decoder_context: requests that decode while prompts of `arrival` tokens arrive.
-        arrivals, every_s: how many prompts, and the seconds between two.
-        prefills: prompts whose time to the first token is measured.
-        loads: requests that come at once, tokens of each prompt, and tokens of each answer.
-        repeats: how often each of `loads` is timed, after once that is not.
-        ready_prompts: prompts of mixed lengths that are the engine's first.
-        bandwidth_tbps: peak of the device's memory, in 10^12 bytes per second, for the floor; 0 if it is known for
-            the device by name, else there is no floor.
-    """
-
-    model: str
+    model: str  # folder with a config.json
     measurements: tuple[str, ...] = MEASUREMENTS
     load_format: str = "dummy"
-    max_model_len: int = 0
-    batched_tokens: int = 8192
-    max_num_seqs: int = 256
-    engine: dict[str, Any] = field(default_factory=dict)
-    state_slots: int = 0
-    contexts: tuple[int, ...] = (4096, 32768, 131072, 262144, 524288, 1048576)
-    batch_cap: int = 256
+    max_model_len: int = 0  # 0 to choose from the lengths below
+    batched_tokens: int = 8192  # most tokens of one step (--max-num-batched-tokens)
+    max_num_seqs: int = 256  # most requests that run at once; our plugin may lower it to what fits
+    engine: dict[str, Any] = {}  # further options of vLLM's `LLM`
+    state_slots: int = 0  # our state slots; 0 leaves them to the plugin
+    contexts: tuple[int, ...] = (4096, 32768, 131072, 262144, 524288, 1048576)  # behind the token that is decoded
+    batch_cap: int = 256  # most requests of the larger batch
+    # steps, warmup, profiled: decode steps timed, before them, and after them under the profiler
     steps: int = 50
     warmup: int = 10
     profiled: int = 5
-    budget_s: float = 20
-    variant_s: float = 270
-    prompts: tuple[int, ...] = (1024, 4096, 32768, 131072)
+    budget_s: float = 20  # most seconds that one point may take
+    variant_s: float = 270  # seconds after which a variant starts no further point
+    prompts: tuple[int, ...] = (1024, 4096, 32768, 131072)  # for which to count the requests that run at once
+    # decoders, decoder_context: requests that decode while prompts of `arrival` tokens arrive
     decoders: int = 64
     decoder_context: int = 4096
     arrival: int = 8192
+    # arrivals, every_s: how many prompts, and the seconds between two
     arrivals: int = 6
     every_s: float = 0.75
-    prefills: tuple[int, ...] = (4096, 8192, 32768, 131072)
+    prefills: tuple[int, ...] = (4096, 8192, 32768, 131072)  # prompts whose time to the first token is measured
+    # requests that come at once, tokens of each prompt, and tokens of each answer
     loads: tuple[tuple[int, int, int], ...] = ((64, 4096, 128), (256, 1024, 128), (24, 32768, 64))
-    repeats: int = 3
-    ready_prompts: int = 200
+    repeats: int = 3  # how often each of `loads` is timed, after once that is not
+    ready_prompts: int = 200  # prompts of mixed lengths that are the engine's first
+    # peak of the device's memory, in 10^12 bytes per second, for the floor; 0 if it is known for the device by name,
+    # else there is no floor
     bandwidth_tbps: float = 0
 
     @classmethod
     def for_model(cls, model: Path) -> Self:
         """The defaults for a model of this size: those above, or small ones for a toy that must do on a CPU."""
-        plan = cls(str(model))
+        plan = cls(model=str(model))
         if plan.geometry().hidden_size >= 1024:
             return plan
-        return replace(
-            plan,
+        return cls(
+            model=plan.model,
             batched_tokens=1024,
             max_num_seqs=16,
             engine={"num_gpu_blocks_override": 300},  # so that long prompts do not all fit
@@ -110,19 +92,6 @@ class Plan:
         """The model's."""
         return KimiGeometry.from_config(self._config())
 
-    def to_json(self) -> str:
-        """As one line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> Self:
-        """The inverse of `to_json`."""
-        return cls(**{name: _tuples(value) for name, value in json.loads(line).items()})
-
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((Path(self.model) / "config.json").read_text())
         return config
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -41,11 +41,9 @@ def categorise(name: str) -> str:
 
 
 def summarise(kernels: Iterable[Kernel], steps: int, wall_ms: float) -> dict[str, Any]:
-    """GPU time per step by category.
+    """GPU time per step by category, from the kernels of all profiled steps.
 
     Args:
-        kernels: those of all profiled steps.
-        steps: how many steps these were.
         wall_ms: a step's time without the profiler.
 
     Returns:

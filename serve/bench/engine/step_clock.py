@@ -8,16 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
+
 
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which `share` (0 to 1) of the values lie, interpolated linearly; NaN of no values."""
-    if not values:
-        return math.nan
-    ordered = sorted(values)
-    position = share * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    return float(np.quantile(values, share)) if values else math.nan
 
 
 def summary_ms(seconds: Sequence[float]) -> dict[str, float]:
@@ -31,12 +27,9 @@ def summary_ms(seconds: Sequence[float]) -> dict[str, float]:
 
 @dataclass(slots=True)
 class StepClock:
-    """Arrivals of tokens, step by step.
+    """Arrivals of tokens, step by step."""
 
-    Attributes:
-        arrivals: time in seconds, and tokens by request, of every step that brought any.
-    """
-
+    # time in seconds, and tokens by request, of every step that brought any
     arrivals: list[tuple[float, dict[str, int]]] = field(default_factory=list)
 
     def run(self, step: Callable[[], tuple[float, dict[str, int]]], count: int, deadline: float) -> None:

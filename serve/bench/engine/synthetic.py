@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 NOISE = 0.02
 """Standard deviation of made-up latents and states."""
@@ -24,7 +25,6 @@ def adopt_context(scheduler: Any, request: Any, growth: int, *, others: int) -> 
 
     Args:
         scheduler: vLLM's, before it has heard of the request.
-        request: vLLM's `Request`, waiting.
         growth: tokens by which this and every other request must still be able to grow.
         others: requests that hold memory already.
 
@@ -75,21 +75,11 @@ def fill_memory(runner: Any, context: dict[str, Any], model: nn.Module, dtype: t
 
 def _storages(caches: Any, context: dict[str, Any]) -> Iterator[Any]:
     seen: set[int] = set()
-    for tensor in _tensors([caches, [getattr(layer, "kv_cache", None) for layer in context.values()]]):
-        storage = tensor.untyped_storage()
+    held = tree_leaves([caches, [getattr(layer, "kv_cache", None) for layer in context.values()]])
+    for storage in (value.untyped_storage() for value in held if isinstance(value, Tensor)):
         if storage.nbytes() and storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             yield storage
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 @torch.inference_mode()

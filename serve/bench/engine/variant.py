@@ -2,7 +2,6 @@
 
 import time
 import traceback
-from dataclasses import asdict, replace
 from pathlib import Path
 
 from serve.bench.engine.plan import IN_TREE, Plan
@@ -26,7 +25,7 @@ def run_variant(plan: Plan, provider: str, path: Path) -> bool:
     if provider == IN_TREE and not cuda:
         rows.write("engine", case, {"skipped": "vLLM's own Kimi Linear does not start on CPUs"})
         return True
-    rows.write("header", case, {"env": environment(), "plan": asdict(replace(plan, model=case["model"]))})
+    rows.write("header", case, {"env": environment(), "plan": plan.model_dump() | case})
     try:
         engine = BenchEngine(plan, provider, cuda=cuda)
     except Exception:

@@ -21,13 +21,13 @@ from rich.console import Console
 
 from serve.bench.moe.space import Config, Experts, candidates, file_name, vllm_default, write
 from serve.common.environment import prepare
+from serve.common.paths import LARGE, ROOT
 from serve.common.rows import append
 from serve.common.tables import ResultTable
 
 if TYPE_CHECKING:
     from serve.bench.moe.layer import Layer
 
-ROOT = Path(__file__).resolve().parents[3]
 TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 DROP = 1.5
 """How many times the best time so far ends a configuration after its first repetition."""
@@ -52,9 +52,6 @@ def search(layer: "Layer", tokens: int, configs: list[Config], row: Callable[...
     """Time configurations for so many tokens; the first is vLLM's default.
 
     Args:
-        layer: all experts.
-        tokens: of the batch.
-        configs: distinct ones.
         row: takes tokens, configuration, stage of the search, and what was found.
 
     Returns:
@@ -97,10 +94,7 @@ def search(layer: "Layer", tokens: int, configs: list[Config], row: Callable[...
 
 @app.command(help=__doc__)
 def tune(
-    model: Annotated[Path, typer.Option(help="Folder with a config.json.", exists=True, file_okay=False)] = ROOT
-    / "configs"
-    / "models"
-    / "48b-a3b",
+    model: Annotated[Path, typer.Option(help="Folder with a config.json.", exists=True, file_okay=False)] = LARGE,
     tokens: Annotated[str, typer.Option(help="Tokens of the batches. vLLM launches what the nearest has.")] = TOKENS,
     output: Annotated[Path, typer.Option(help="Folder of the file, whose name vLLM gives.", file_okay=False)] = ROOT
     / "kimi_vllm"

@@ -68,7 +68,6 @@ def compile_all(experts: Experts, plan: dict[int, list[Config]], workers: int, l
     """Fill Triton's cache, before this process touches CUDA. What fails or comes late is compiled when its turn comes.
 
     Args:
-        experts: the layer.
         plan: configurations per number of tokens.
         workers: processes. They are forked, so none imports vLLM again.
         limit_s: seconds after which the others are stopped.
@@ -102,7 +101,6 @@ def repetitions(run: Run, config: Config, routings: int, budget_us: float) -> It
 
     Args:
         run: from `Layer.calls`.
-        config: what to launch.
         routings: calls that `run` makes.
         budget_us: time on the GPU after which it ends, with one repetition at least.
     """
