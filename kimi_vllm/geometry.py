@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_HEAD_DIMS = (64, 128)
 MAX_CONV_WIDTH = 8
+_COLUMNS, _QUANTISED_COLUMNS = 16, 128
 LARGEST = 2**20
 """Upper bound of all numbers in config.json: a list of more layers would fill memory."""
 
@@ -175,6 +176,16 @@ def geometry_of(model_config: "ModelConfig") -> KimiGeometry:
             "kimi-vllm's config hook did not run. Is the plugin listed in VLLM_PLUGINS? Run `kimi-vllm doctor`."
         )
     return KimiGeometry.from_dict(values)
+
+
+def input_filling(heads: int, *, quantised: bool) -> int:
+    """Columns of zeros behind b in KDA's input projection, which has `heads` columns for b on this worker.
+
+    Rows must start at multiples of 16 bytes, and matrix products need multiples of 16 columns: in bfloat16 to be fast,
+    in FP8 to work. Of quantised weights, AMX packs int8 in columns of 32, Marlin needs multiples of 64, and blocks that
+    share a scale are 128 wide and may not hold two tensors of the checkpoint.
+    """
+    return -heads % (_QUANTISED_COLUMNS if quantised else _COLUMNS)
 
 
 def stages_of(geometry: KimiGeometry, vllm_config: "VllmConfig") -> list[range]:

@@ -7,11 +7,10 @@ from typing import Literal
 
 import torch
 
-from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.geometry import KimiGeometry, input_filling
 from kimi_vllm.quantization import WeightFormat
 
 _VOCAB_MULTIPLE = 64
-_COLUMNS, _QUANTISED_COLUMNS = 16, 128
 _UNSUFFIXED = ("A_log", "dt_bias", "e_score_correction_bias")
 
 Kind = Literal["linear", "experts", "plain", "router", "float32"]
@@ -40,16 +39,6 @@ class Weight:
         """Names in an unquantised checkpoint."""
         suffix = "" if self.name.endswith(_UNSUFFIXED) else ".weight"
         yield from (self.name.replace(".experts.0.", f".experts.{expert}.") + suffix for expert in range(self.count))
-
-
-def input_filling(heads: int, *, quantised: bool) -> int:
-    """Columns of zeros behind b in KDA's input projection, which has `heads` columns for b on this worker.
-
-    Rows must start at multiples of 16 bytes, and matrix products need multiples of 16 columns: in bfloat16 to be fast,
-    in FP8 to work. Of quantised weights, AMX packs int8 in columns of 32, Marlin needs multiples of 64, and blocks that
-    share a scale are 128 wide and may not hold two tensors of the checkpoint.
-    """
-    return -heads % (_QUANTISED_COLUMNS if quantised else _COLUMNS)
 
 
 @lru_cache(maxsize=1)

@@ -91,8 +91,19 @@ def test_kernels_know_nobody(path: Path) -> None:
 
 
 ABOVE = {
-    "cache": ("layers", "model", "sizing", "planning", "config_hook", "refusals", "metrics", "cli", "bench"),
-    "layers": ("model", "sizing", "planning", "config_hook", "refusals", "metrics", "cli", "bench"),
+    "cache": (
+        "layers",
+        "model",
+        "sizing",
+        "planning",
+        "weight_bytes",
+        "config_hook",
+        "refusals",
+        "metrics",
+        "cli",
+        "bench",
+    ),
+    "layers": ("model", "sizing", "planning", "weight_bytes", "config_hook", "refusals", "metrics", "cli", "bench"),
     "model.py": ("sizing", "planning", "config_hook", "refusals", "metrics", "cli", "bench"),
 }
 """Rooms of kimi_vllm to those that they must not import: arrows between rooms point down."""

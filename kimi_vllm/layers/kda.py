@@ -18,11 +18,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from kimi_vllm.cache.group import StateHome
 from kimi_vllm.cache.metadata import KDAMetadata, rehearsal
-from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.geometry import KimiGeometry, input_filling
 from kimi_vllm.kernels import dispatch
 from kimi_vllm.kernels.contract import Activations, Pools, Weights, check_decode, check_prefill
 from kimi_vllm.kernels.cuda import launch
-from kimi_vllm.weight_bytes import input_filling
 
 
 class InputLinear(MergedColumnParallelLinear):
