@@ -65,7 +65,8 @@ def test_only_what_needs_an_engine_is_skipped_where_vllm_is_not_compiled(pyteste
     """By the hook that every run of the tests has, in a folder of tests of its own."""
     conftest = Path(__file__).with_name("conftest.py").read_text()
     pytester.makeconftest(f"{conftest}\nCOMPILED = False\n")
-    pytester.makeini("[pytest]\nmarkers = engine: starts an engine")
+    root = Path(__file__).parents[1]
+    pytester.makeini(f"[pytest]\nmarkers = engine: starts an engine\npythonpath = {root}")
     pytester.makepyfile("import pytest\n@pytest.mark.engine\ndef test_engine(): 1 / 0\ndef test_other(): pass")
     result = pytester.runpytest_subprocess("-rs")
     result.assert_outcomes(passed=1, skipped=1)
