@@ -152,8 +152,8 @@ class KdaDecode(Protocol):
 
         Args:
             x: N tokens, one a row.
-            weights: of the layer.
-            pools: of the layer; only write slots are changed, and their flags.
+            weights: The layer's weights.
+            pools: The layer's slots; only write slots change, and their flags.
             rows: the slots and the position of each token.
             out: ``[N, H·V]`` in the dtype of the activations, written.
 
@@ -176,8 +176,8 @@ class KdaPrefill(Protocol):
 
         Args:
             x: the packed tokens.
-            weights: of the layer.
-            pools: of the layer; only slots that the rows' table says are written change, and their flags.
+            weights: The layer's weights.
+            pools: The layer's slots; only those that the rows' table says are written change, and their flags.
             rows: the sequences.
             out: ``[T, H·V]`` in the dtype of the activations, written.
 
@@ -193,7 +193,7 @@ class Backend:
     """One platform's implementation.
 
     Attributes:
-        name: for people to read.
+        name: A name for people to read.
         kda_decode: one token more of every sequence.
         kda_prefill: several tokens more of every sequence.
         prepare: compiles what heads of so many channels need, as far as that alone decides it.

@@ -43,7 +43,7 @@ class Row:
 
     @property
     def rate_gbps(self) -> float | None:
-        """That traffic per second at the median."""
+        """Memory traffic at the median time, in GB/s."""
         counted = self.moved_bytes or self.state_bytes
         return None if counted is None else counted / self.p50_us / 1e3
 

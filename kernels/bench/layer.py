@@ -37,10 +37,10 @@ class Layer:
             T: tokens.
             num_slots: slots, the null slot included.
             H, D: heads and their size.
-            dtypes: of the activations, the conv pool and the state pool.
+            dtypes: Dtypes of the activations, the conv pool and the state pool.
             ring: columns of the conv pool.
             device: where all tensors are.
-            seed: of the random numbers.
+            seed: Seed of the random numbers.
         """
         generator = torch.Generator(device).manual_seed(seed)
 

@@ -21,7 +21,7 @@ def _choose_experts(
     BLOCK: tl.constexpr, TOP_K: tl.constexpr, TOP_BLOCK: tl.constexpr, NORMALISE: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):  # fmt: skip
-    """Of one token, the TOP_K experts of the largest biased scores, and their weights."""
+    """Choose the TOP_K experts of the largest biased scores for one token, and their weights."""
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
     offset = tl.load(bias_ptr + e, mask=e < experts, other=float("-inf"))
@@ -49,7 +49,7 @@ def _experts_up(
     x_ptr, w13_ptr, ids_ptr, out_ptr, inner, x_stride,
     K: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
-    """Of one pair, ROWS channels of ``silu(gate x) * (up x)``."""
+    """Compute ROWS channels of ``silu(gate x) * (up x)`` for one token and expert."""
     pair = tl.program_id(1)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, STEP)
@@ -79,7 +79,7 @@ def _experts_down(
     act_ptr, w2_ptr, ids_ptr, weights_ptr, out_ptr, hidden,
     I: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
-    """Of one token, ROWS channels of the weighted sum over its experts."""
+    """Compute ROWS channels of the weighted sum over one token's experts."""
     token = tl.program_id(1)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, STEP)

@@ -64,7 +64,7 @@ class InputLinear(MergedColumnParallelLinear):
         super().weight_loader(param, self._for_all_ranks(param, loaded_weight, loaded_shard_id), loaded_shard_id)
 
     def weight_loader_v2(self, param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: int) -> None:
-        """As `weight_loader`."""
+        """Load one tensor as `weight_loader` does."""
         super().weight_loader_v2(param, self._for_all_ranks(param, loaded_weight, loaded_shard_id), loaded_shard_id)
 
     def _for_all_ranks(self, parameter: nn.Parameter, loaded: Tensor, shard_id: int) -> Tensor:

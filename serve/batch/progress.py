@@ -23,8 +23,8 @@ class BatchProgress:
     Attributes:
         answered: lines answered in this run.
         failed: lines that failed in it.
-        output_tokens: that the server generated for them.
-        prompt_tokens: that it read.
+        output_tokens: Tokens that the server generated for them.
+        prompt_tokens: Tokens that it read.
     """
 
     def __init__(self, console: Console, total: int, completed: int) -> None:
@@ -62,7 +62,7 @@ class BatchProgress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of output, lately."""
+        """Output tokens per second, lately."""
         return next(task for task in self._bar.tasks if task.id == self._tokens).speed or 0.0
 
     def advance(self, answered: int, failed: int, prompt_tokens: int, output_tokens: int) -> None:

@@ -23,7 +23,7 @@ class Outcome:
     failure: dict[str, Any] | None = None
 
     def tokens(self, kind: str) -> int:
-        """Of the prompt or of the completion, by the server's count."""
+        """Tokens of the prompt or of the completion, by the server's count."""
         usage = (self.answer or {}).get("response", {}).get("body", {}).get("usage") or {}
         return int(usage.get(f"{kind}_tokens") or 0)
 

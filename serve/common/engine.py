@@ -32,7 +32,7 @@ class Engine:
 
     Attributes:
         llm: vLLM's front.
-        core: that steps.
+        core: The engine core that steps.
         num_preemptions: how often a request lost its memory so far.
     """
 

@@ -60,7 +60,7 @@ class Server:
         """Describe a server; entering it starts it.
 
         Args:
-            options: of `vllm serve`, word by word.
+            options: Options of `vllm serve`, word by word.
             name: what clients call the model; None for the same as the checkpoint.
             port: on 127.0.0.1; 0 for a free one.
             environment: set for the server beside what it inherits.

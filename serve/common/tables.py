@@ -17,7 +17,7 @@ class ResultTable:
     words: int = 1  # how many columns, from the left, are words; the others are numbers
 
     def markdown(self) -> str:
-        """As Markdown."""
+        """Return the table as Markdown."""
         rule = ["---"] * self.words + ["---:"] * (len(self.columns) - self.words)
         return "\n".join([f"**{self.title}**", "", *map(_line, (self.columns, rule, *self.cells))])
 

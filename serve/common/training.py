@@ -43,8 +43,8 @@ class GateWatch:
     Args:
         fast_weight: weight of the square by which gates exceed `limit`.
         keep_weight: weight of the logarithm by which gates and write strengths on filler exceed `keep`.
-        limit: in nats a token.
-        keep: of a gate in nats, and of a write strength.
+        limit: Largest gate that costs nothing, in nats per token.
+        keep: Largest gate, in nats, and largest write strength on filler that cost nothing.
     """
 
     def __init__(

@@ -80,7 +80,7 @@ def read_and_ask(
 
     Args:
         chunk: tokens in a step.
-        threads: of torch, whose attention takes most of the time on a CPU.
+        threads: Threads of torch, whose attention takes most of the time on a CPU.
 
     Returns:
         Questions with answers and times, memory over time, sizes of a slot, of a page and of both pools in bytes.

@@ -78,7 +78,7 @@ class Stepper:
 
     Args:
         model: on its device; its KDA layers must already call a function without host synchronisation.
-        task: for its name, and for which tokens are filler.
+        task: The task, which says its name and which tokens are filler.
         recipe: learning rate and weights of the losses.
     """
 

@@ -61,7 +61,7 @@ class Scraper:
 
         Args:
             every_seconds: between two samples.
-            pid: of the server, if its memory is to be sampled too, as `rss_bytes`.
+            pid: The server's process, if its memory is to be sampled too, as `rss_bytes`.
         """
         self._url, self._every, self._pid = f"{url.rstrip('/')}/metrics", every_seconds, pid
         self.samples: list[Sample] = []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from kda_case import Case, decode_rows, prefill_rows
 
+from kimi_vllm import geometry
 from kimi_vllm.cache import slots
 from kimi_vllm.kernels import contract
 from kimi_vllm.kernels.dispatch import load_backend
@@ -99,3 +100,8 @@ def test_cuda_takes_states_of_two_bytes() -> None:
 
 def test_both_null_slots_are_one() -> None:
     assert slots.NULL_SLOT == contract.NULL_SLOT == 0
+
+
+def test_config_json_is_refused_for_what_the_kernels_do_not_take() -> None:
+    assert geometry.SUPPORTED_HEAD_DIMS == contract.HEAD_SIZES
+    assert max(contract.CONV_WIDTHS) == geometry.MAX_CONV_WIDTH

@@ -74,7 +74,7 @@ class Workload:
         return cls(name, seed, turns, prompts, reusable, pages, needed, concurrency, fits)
 
     def memory(self, regime: str) -> Memory:
-        """Of our scheduler."""
+        """The memory of our scheduler in this regime."""
         slots = 4 * len(self.turns) if regime == FITS else self.concurrency + self.working_set // 3
         return Memory(self.concurrency, self.pages, slots)
 

@@ -100,7 +100,7 @@ def repetitions(run: Run, config: Config, routings: int, budget_us: float) -> It
     """Microseconds per call, again and again: each of one replay of a CUDA graph, or of more if it is short.
 
     Args:
-        run: from `Layer.calls`.
+        run: A call from `Layer.calls`.
         routings: calls that `run` makes.
         budget_us: time on the GPU after which it ends, with one repetition at least.
     """
