@@ -19,7 +19,7 @@ from kimi_vllm.geometry import GEOMETRY_ATTRIBUTE, GeometryError, KimiGeometry, 
 from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.quantization import as_written
-from kimi_vllm.refusals import KDA_OPERATION, refuse_unserved
+from kimi_vllm.refusals import OUR_OPERATIONS, refuse_unserved
 from kimi_vllm.sizing import divide_memory
 
 logger = init_logger("vllm.kimi_vllm")
@@ -110,11 +110,11 @@ def _settle_block_size(cache_config: CacheConfig) -> None:
 
 
 def _split_compiled_graphs(compilation: CompilationConfig) -> None:
-    """Make vLLM's compiler split graphs at KDA, as at attention, if the user switched breakable graphs off."""
+    """Make vLLM's compiler split graphs at our layers, as at its attention, if the user switched breakable graphs off."""
     if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") != "0" or compilation.splitting_ops is not None:
         return
     if not current_platform.is_cpu():
-        compilation.splitting_ops = [*CompilationConfig._attention_ops, KDA_OPERATION]
+        compilation.splitting_ops = [*CompilationConfig._attention_ops, *OUR_OPERATIONS]
 
 
 def _refuse_device() -> None:

@@ -120,12 +120,12 @@ INTRUSIONS = (
         "a model may declare its block size, a cache spec a limit of requests, and a plugin hooks around a step",
     ),
     Intrusion(
-        "add KDA to the operators that split compiled graphs",
+        "add KDA and MLA to the operators that split compiled graphs",
         (
             "vllm.config.compilation:CompilationConfig.splitting_ops",
             "vllm.config.compilation:CompilationConfig._attention_ops",
         ),
-        "A captured graph would repeat the state slots of the step in which it was captured.",
+        "A captured graph would repeat the state slots and pages of the step in which it was captured.",
         "_attention_ops lacks vllm::kimi_delta_attention",
         "operators can be registered as splitting",
     ),

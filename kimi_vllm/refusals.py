@@ -15,8 +15,8 @@ from vllm.platforms import current_platform
 from kimi_vllm import ARCHITECTURE
 from kimi_vllm.options import KimiOptions
 
-KDA_OPERATION = "vllm::kimi_delta_attention"
-"""The operator at which vLLM's compiler must split graphs, as at attention."""
+OUR_OPERATIONS = ("vllm::kimi_delta_attention", "vllm::kimi_latent_attention")
+"""The operators at which vLLM's compiler must split graphs, as at its own attention."""
 
 _DROP = "Drop the option, or set KIMI_VLLM_DISABLE=1 to use vLLM's own Kimi Linear."
 _OTHER_CACHE = "it configures vLLM's own state cache, which kimi-vllm replaces."
@@ -138,10 +138,10 @@ REFUSALS = (
         lambda config: (
             not current_platform.is_cpu()
             and config.compilation_config.splitting_ops
-            and KDA_OPERATION not in config.compilation_config.splitting_ops
+            and not {*OUR_OPERATIONS} <= {*config.compilation_config.splitting_ops}
         ),
-        "KDA would be captured in graphs, but its metadata changes with every step.",
-        f"Add {KDA_OPERATION} to the list, or drop it.",
+        "KDA and MLA would be captured in graphs, but their metadata changes with every step.",
+        f"Add {' and '.join(OUR_OPERATIONS)} to the list, or drop it.",
     ),
     Refusal(
         "--kv-cache-dtype",

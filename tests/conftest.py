@@ -16,7 +16,7 @@ if torch.cuda.is_available():
     # Tests import layers before they make an engine, see `kimi_vllm.graph_breaks`.
     os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     # Counting devices makes a fork unusable for CUDA where there is no NVML, and vLLM does not see it.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 if find_spec("beartype"):  # of the dev extra
     from jaxtyping import install_import_hook

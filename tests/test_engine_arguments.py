@@ -18,7 +18,7 @@ from vllm.config.aux_output import AuxOutputConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from kimi_vllm._vllm import installed_vllm
-from kimi_vllm.refusals import REFUSALS, refuse_unserved
+from kimi_vllm.refusals import OUR_OPERATIONS, REFUSALS, refuse_unserved
 
 TESTS = Path(__file__).parent
 
@@ -203,7 +203,7 @@ NESTED = {
         "minimax_m3_msa_decode_backend sparse_mla_force_mqa sparse_mla_prefill_workspace_factor."
     ),
     CompilationConfig: (
-        "refused without KDA: splitting_ops. vLLM asks our metadata builder: cudagraph_mode. How graphs are made: "
+        "refused without our layers: splitting_ops. vLLM asks our metadata builder: cudagraph_mode. How graphs are made: "
         "backend cache_dir compile_cache_save_format compile_ranges_endpoints compile_sizes "
         "cudagraph_capture_sizes cudagraph_copy_inputs cudagraph_num_of_warmups custom_ops debug_dump_path "
         "dynamic_shapes_config fast_moe_cold_start inductor_compile_config inductor_passes ir_enable_torch_wrap "
@@ -310,17 +310,25 @@ def test_overrides_by_a_function_would_be_ignored(create):
         create(hf_overrides=lambda config: config)
 
 
-@pytest.mark.parametrize("operations", [["vllm::unified_mla_attention"], ["vllm::kimi_delta_attention"], [], None])
-def test_compiled_graphs_on_a_gpu_leave_kda_out(operations, create, monkeypatch):
+@pytest.mark.parametrize(
+    "operations", [["vllm::unified_mla_attention"], ["vllm::kimi_delta_attention"], [*OUR_OPERATIONS], [], None]
+)
+def test_compiled_graphs_on_a_gpu_leave_our_layers_out(operations, create, monkeypatch):
     config = create()
     monkeypatch.setattr(config.compilation_config, "splitting_ops", operations)
     refuse_unserved(config)
     monkeypatch.setattr("kimi_vllm.refusals.current_platform", SimpleNamespace(is_cpu=lambda: False))
-    if operations and "kimi" not in operations[0]:
-        with pytest.raises(ValueError, match=r"splitting_ops: .* Add vllm::kimi_delta_attention to the list"):
+    if operations and len(operations) == 1:
+        with pytest.raises(ValueError, match=r"splitting_ops: .* Add vllm::kimi_delta_attention and vllm::kimi_latent"):
             refuse_unserved(config)
     else:
         refuse_unserved(config)
+
+
+def test_every_operator_of_ours_splits_compiled_graphs():
+    sources = [path.read_text() for path in (TESTS.parent / "kimi_vllm" / "layers").glob("*.py")]
+    registered = re.findall(r'op_name="(\w+)"', "".join(sources))
+    assert {*OUR_OPERATIONS} == {f"vllm::{name}" for name in registered}
 
 
 def test_pipeline_stages_are_for_cpus_only(create, monkeypatch):
