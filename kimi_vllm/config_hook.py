@@ -110,7 +110,7 @@ def _settle_block_size(cache_config: CacheConfig) -> None:
 
 
 def _split_compiled_graphs(compilation: CompilationConfig) -> None:
-    """Make vLLM's compiler split graphs at our layers, as at its attention, if the user switched breakable graphs off."""
+    """Make vLLM's compiler split graphs at our layers if the user switched breakable graphs off."""
     if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") != "0" or compilation.splitting_ops is not None:
         return
     if not current_platform.is_cpu():

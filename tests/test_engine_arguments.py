@@ -203,7 +203,7 @@ NESTED = {
         "minimax_m3_msa_decode_backend sparse_mla_force_mqa sparse_mla_prefill_workspace_factor."
     ),
     CompilationConfig: (
-        "refused without our layers: splitting_ops. vLLM asks our metadata builder: cudagraph_mode. How graphs are made: "
+        "refused without ours: splitting_ops. vLLM asks our metadata builder: cudagraph_mode. How graphs are made: "
         "backend cache_dir compile_cache_save_format compile_ranges_endpoints compile_sizes "
         "cudagraph_capture_sizes cudagraph_copy_inputs cudagraph_num_of_warmups custom_ops debug_dump_path "
         "dynamic_shapes_config fast_moe_cold_start inductor_compile_config inductor_passes ir_enable_torch_wrap "
