@@ -3,7 +3,7 @@
 `reference.py` is the executable form of what stands here in words. Letters, here and in every kernel:
 
     T tokens of the step    N sequences    H heads    K key channels    V value channels (K == V == D)
-    W conv width            R ring columns S slots    B slot-table columns    C chunk length
+    W conv width            R ring columns S slots    P blocks of a slot    B slot-table columns    C chunk length
 
 Every tensor of a call is on one device. Kernels do not check their arguments: a layer calls `check_decode` and
 `check_prefill` once, before it serves, with what vLLM's profiling run brings. What a later step brings anew is its
@@ -70,21 +70,137 @@ class Weights:
     norm_eps: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pools:
-    """The slots of one layer. Both pools are float32 on CPUs; float32, bfloat16 or float16 on CUDA.
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the heads of a state are cut into units, so that a block of memory holds several whole ones.
+
+    A unit is ``D / pieces`` rows of one head's ``[V, K]`` matrix, followed by ``3·R / pieces`` vectors of its ring. A
+    ring's vectors are the D channels of q, of k and of v for column 0, then for column 1, and so on. The units of a
+    state are those of its first layer's first head, that head's second piece, ... up to the last layer's last head.
 
     Attributes:
-        conv: ``[S, R, 3·H·D]``, R >= W; the projections of token position p lie in column p mod R.
-        state: ``[S, H, V, K]``, ``[V, K]`` contiguous, other strides arbitrary.
+        H, D, R: Heads of a layer, their size (K == V), and columns of the conv ring.
+        state_dtype, conv_dtype: Dtypes of the matrix and of the ring.
+        pieces: Units of a head; a power of two that divides ``3·R``.
+        block_bytes: Bytes of a block of memory.
+    """
+
+    H: int
+    D: int
+    R: int
+    state_dtype: torch.dtype
+    conv_dtype: torch.dtype
+    pieces: int
+    block_bytes: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix in a unit."""
+        return self.D // self.pieces
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of the ring in a unit."""
+        return 3 * self.R // self.pieces
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the matrix in a unit; the ring's follow."""
+        return self.rows * self.D * self.state_dtype.itemsize
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of a unit."""
+        return self.state_bytes + self.vectors * self.D * self.conv_dtype.itemsize
+
+    @property
+    def units(self) -> int:
+        """Units of a block."""
+        return self.block_bytes // self.unit_bytes
+
+    def blocks(self, num_layers: int) -> int:
+        """Blocks of the state of so many layers."""
+        return -(-num_layers * self.H * self.pieces // self.units)
+
+    @classmethod
+    def fewest_blocks(
+        cls, num_layers: int, H: int, D: int, R: int, state_dtype: torch.dtype, conv_dtype: torch.dtype, block_bytes: int
+    ) -> Cut:
+        """Return the cut that needs the fewest blocks; of those, the one with the largest units.
+
+        Raises:
+            ValueError: Not even a small piece of a head fits into a block.
+        """
+        fitting = []
+        pieces = 1
+        while pieces <= D and 3 * R % pieces == 0:
+            cut = cls(H, D, R, state_dtype, conv_dtype, pieces, block_bytes)
+            if cut.units:
+                fitting.append(cut)
+            pieces *= 2
+        if not fitting:
+            raise ValueError(f"a block of {block_bytes} bytes holds no part of a KDA head: use a larger --block-size")
+        return min(fitting, key=lambda cut: cut.blocks(num_layers))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pools:
+    """The slots of one layer: where each lies in memory that it shares with the KV cache.
+
+    State and ring are float32 on CPUs; float32, bfloat16 or float16 on CUDA.
+
+    Attributes:
+        memory: ``[B, block_bytes]`` uint8, contiguous: all blocks.
+        pages: ``[S, P]`` int32, contiguous; the blocks of each slot, in the order of its units. Row 0, of the null
+            slot, is never used.
+        cut: How a state lies in its blocks.
+        first_unit: Number of the layer's first unit in a state.
         nonfinite: ``[S]`` int32 contiguous, or None. Set to 1 at a written slot whose state is infinite or NaN, or an
             output of the step on the way to it, before its norm; never cleared. A kernel may set it as well where an
             output's square exceeds float32.
     """
 
-    conv: Tensor
-    state: Tensor
+    memory: Tensor
+    pages: Tensor
+    cut: Cut
+    first_unit: int
     nonfinite: Tensor | None = None
+
+    def units(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Return in which blocks the units of a slot lie in this layer, and as which unit of the block: ``[H·pieces]``."""
+        cut = self.cut
+        number = torch.arange(self.first_unit, self.first_unit + cut.H * cut.pieces, device=self.pages.device)
+        return self.pages[slot].long()[number // cut.units], number % cut.units
+
+    def load(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Return copies of a slot's state ``[H, V, K]`` and ring ``[R, 3·H·D]``."""
+        cut = self.cut
+        pieces = self._every_unit()[self.units(slot)]  # [H·pieces, unit_bytes]
+        state = pieces[:, : cut.state_bytes].contiguous().view(cut.state_dtype)
+        ring = pieces[:, cut.state_bytes :].contiguous().view(cut.conv_dtype)
+        by_head = ring.view(cut.H, cut.R, 3, cut.D)
+        return state.view(cut.H, cut.D, cut.D), by_head.permute(1, 2, 0, 3).reshape(cut.R, -1)
+
+    def store(self, slot: int, state: Tensor | None = None, ring: Tensor | None = None) -> None:
+        """Write a slot's state ``[H, V, K]``, its ring ``[R, 3·H·D]``, or both, in their dtypes; memory beside stays."""
+        cut, every, places = self.cut, self._every_unit(), self.units(slot)
+        pieces = every[places]
+        if state is not None:
+            rows = state.to(cut.state_dtype).contiguous().view(len(pieces), -1)
+            pieces[:, : cut.state_bytes] = rows.view(torch.uint8)
+        if ring is not None:
+            by_head = ring.to(cut.conv_dtype).view(cut.R, 3, cut.H, cut.D).permute(2, 0, 1, 3)
+            pieces[:, cut.state_bytes :] = by_head.contiguous().view(len(pieces), -1).view(torch.uint8)
+        every[places] = pieces
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Return copies of all rings ``[S, R, 3·H·D]`` and all states ``[S, H, V, K]``, for tests and benchmarks."""
+        slots = [self.load(slot) for slot in range(len(self.pages))]
+        return torch.stack([ring for _, ring in slots]), torch.stack([state for state, _ in slots])
+
+    def _every_unit(self) -> Tensor:
+        used = self.memory[:, : self.cut.units * self.cut.unit_bytes]
+        return used.unflatten(1, (self.cut.units, self.cut.unit_bytes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,21 +353,15 @@ def check_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillR
 
 def _check_layer(x: Activations, weights: Weights, pools: Pools, out: Tensor) -> None:
     """Check what both operations share."""
-    if pools.state.dim() != 4 or pools.conv.dim() != 3:
-        raise ValueError(
-            f"pools.state and pools.conv have {pools.state.dim()} and {pools.conv.dim()} dimensions; "
-            "they must be [S, H, V, K] and [S, R, 3·H·D]"
-        )
-    S, H, V, D = pools.state.shape
-    if D not in HEAD_SIZES or V != D:
-        raise ValueError(
-            f"pools.state holds heads of {V} value and {D} key channels; the kernels support {HEAD_SIZES}, both equal"
-        )
-    W, R = weights.conv_weight.shape[0], pools.conv.shape[1]
+    cut, S = pools.cut, pools.pages.shape[0]
+    H, D, R = cut.H, cut.D, cut.R
+    if D not in HEAD_SIZES:
+        raise ValueError(f"heads have {D} channels; the kernels support {HEAD_SIZES}")
+    W = weights.conv_weight.shape[0]
     if W not in CONV_WIDTHS:
         raise ValueError(f"conv_weight has {W} taps; the kernels support 2 to 8")
     if R < W:
-        raise ValueError(f"pools.conv has a ring of {R} columns; a convolution of width {W} needs at least {W}")
+        raise ValueError(f"the conv ring has {R} columns; a convolution of width {W} needs at least {W}")
     fp32 = (torch.float32,)
     _expect("conv_weight", weights.conv_weight, (W, 3 * H * D), fp32)
     _expect("A_log", weights.A_log, (H,), fp32)
@@ -265,11 +375,19 @@ def _check_layer(x: Activations, weights: Weights, pools: Pools, out: Tensor) ->
         _expect(name, tensor, (T, H * D), same, contiguous=False)
 
     kept = STATE_DTYPES.get(x.qkv.device.type, ACTIVATION_DTYPES)
-    advice = f" on {x.qkv.device.type}: set state_dtype"
-    _expect("pools.conv", pools.conv, (S, R, 3 * H * D), kept, contiguous=False, advice=advice)
-    _expect("pools.state", pools.state, (S, H, D, D), kept, contiguous=False, advice=advice)
-    if pools.state.stride(2) != D:
-        raise ValueError(f"pools.state has strides {pools.state.stride()}; its [V, K] matrices must be contiguous")
+    for name, dtype in (("state", cut.state_dtype), ("conv ring", cut.conv_dtype)):
+        if dtype not in kept:
+            allowed = " or ".join(map(str, kept))
+            raise ValueError(f"the {name} is {dtype}; it must be {allowed} on {x.qkv.device.type}: set state_dtype")
+    if cut.pieces & (cut.pieces - 1) or 3 * R % cut.pieces or cut.pieces > D:
+        raise ValueError(f"a head in {cut.pieces} pieces; it must be a power of two that divides {3 * R}, at most {D}")
+    if cut.unit_bytes % 16 or cut.block_bytes % 16:
+        raise ValueError(f"units and blocks have {cut.unit_bytes} and {cut.block_bytes} bytes; both must divide by 16")
+    _expect("pools.memory", pools.memory, (pools.memory.shape[0], cut.block_bytes), (torch.uint8,))
+    last = pools.first_unit + H * cut.pieces - 1
+    if pools.pages.dim() != 2 or last // cut.units >= pools.pages.shape[1]:
+        raise ValueError(f"pools.pages has shape {list(pools.pages.shape)}; a layer needs unit {last}, {cut.units} a block")
+    _expect("pools.pages", pools.pages, tuple(pools.pages.shape), (torch.int32,))
     if pools.nonfinite is not None:
         _expect("pools.nonfinite", pools.nonfinite, (S,), (torch.int32,))
 

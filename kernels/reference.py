@@ -181,39 +181,45 @@ def features(x: Activations, history: Float[Tensor, "past channels"], weights: W
     return Features(q, l2_normalise(k), v, g, torch.sigmoid(x.beta.to(work)))
 
 
-def working_dtype(qkv: Tensor, state_pool: Tensor) -> torch.dtype:
+def working_dtype(qkv: Tensor, pools: Pools) -> torch.dtype:
     """Return float64 if the activations or the states are float64, else float32."""
-    return torch.promote_types(torch.promote_types(qkv.dtype, state_pool.dtype), torch.float32)
+    return torch.promote_types(torch.promote_types(qkv.dtype, pools.cut.state_dtype), torch.float32)
 
 
-def load_state(state_pool: Float[Tensor, "S H V K"], slot: int, work: torch.dtype) -> Float[Tensor, "H V K"]:
-    """Return the state of `slot`; zeros for `NULL_SLOT`, whatever its memory holds."""
-    if slot == NULL_SLOT:
-        return state_pool.new_zeros(state_pool.shape[1:], dtype=work)
-    return state_pool[slot].to(work)
+def load_slot(
+    pools: Pools, slot: int, position: int, num_past: int, work: torch.dtype
+) -> tuple[Float[Tensor, "H V K"], Float[Tensor, "past channels"]]:
+    """Return the state of `slot`, and the projections of the `num_past` tokens before `position`.
+
+    Both are zeros for `NULL_SLOT`, whatever memory holds, and so is the history where there was no token.
+    """
+    cut = pools.cut
+    state = torch.zeros(cut.H, cut.D, cut.D, dtype=work, device=pools.memory.device)
+    history = state.new_zeros(num_past, 3 * cut.H * cut.D)
+    if slot != NULL_SLOT:
+        kept, ring = pools.load(slot)
+        state = kept.to(work)
+        for row, past in enumerate(range(position - num_past, position)):
+            if past >= 0:
+                history[row] = ring[past % cut.R]
+    return state, history
 
 
-def load_history(
-    conv_pool: Float[Tensor, "S R channels"], slot: int, position: int, num_past: int, work: torch.dtype
-) -> Float[Tensor, "past channels"]:
-    """Return the projections of the `num_past` tokens before `position`; zeros where there was no token."""
-    history = conv_pool.new_zeros((num_past, conv_pool.shape[2]), dtype=work)
-    for row, past in enumerate(range(position - num_past, position)):
-        if past >= 0 and slot != NULL_SLOT:
-            history[row] = conv_pool[slot, past % conv_pool.shape[1]]
-    return history
+def store_slot(
+    pools: Pools, slot: int, position: int, state: Float[Tensor, "H V K"], history: Float[Tensor, "past channels"]
+) -> Float[Tensor, "H V K"]:
+    """Write the state before `position`, and the last projections before it into their ring columns.
 
-
-def store_history(
-    conv_pool: Float[Tensor, "S R channels"],
-    slot: int,
-    position: int,
-    history: Float[Tensor, "past channels"],
-) -> None:
-    """Write the last projections before `position` into their ring columns."""
+    Returns:
+        The state as it was rounded.
+    """
+    _, ring = pools.load(slot)
     for row, past in enumerate(range(position - len(history), position)):
         if past >= 0:
-            conv_pool[slot, past % conv_pool.shape[1]] = history[row].to(conv_pool.dtype)
+            ring[past % pools.cut.R] = history[row].to(ring.dtype)
+    rounded = state.to(pools.cut.state_dtype)
+    pools.store(slot, rounded, ring)
+    return rounded
 
 
 def flag_nonfinite(
@@ -226,7 +232,7 @@ def flag_nonfinite(
 
 def kda_decode(x: Activations, weights: Weights, pools: Pools, rows: DecodeRows, out: Tensor) -> None:
     """Advance every row's sequence by one token; see `contract.KdaDecode`."""
-    work = working_dtype(x.qkv, pools.state)
+    work = working_dtype(x.qkv, pools)
     num_past = len(weights.conv_weight) - 1
     out.zero_()
     slots = zip(rows.read_slot.tolist(), rows.write_slot.tolist(), rows.position.tolist(), strict=True)
@@ -234,19 +240,18 @@ def kda_decode(x: Activations, weights: Weights, pools: Pools, rows: DecodeRows,
         if write == NULL_SLOT:
             continue
         token = x.tokens(n, n + 1)
-        history = load_history(pools.conv, read, p, num_past, work)
-        o, state = kda_recurrent(*features(token, history, weights), load_state(pools.state, read, work))
+        state, history = load_slot(pools, read, p, num_past, work)
+        o, state = kda_recurrent(*features(token, history, weights), state)
         o = o.to(x.qkv.dtype).to(work)
-        pools.state[write] = state.to(pools.state.dtype)
-        flag_nonfinite(pools.nonfinite, write, o, pools.state[write])
-        out[n : n + 1] = finish(o, token, weights)
         # Of a fresh row no history exists, whatever its position says: those columns become zeros.
-        store_history(pools.conv, write, p + 1, torch.cat([history, token.qkv.to(work)])[1:])
+        stored = store_slot(pools, write, p + 1, state, torch.cat([history, token.qkv.to(work)])[1:])
+        flag_nonfinite(pools.nonfinite, write, o, stored)
+        out[n : n + 1] = finish(o, token, weights)
 
 
 def kda_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
     """Run every sequence over its new tokens; see `contract.KdaPrefill`."""
-    work = working_dtype(x.qkv, pools.state)
+    work = working_dtype(x.qkv, pools)
     num_past, block_size = len(weights.conv_weight) - 1, rows.block_size
     out.zero_()
     bounds = rows.cu_seqlens.tolist()
@@ -256,9 +261,8 @@ def kda_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRow
             continue
         tokens = x.tokens(begin, bounds[n + 1])
         read = int(rows.slot_table[n, (context - 1) // block_size]) if context > 0 else NULL_SLOT
-        history = load_history(pools.conv, read, context, num_past, work)
+        state, history = load_slot(pools, read, context, num_past, work)
         inputs = features(tokens, history, weights)
-        state = load_state(pools.state, read, work)
         padded = torch.cat([history, tokens.qkv.to(work)])
         o = torch.empty_like(inputs.v)
         start = context
@@ -269,9 +273,8 @@ def kda_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRow
             o[piece] = o[piece].to(x.qkv.dtype).to(work)
             slot = int(rows.slot_table[n, block])
             if slot != NULL_SLOT:
-                pools.state[slot] = state.to(pools.state.dtype)
-                store_history(pools.conv, slot, stop, padded[piece.stop : piece.stop + num_past])
-                flag_nonfinite(pools.nonfinite, slot, o[: piece.stop], pools.state[slot])
+                stored = store_slot(pools, slot, stop, state, padded[piece.stop : piece.stop + num_past])
+                flag_nonfinite(pools.nonfinite, slot, o[: piece.stop], stored)
             start = stop
         out[begin : bounds[n + 1]] = finish(o, tokens, weights)
 

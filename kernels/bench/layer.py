@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kimi_vllm.kernels import reference
-from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.contract import Activations, Cut, DecodeRows, Pools, PrefillRows, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,27 @@ class Layer:
             ),
             Pools(part(pools.conv, 3), pools.state[:, :num_heads].double()),
         )
+
+
+def scattered(conv: Tensor, state: Tensor, *, pieces: int = 2, units: int = 3, layer: int = 1, layers: int = 3) -> Pools:
+    """Return slots that hold these rings and states, in blocks in random order, with NaN wherever nothing is kept.
+
+    Args:
+        conv, state: ``[S, R, 3·H·D]`` and ``[S, H, V, K]``.
+        pieces, units: Units of a head, and of a block.
+        layer, layers: Which layer of a state it is, and how many there are; the others hold NaN.
+    """
+    S, H, _, D = state.shape
+    cut = Cut(H, D, conv.shape[1], state.dtype, conv.dtype, pieces, block_bytes=0)
+    cut = replace(cut, block_bytes=units * cut.unit_bytes + 16)  # a gap of 16 bytes
+    P = cut.blocks(layers)
+    order = torch.randperm(S * P + 3, generator=torch.Generator().manual_seed(S))[: S * P]
+    memory = torch.full((S * P + 3, cut.block_bytes), 0xFF, dtype=torch.uint8, device=state.device)  # NaN in any dtype
+    pages = order.view(S, P).to(torch.int32).to(state.device)
+    pools = Pools(memory, pages, cut, first_unit=layer * H * pieces)
+    for slot in range(S):
+        pools.store(slot, state[slot], conv[slot])
+    return pools
 
 
 def plain_rows(slots: Tensor, position: Tensor) -> DecodeRows:

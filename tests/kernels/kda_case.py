@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kimi_vllm.kernels import contract, reference
+from kimi_vllm.kernels.bench.layer import scattered
 from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
 from kimi_vllm.kernels.dispatch import load_backend
 
@@ -60,6 +61,14 @@ def converted(record: Record, dtype: torch.dtype | None = None, device: str | No
     return mapped(record, lambda x: copy_of(x, dtype if x.is_floating_point() else None, device))
 
 
+def copied(pools: Pools, dtype: torch.dtype | None = None) -> Pools:
+    """Return pools of their own, with the same slots, and the same memory around them unless the dtype changes."""
+    if dtype is None:
+        return replace(pools, memory=pools.memory.clone())
+    conv, state = pools.dense()
+    return scattered(conv.to(dtype), state.to(dtype), pieces=pools.cut.pieces)
+
+
 def decode_rows(read: list[int], write: list[int], position: list[int], device: str = "cpu") -> DecodeRows:
     """Return the rows of a decode step."""
     read_slot, write_slot = (torch.tensor(slots, dtype=torch.int32, device=device) for slots in (read, write))
@@ -104,9 +113,10 @@ class Case:
         A, gate_mean: What all exp(A_log) are, if given, and the mean of the raw gates.
         filling: Columns of the merged projection that belong to nobody; odd ones leave rows unaligned.
         device: Where all tensors are.
+        pieces: Units of a head.
         kernels: Has `kda_decode` and `kda_prefill`, which `decode` and `prefill` call.
         x, weights, pools: Made from the above unless given. Activations are slices with a long row stride, as in
-            the layer, and states have a slot stride of three layers.
+            the layer, and slots are scattered over memory that holds three layers.
     """
 
     T: int
@@ -122,6 +132,7 @@ class Case:
     gate_mean: float = 0.0
     filling: int = 3
     device: str = "cpu"
+    pieces: int = 2
     kernels: Any = CheckedCpu
     generator: torch.Generator = field(default_factory=torch.Generator)
     x: Activations = None  # type: ignore[assignment]
@@ -141,10 +152,9 @@ class Case:
         A_log = torch.rand(H, generator=self.generator) * 2.7 if self.A is None else torch.full((H,), self.A).log()
         weights = (self.random(W, 3 * H * D) * 0.5, A_log, self.random(H * D) - 3.0, 1.0 + 0.1 * self.random(D))
         self.weights = Weights(*(weight.to(self.device) for weight in weights), norm_eps=1e-5)
-        pools = Pools(torch.empty(self.S, self.R, 3 * H * D), torch.empty(self.S, 3, H, D, D)[:, 1])
-        for slot in range(self.S):
-            pools.state[slot] = pools.conv[slot] = POISON[slot % 2]
-        self.pools = converted(pools, self.state_dtype, self.device)
+        poison = torch.tensor(POISON, dtype=self.state_dtype, device=self.device).repeat(self.S)[: self.S, None, None]
+        conv, state = poison.expand(-1, self.R, 3 * H * D), poison[..., None].expand(-1, H, D, D)
+        self.pools = scattered(conv, state, pieces=self.pieces)
 
     def random(self, *shape: int) -> Tensor:
         """Return normal random numbers from this case's own generator."""
@@ -152,14 +162,26 @@ class Case:
 
     def fill(self, slot: int, position: int) -> None:
         """Give a slot a state and the history that tokens from `position` on need; the rest stays poison."""
-        self.pools.state[slot] = (0.3 * self.random(self.H, self.D, self.D)).to(self.device)
+        _, ring = self.pools.load(slot)
+        state = (0.3 * self.random(self.H, self.D, self.D)).to(self.device)
         for past in range(max(0, position - self.W + 1), position):
-            self.pools.conv[slot, past % self.R] = self.random(3 * self.H * self.D).to(self.device)
+            ring[past % self.R] = self.random(3 * self.H * self.D).to(self.device)
+        self.pools.store(slot, state, ring)
+
+    @property
+    def state(self) -> Tensor:
+        """A copy of the states of all slots, ``[S, H, V, K]``."""
+        return self.pools.dense()[1]
+
+    @property
+    def conv(self) -> Tensor:
+        """A copy of the rings of all slots, ``[S, R, 3·H·D]``."""
+        return self.pools.dense()[0]
 
     def copy(self, dtype: torch.dtype | None = None) -> Case:
         """Return an independent copy; in float64, for instance, when `dtype` says so."""
-        x, weights, pools = converted(self.x, dtype), converted(self.weights, dtype), converted(self.pools, dtype)
-        return replace(self, x=x, weights=weights, pools=pools)
+        x, weights = converted(self.x, dtype), converted(self.weights, dtype)
+        return replace(self, x=x, weights=weights, pools=copied(self.pools, dtype))
 
     def rows(self, start: int, stop: int) -> Case:
         """Return a view of some tokens, on the same pools."""
@@ -208,7 +230,7 @@ class Case:
     def history(self, slot: int, position: int) -> Tensor:
         """Return the columns the token at `position` needs from a slot, ``[up to W-1, 3·H·D]``."""
         columns = [past % self.R for past in range(max(0, position - self.W + 1), position)]
-        return self.pools.conv[slot, columns]
+        return self.pools.load(slot)[1][columns]
 
 
 @dataclass(frozen=True)
@@ -274,8 +296,7 @@ def check_no_sequence(case: Case) -> None:
     for spec in (True, False):
         ours = case.copy()
         assert not ours.prefill([], [], [], 64, spec=spec).any()
-        assert same_bits(ours.pools.state, case.pools.state)
-        assert same_bits(ours.pools.conv, case.pools.conv)
+        assert same_bits(ours.pools.memory, case.pools.memory)
 
 
 SICK_INPUTS = ("q", "k", "v", "gate", "beta", "out_gate", "state")
@@ -288,7 +309,9 @@ def poison(case: Case, sick: str, token: int, slot: int) -> None:
     channel = head * case.D + 5
     nan = float("nan")
     if sick == "state":
-        case.pools.state[slot, head, 7, 5] = nan
+        state, _ = case.pools.load(slot)
+        state[head, 7, 5] = nan
+        case.pools.store(slot, state)
     elif sick in ("q", "k", "v"):
         case.x.qkv[token, "qkv".index(sick) * case.H * case.D + channel] = nan
     else:
@@ -331,10 +354,12 @@ def assert_matches(ours: Case, gold: Case, written: dict[int, int], before: Case
         tolerance: On the states and the conv columns.
     """
     for slot, position in written.items():
-        error = tolerance.error(ours.pools.state[slot], gold.pools.state[slot])
+        error = tolerance.error(ours.pools.load(slot)[0], gold.pools.load(slot)[0])
         assert error <= tolerance.state, f"state of slot {slot}: {error}"
-        columns = gold.history(slot, position).to(ours.pools.conv.dtype)
+        columns = gold.history(slot, position).to(ours.pools.cut.conv_dtype)
         assert relative_error(ours.history(slot, position), columns) <= tolerance.column, slot
-    untouched = [slot for slot in range(ours.S) if slot not in written]
-    assert same_bits(ours.pools.state[untouched], before.pools.state[untouched])
-    assert same_bits(ours.pools.conv[untouched], before.pools.conv[untouched])
+    # Neither other slots nor other layers, nor any byte that belongs to nobody.
+    expected = copied(before.pools)
+    for slot in written:
+        expected.store(slot, *ours.pools.load(slot))
+    assert same_bits(ours.pools.memory, expected.memory)

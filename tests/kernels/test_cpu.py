@@ -88,7 +88,7 @@ def test_low_precision_activations_cost_no_more_than_their_own_rounding(dtype: t
     steps = case.copy()
     rows = [steps.rows(t, t + 1).decode([1 if t else 0], [1], [t]) for t in range(47)]
     assert relative_error(torch.cat(rows), gold) <= 2 * reference_error
-    assert relative_error(ours.pools.state[1], steps.pools.state[1]) <= TOLERANCE
+    assert relative_error(ours.state[1], steps.state[1]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("D", [64, 128], ids="D{}".format)
@@ -118,7 +118,7 @@ def test_prefill_then_decode_equals_one_prefill(n: int) -> None:
     out = [pieces.rows(0, n).prefill([n], [0], [[2]])]
     out += [pieces.rows(t, t + 1).decode([2], [2], [t]) for t in range(n, n + 20)]
     assert relative_error(torch.cat(out), expected) <= TOLERANCE
-    assert relative_error(pieces.pools.state[2], whole.pools.state[1]) <= TOLERANCE
+    assert relative_error(pieces.state[2], whole.state[1]) <= TOLERANCE
 
 
 @settings(max_examples=15, deadline=None)
@@ -131,7 +131,7 @@ def test_chunked_prefill_in_any_pieces_equals_one_shot(cuts: list[int], block: i
     table = [[2] * (99 // block + 1)]
     out = [pieces.rows(a, b).prefill([b - a], [a], table, block) for a, b in itertools.pairwise(bounds)]
     assert relative_error(torch.cat(out), expected) <= TOLERANCE
-    assert relative_error(pieces.pools.state[2], whole.pools.state[1]) <= TOLERANCE
+    assert relative_error(pieces.state[2], whole.state[1]) <= TOLERANCE
     assert torch.equal(pieces.history(2, 100), whole.history(1, 100))
 
 
@@ -144,13 +144,13 @@ def test_an_export_is_the_state_of_a_shorter_prefill(end: int) -> None:
     shorter.prefill([end], [0], [[4]])
     if end % 16 == 0:
         slot = end // 16
-        assert relative_error(exporting.pools.state[slot], shorter.pools.state[4]) <= TOLERANCE
+        assert relative_error(exporting.state[slot], shorter.state[4]) <= TOLERANCE
         assert torch.equal(exporting.history(slot, end), shorter.history(4, end))
     continued, resumed = case.copy(), case.copy()
     continued.prefill([48], [0], [[0, 0, 3]], 16)
     resumed.rows(0, end).prefill([end], [0], [[2, 2, 3]], 16)
     resumed.rows(end, 48).prefill([48 - end], [end], [[2, 2, 3]], 16)
-    assert relative_error(resumed.pools.state[3], continued.pools.state[3]) <= TOLERANCE
+    assert relative_error(resumed.state[3], continued.state[3]) <= TOLERANCE
 
 
 def test_a_slot_named_twice_keeps_the_later_state() -> None:
@@ -180,8 +180,8 @@ def test_forks_leave_the_parent_alone_and_complete_the_child() -> None:
     check_decode(case.rows(0, 1), [1], [2], [11])
     parent, child = case.copy(), case.copy()
     child.rows(0, 1).decode([1], [2], [11])
-    assert same_bits(child.pools.state[1], case.pools.state[1])
-    assert same_bits(child.pools.conv[1], case.pools.conv[1])
+    assert same_bits(child.state[1], case.state[1])
+    assert same_bits(child.conv[1], case.conv[1])
     for t in range(30):
         expected = parent.rows(t, t + 1).decode([1], [1], [11 + t])
         ours = expected if t == 0 else child.rows(t, t + 1).decode([2], [2], [11 + t])
@@ -197,7 +197,7 @@ def test_ring_wraps(R: int) -> None:
             c.rows(t, t + 1).decode([1 if t else 0], [1], [t], spec=spec) for c, spec in ((ours, False), (gold, True))
         )
         assert relative_error(x, expected) <= TOLERANCE
-    assert torch.equal(ours.pools.conv[1].double(), gold.pools.conv[1])
+    assert torch.equal(ours.conv[1].double(), gold.conv[1])
 
 
 def test_fresh_rows_ignore_what_their_slot_held() -> None:
@@ -207,7 +207,7 @@ def test_fresh_rows_ignore_what_their_slot_held() -> None:
         for t in range(4):
             out = ours.rows(t, t + 1).decode([slot if t else 0], [slot], [t])
             assert torch.isfinite(out).all()
-        assert torch.isfinite(ours.pools.state[slot]).all()
+        assert torch.isfinite(ours.state[slot]).all()
 
 
 def test_decode_stays_close_over_two_thousand_steps() -> None:
@@ -217,7 +217,7 @@ def test_decode_stays_close_over_two_thousand_steps() -> None:
     gold = case.copy(torch.float64)
     expected = gold.prefill([2000], [0], [[1]], spec=True)
     assert relative_error(torch.cat(out), expected) <= 1e-4
-    assert relative_error(steps.pools.state[1], gold.pools.state[1]) <= 1e-4
+    assert relative_error(steps.state[1], gold.state[1]) <= 1e-4
 
 
 def test_a_decode_row_does_not_depend_on_the_others() -> None:
@@ -230,7 +230,7 @@ def test_a_decode_row_does_not_depend_on_the_others() -> None:
     for n in (0, 4, 8):
         alone = case.copy()
         assert torch.equal(alone.rows(n, n + 1).decode([n + 1], [n + 1], [5])[0], out[n])
-        assert torch.equal(alone.pools.state[n + 1], together.pools.state[n + 1])
+        assert torch.equal(alone.state[n + 1], together.state[n + 1])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5], ids="threads{}".format)
@@ -277,7 +277,7 @@ def test_a_sick_activation_stays_visible_and_stays_at_home() -> None:
         out = case.prefill([10, 10], [0, 0], [[1], [2]])
         assert out[3].isnan().any(), name
         assert torch.equal(out[10:], expected[10:])
-        assert torch.equal(case.pools.state[2], healthy.pools.state[2])
+        assert torch.equal(case.state[2], healthy.state[2])
 
 
 @pytest.mark.parametrize("sick", SICK_INPUTS)
@@ -300,7 +300,7 @@ def test_slots_outside_the_pools_raise(slot: int) -> None:
         case.prefill([1], [0], [[slot]])
     with pytest.raises(IndexError, match="outgrows its slot table"):
         Case(20).prefill([20], [0], [[1]], 16)
-    assert same_bits(case.pools.state, before.pools.state)
+    assert same_bits(case.state, before.state)
 
 
 def test_empty_steps_do_nothing() -> None:

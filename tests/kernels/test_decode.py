@@ -89,8 +89,8 @@ def test_a_slot_outside_the_pools_is_padding(slot: int) -> None:
     expected = case.copy()
     assert torch.equal(out[:1], expected.rows(0, 1).decode([1], [1], [5]))
     assert torch.equal(out[1:], torch.zeros_like(out[1:]))
-    assert same_bits(ours.pools.state, expected.pools.state)
-    assert same_bits(ours.pools.conv, expected.pools.conv)
+    assert same_bits(ours.state, expected.state)
+    assert same_bits(ours.conv, expected.conv)
     assert not flags.any()
 
 
@@ -103,8 +103,8 @@ def test_forks_leave_the_parent_alone_and_complete_the_child() -> None:
     case.fill(1, 11)
     parent, child = case.copy(), case.copy()
     first = child.rows(0, 1).decode([1], [2], [11])
-    assert same_bits(child.pools.state[1], case.pools.state[1])
-    assert same_bits(child.pools.conv[1], case.pools.conv[1])
+    assert same_bits(child.state[1], case.state[1])
+    assert same_bits(child.conv[1], case.conv[1])
     rest = walk(child.rows(1, 6), slot=2, first=12)
     assert torch.equal(torch.cat([first, rest]), walk(parent, slot=1, first=11))
 
@@ -116,7 +116,7 @@ def test_ring_wraps(R: int) -> None:
     assert relative_error(walk(ours), gold.prefill([case.T], [0], [[1]], spec=True)) <= TOLERANCE
     positions = range(case.T - 3, case.T)
     for position in positions:
-        assert torch.equal(ours.pools.conv[1, position % R], case.x.qkv[position])
+        assert torch.equal(ours.conv[1, position % R], case.x.qkv[position])
 
 
 def test_fresh_rows_ignore_what_their_slot_held() -> None:
@@ -124,7 +124,7 @@ def test_fresh_rows_ignore_what_their_slot_held() -> None:
     for slot in (1, 2):
         ours = triton_case(4)
         assert torch.isfinite(walk(ours, slot)).all()
-        assert torch.isfinite(ours.pools.state[slot]).all()
+        assert torch.isfinite(ours.state[slot]).all()
 
 
 def test_an_empty_step_does_nothing() -> None:
@@ -141,8 +141,8 @@ def test_decode_drifts_no_more_than_the_spec_with_such_states(state_dtype: str) 
     factor = 20 if INTERPRETED and state_dtype == "bf16" else 2
     allowed = factor * relative_error(walk(same, spec=True), expected)
     assert relative_error(walk(ours), expected) <= max(allowed, TOLERANCE)
-    allowed = factor * relative_error(same.pools.state[1], gold.pools.state[1])
-    assert relative_error(ours.pools.state[1], gold.pools.state[1]) <= max(allowed, TOLERANCE)
+    allowed = factor * relative_error(same.state[1], gold.state[1])
+    assert relative_error(ours.state[1], gold.state[1]) <= max(allowed, TOLERANCE)
 
 
 @pytest.mark.parametrize("N", [9, pytest.param(64, marks=ON_GPU)], ids="N{}".format)
@@ -157,7 +157,7 @@ def test_a_row_does_not_depend_on_the_others(D: int, N: int) -> None:
     for n in (0, 4, N - 1):
         alone = case.copy()
         assert same_bits(alone.rows(n, n + 1).decode([n + 1], [n + 1], [5])[0], out[n])
-        assert same_bits(alone.pools.state[n + 1], together.pools.state[n + 1])
+        assert same_bits(alone.state[n + 1], together.state[n + 1])
 
 
 @pytest.mark.parametrize("change", [{"rows": 16}, {"rows": 32, "fold": 1}, {"fold": 4}], ids=["16", "32-1", "4"])
@@ -177,12 +177,12 @@ def test_a_sick_row_is_flagged_and_no_other(sick: str) -> None:
 def test_a_state_too_large_for_its_dtype_is_flagged() -> None:
     case = triton_case(1, 1, 64, state_dtype=torch.float16, A=1.0, gate_mean=-20.0)
     case.fill(1, 5)
-    case.pools.state[1] = 65000.0
+    case.pools.store(1, torch.full_like(case.pools.load(1)[0], 65000.0))
     case.x.qkv[0, 128:] = 1e6  # values that the delta rule writes over the state
     for spec in (True, False):
         flags, ours = case.flags(), case.copy()
         ours.decode([1], [1], [5], spec=spec, nonfinite=flags)
-        assert not ours.pools.state[1].isfinite().all()
+        assert not ours.state[1].isfinite().all()
         assert flags.tolist() == [0, 1, 0, 0, 0, 0, 0, 0], f"spec={spec}"
 
 
@@ -213,8 +213,8 @@ def test_a_graph_replayed_with_other_slots_equals_eager(state_dtype: str) -> Non
         out.fill_(float("nan"))
         graph.replay()
         assert same_bits(out, case.decode(reads, writes, [5] * N))
-        assert same_bits(captured.pools.state, case.pools.state)
-        assert same_bits(captured.pools.conv, case.pools.conv)
+        assert same_bits(captured.state, case.state)
+        assert same_bits(captured.conv, case.conv)
 
 
 @pytest.mark.gpu

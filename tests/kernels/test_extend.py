@@ -51,4 +51,4 @@ def test_chunked_form_agrees() -> None:
     short, chunked = case.copy(), replace(case.copy(), kernels=triton_case(MOST, 2, exact=True).kernels)
     expected = chunked.prefill([MOST], [30], [[1]])
     assert relative_error(short.prefill([MOST], [30], [[1]]), expected) <= 1e-5
-    assert relative_error(short.pools.state[1], chunked.pools.state[1]) <= 1e-5
+    assert relative_error(short.state[1], chunked.state[1]) <= 1e-5

@@ -120,7 +120,7 @@ def test_prefill_then_decode_equals_one_prefill(n: int) -> None:
     out = [pieces.rows(0, n).prefill([n], [0], [[2]])]
     out += [pieces.rows(t, t + 1).decode([2], [2], [t]) for t in range(n, n + 4)]
     assert relative_error(torch.cat(out), expected) <= TOLERANCE
-    assert relative_error(pieces.pools.state[2], whole.pools.state[1]) <= TOLERANCE
+    assert relative_error(pieces.state[2], whole.state[1]) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_chunked_prefill_in_odd_pieces_equals_one_shot(cuts: list[int]) -> None:
     bounds = [0, *cuts, 130]
     out = [pieces.rows(a, b).prefill([b - a], [a], [[2, 2, 2]], BLOCK) for a, b in itertools.pairwise(bounds)]
     assert relative_error(torch.cat(out), expected) <= TOLERANCE
-    assert relative_error(pieces.pools.state[2], whole.pools.state[1]) <= TOLERANCE
+    assert relative_error(pieces.state[2], whole.state[1]) <= TOLERANCE
     assert torch.equal(pieces.history(2, 130), whole.history(1, 130))
 
 
@@ -146,13 +146,13 @@ def test_an_export_is_the_state_of_a_shorter_prefill() -> None:
     for slot, end in ((1, 64), (2, 128)):
         shorter = case.rows(0, end).copy()
         shorter.prefill([end], [0], [[4]])
-        assert relative_error(exporting.pools.state[slot], shorter.pools.state[4]) <= TOLERANCE
+        assert relative_error(exporting.state[slot], shorter.state[4]) <= TOLERANCE
         assert torch.equal(exporting.history(slot, end), shorter.history(4, end))
     assert same_bits(continued.prefill([150], [0], [[0, 0, 5]], BLOCK), out)
-    assert same_bits(continued.pools.state[5], exporting.pools.state[3])
+    assert same_bits(continued.state[5], exporting.state[3])
     resumed = exporting.rows(128, 150)
     assert relative_error(resumed.prefill([22], [128], [[0, 2, 4]], BLOCK), out[128:]) <= TOLERANCE
-    assert relative_error(exporting.pools.state[4], exporting.pools.state[3]) <= TOLERANCE
+    assert relative_error(exporting.state[4], exporting.state[3]) <= TOLERANCE
 
 
 def test_blocks_of_several_chunks() -> None:
@@ -193,8 +193,8 @@ def test_a_slot_outside_the_pools_or_the_table_counts_as_none() -> None:
     expected = case.copy().prefill([4, 5], [64, 0], [[0, 0], [0, 0]], BLOCK)
     for table in ([[-1, 8], [2**31 - 1, 1]], [[8, -1], [-(2**31), 1]], [[0], [0]]):
         assert torch.equal(ours.prefill([4, 5], [64, 0], table, BLOCK, nonfinite=flags), expected)
-    assert same_bits(ours.pools.state, case.pools.state)
-    assert same_bits(ours.pools.conv, case.pools.conv)
+    assert same_bits(ours.state, case.state)
+    assert same_bits(ours.conv, case.conv)
     assert not flags.any()
 
 
@@ -251,7 +251,7 @@ def test_a_sick_sequence_leaves_the_others_alone(form: str) -> None:
     out = case.prefill([10, 10], [0, 0], [[1], [2]])
     assert out[3].isnan().all()
     assert torch.equal(out[10:], expected[10:])
-    assert torch.equal(case.pools.state[2], healthy.pools.state[2])
+    assert torch.equal(case.state[2], healthy.state[2])
 
 
 @pytest.mark.gpu
@@ -293,8 +293,8 @@ def test_a_graph_replayed_with_other_slots_equals_eager() -> None:
         graph.replay()
         lengths = [b - a for a, b in itertools.pairwise(new_bounds)]
         assert same_bits(out, case.prefill(lengths, new_context, new_table, BLOCK))
-        assert same_bits(captured.pools.state, case.pools.state)
-        assert same_bits(captured.pools.conv, case.pools.conv)
+        assert same_bits(captured.state, case.state)
+        assert same_bits(captured.conv, case.conv)
 
 
 @pytest.mark.gpu

@@ -148,4 +148,4 @@ def test_spec_carries_history_and_state_between_steps() -> None:
     first = pieces.rows(0, 5).prefill([5], [0], [[2]], spec=True)
     rest = [pieces.rows(t, t + 1).decode([2], [2], [t], spec=True) for t in range(5, 9)]
     assert relative_error(torch.cat([first, *rest]), expected) <= 1e-12
-    assert relative_error(pieces.pools.state[2], whole.pools.state[1]) <= 1e-12
+    assert relative_error(pieces.state[2], whole.state[1]) <= 1e-12
