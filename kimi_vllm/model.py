@@ -227,12 +227,9 @@ def _known_format(config: Mapping[str, Any]) -> WeightFormat | None:
 
 
 def _state_home(geometry: KimiGeometry, vllm_config: VllmConfig, prefix: str) -> StateHome | None:
-    stage = stages_of(geometry, vllm_config)[get_pp_group().rank_in_group]
-    kda = [index for index in stage if geometry.kda[index]]
-    mla = [index for index in stage if not geometry.kda[index]]
-    if not kda or not mla:
-        return None
-    return StateHome(geometry, vllm_config, len(kda), mla[0], prefix)
+    rank = get_pp_group().rank_in_group
+    kinds = {geometry.kda[layer] for layer in stages_of(geometry, vllm_config)[rank]}
+    return StateHome(geometry, vllm_config, rank, prefix) if len(kinds) == 2 else None
 
 
 def _check_parallel(geometry: KimiGeometry, tensor_parallel: int) -> None:

@@ -1,61 +1,87 @@
-"""Shapes and bytes of a state slot.
+"""How the KDA state of a request lies in the blocks of vLLM's KV cache.
 
-A slot is the whole KDA state of one request: for each KDA layer a recurrent matrix ``[H, V, K]`` and a conv ring
-``[R, 3·H·D]`` in which token p owns column p mod R. One slot id serves all layers.
+A state is, for each KDA layer, a recurrent matrix ``[H, V, K]`` and a conv ring ``[R, 3·H·D]`` in which token p owns
+column p mod R. vLLM keeps the pages of all MLA layers of a block side by side, so a block is one piece of memory. A
+state is cut into units that fit into blocks (`kernels/contract.py`, `Cut`): then any blocks, anywhere, hold it.
 """
 
 from dataclasses import dataclass
-from math import prod
 from typing import Self
 
 import torch
 
 from kimi_vllm.geometry import KimiGeometry
+from kimi_vllm.kernels.contract import Cut
 
 
 @dataclass(frozen=True, slots=True)
-class SlotLayout:
-    """Shapes and dtypes of one slot on one tensor-parallel rank.
+class StateLayout:
+    """The state of one request on one tensor-parallel rank of a pipeline stage.
 
     Attributes:
-        num_layers: KDA layers on this pipeline stage.
-        num_heads, head_dim: Heads on this rank, and K == V.
-        ring: Columns of the conv ring, R; at least the conv width.
+        cut: Units of a state and of a block.
+        num_layers: KDA layers on this stage.
     """
 
+    cut: Cut
     num_layers: int
-    num_heads: int
-    head_dim: int
-    ring: int
-    state_dtype: torch.dtype = torch.float32
-    conv_dtype: torch.dtype = torch.float32
 
     @property
-    def state_shape(self) -> tuple[int, ...]:
-        """``[L, H, V, K]``, K contiguous."""
-        return self.num_layers, self.num_heads, self.head_dim, self.head_dim
+    def blocks(self) -> int:
+        """Blocks of a state."""
+        return self.cut.blocks(self.num_layers)
 
     @property
-    def conv_shape(self) -> tuple[int, ...]:
-        """``[L, R, 3·H·D]``, channels in the order q | k | v."""
-        return self.num_layers, self.ring, 3 * self.num_heads * self.head_dim
+    def block_bytes(self) -> int:
+        """Bytes of a block, all MLA layers of the stage together."""
+        return self.cut.block_bytes
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot on this rank."""
-        return prod(self.state_shape) * self.state_dtype.itemsize + prod(self.conv_shape) * self.conv_dtype.itemsize
+    def state_bytes(self) -> int:
+        """Bytes that a state needs; its blocks have a few more."""
+        return self.num_layers * self.cut.H * self.cut.pieces * self.cut.unit_bytes
 
     @classmethod
-    def of(cls, geometry: KimiGeometry, num_layers: int, tensor_parallel_size: int = 1, **dtypes: torch.dtype) -> Self:
-        """The layout of `num_layers` KDA layers with heads split over ranks; `dtypes` as the attributes.
+    def of(
+        cls,
+        geometry: KimiGeometry,
+        num_kda_layers: int,
+        num_mla_layers: int,
+        *,
+        tensor_parallel_size: int = 1,
+        block_size: int,
+        cache_itemsize: int,
+        state_dtype: torch.dtype = torch.float32,
+        conv_dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The layout that needs the fewest blocks for a state.
+
+        Args:
+            tensor_parallel_size: Ranks over which KDA's heads are split. MLA's latents are whole on each.
+            block_size: Tokens of a block.
+            cache_itemsize: Bytes of an element of a cached latent.
+            state_dtype, conv_dtype: Dtypes of matrix and ring.
 
         Raises:
-            ValueError: The heads do not divide over the ranks.
+            ValueError: The heads do not divide over the ranks, or a block is too small for any part of a head.
         """
         heads = geometry.linear_num_heads
         if heads % tensor_parallel_size:
             raise ValueError(
                 f"--tensor-parallel-size {tensor_parallel_size}: the model's {heads} KDA heads do not divide by it."
             )
-        heads //= tensor_parallel_size
-        return cls(num_layers, heads, geometry.linear_head_dim, geometry.conv_width, **dtypes)
+        cut = Cut.fewest_blocks(
+            num_kda_layers,
+            heads // tensor_parallel_size,
+            geometry.linear_head_dim,
+            geometry.conv_width,
+            state_dtype,
+            conv_dtype,
+            num_mla_layers * block_size * geometry.latent_dim * cache_itemsize,
+        )
+        return cls(cut, num_kda_layers)
+
+
+def num_slots(num_blocks: int, state_blocks: int) -> int:
+    """Slot ids, the null slot included: as many states as blocks could hold, if they held nothing else."""
+    return 1 + num_blocks // state_blocks

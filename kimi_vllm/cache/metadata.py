@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.slots import NULL_SLOT
@@ -68,9 +69,15 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         self, kv_cache_spec: KDAStateSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.num_slots = kv_cache_spec.num_slots
+        member = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        self._pool = member.home.pool
         self.block_size = kv_cache_spec.block_size
         self._buffers = None if device.type == "cpu" else _RowBuffers(vllm_config, device)
+
+    @property
+    def num_slots(self) -> int:
+        """Slot ids, the null slot included."""
+        return int(self._pool.num_slots)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -176,6 +183,11 @@ class KDAStateBackend(OwnKernels, AttentionBackend):
     def get_builder_cls() -> type[KDAMetadataBuilder]:
         """See `KDAMetadataBuilder`."""
         return KDAMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """All layers of a block side by side, so that a block can hold a part of a state instead of tokens."""
+        return KVCacheLayout.BLNHC, KVCacheLayout.BLHNC
 
     @classmethod
     def is_ssm(cls) -> bool:

@@ -1,53 +1,115 @@
-"""The tensors of all slots, allocated with the model, so that vLLM counts them before it sizes its own pool."""
+"""All states of one worker, in the memory of vLLM's KV cache."""
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from kimi_vllm.cache.layout import SlotLayout
+from kimi_vllm.cache.layout import StateLayout, num_slots
+from kimi_vllm.kernels.contract import Pools
 
 
 class StatePool:
-    """All slots of one worker: ``state [S, L, H, V, K]`` and ``conv [S, L, R, 3·H·D]``.
+    """The page table of all slots, and each KDA layer's view of the memory behind it. It owns no memory of states.
 
-    The slot comes first, so that it is one contiguous piece and copied at once; a layer's view has the slot stride of
-    all layers. Nothing is ever cleared: a request's first step reads no slot.
+    Nothing is ever cleared: a request's first step reads no slot.
 
     Args:
-        layout: Shapes and dtypes of a slot.
-        num_slots: Slots, the null slot included.
+        layout: How a state lies in blocks.
+        state_blocks: Blocks of a slot; more than the layout's where another pipeline stage needs more.
         device: Where the kernels run.
         num_host_slots: Slots in host memory, pinned unless the device is the CPU.
 
     Attributes:
+        memory: ``[B, block_bytes]`` uint8: vLLM's blocks. One that nobody uses until `bind`.
+        pages: ``[S, P]`` int32; the blocks of each slot. Row 0 is the null slot's.
         nonfinite: ``[S]`` int32, set by the kernels of all layers where they write a state that is not finite.
+        layers: Arguments for the kernels of each KDA layer of the stage, in order.
     """
 
-    def __init__(self, layout: SlotLayout, num_slots: int, device: torch.device | str, num_host_slots: int = 0) -> None:
-        self.layout = layout
-        self.num_slots = num_slots
+    memory: Tensor
+    pages: Tensor
+    nonfinite: Tensor
+    layers: list[Pools]
+
+    def __init__(
+        self, layout: StateLayout, state_blocks: int, device: torch.device | str, num_host_slots: int = 0
+    ) -> None:
+        self.layout, self.state_blocks, self.device = layout, state_blocks, torch.device(device)
         self.num_host_slots = num_host_slots
-        self.state = torch.zeros(num_slots, *layout.state_shape, dtype=layout.state_dtype, device=device)
-        self.conv = torch.zeros(num_slots, *layout.conv_shape, dtype=layout.conv_dtype, device=device)
-        self.nonfinite = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        at_host: dict[str, Any] = {"device": "cpu", "pin_memory": self.state.device.type != "cpu"}
-        self.host_state = torch.empty(num_host_slots, *layout.state_shape, dtype=layout.state_dtype, **at_host)
-        self.host_conv = torch.empty(num_host_slots, *layout.conv_shape, dtype=layout.conv_dtype, **at_host)
+        at_host = {"device": "cpu", "pin_memory": self.device.type != "cpu"}
+        shape = (num_host_slots, layout.blocks, layout.block_bytes)
+        self.host = torch.empty(shape, dtype=torch.uint8, **at_host)  # type: ignore[call-overload]
+        self.release()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all slots on this worker."""
-        return self.num_slots * self.layout.slot_bytes
+    def num_slots(self) -> int:
+        """Slot ids, the null slot included; known when memory is bound."""
+        return len(self.pages)
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """The pool of the `index`-th KDA layer of this stage: conv ``[S, R, 3·H·D]``, state ``[S, H, V, K]``."""
-        return self.conv[:, index], self.state[:, index]
+    def bind(self, view: Tensor) -> None:
+        """Keep states in the memory behind an MLA layer's cache.
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one slot to another, in order with the steps; ids from `num_slots` on are host slots."""
-        for pool, host in ((self.state, self.host_state), (self.conv, self.host_conv)):
-            self._row(pool, host, target).copy_(self._row(pool, host, source), non_blocking=True)
+        Args:
+            view: What vLLM gives the layer, ``[B, ...]``; its blocks are `block_bytes` apart.
 
-    def _row(self, pool: Tensor, host: Tensor, slot: int) -> Tensor:
-        return pool[slot] if slot < self.num_slots else host[slot - self.num_slots]
+        Raises:
+            ValueError: Blocks lie otherwise.
+        """
+        stride = view.stride(0) * view.element_size()
+        if stride != self.layout.block_bytes:
+            raise ValueError(
+                f"vLLM's KV cache has blocks {stride} bytes apart; KDA states need all MLA layers of a block side by "
+                f"side, {self.layout.block_bytes} bytes. Drop VLLM_KV_CACHE_LAYOUT."
+            )
+        every = torch.empty(0, dtype=torch.uint8, device=view.device).set_(view.untyped_storage())
+        num_blocks = view.shape[0]
+        self._take(every[: num_blocks * stride].view(num_blocks, stride), num_slots(num_blocks, self.state_blocks))
+
+    def release(self) -> None:
+        """Let go of vLLM's memory, as after its profiling. Steps without slots can still run."""
+        self._take(torch.zeros(1, self.layout.block_bytes, dtype=torch.uint8, device=self.device), 1)
+
+    def _take(self, memory: Tensor, slots: int) -> None:
+        self.memory = memory
+        self.pages = torch.zeros(slots, self.state_blocks, dtype=torch.int32, device=self.device)
+        self.nonfinite = torch.zeros(slots, dtype=torch.int32, device=self.device)
+        cut = self.layout.cut
+        self.layers = [
+            Pools(self.memory, self.pages, cut, layer * cut.H * cut.pieces, self.nonfinite)
+            for layer in range(self.layout.num_layers)
+        ]
+
+    def apply(self, operations: Iterable[tuple[int, int | list[int]]]) -> None:
+        """Do what the scheduler planned before a step, in order with the steps on the device.
+
+        Args:
+            operations: See `exchange.OPERATIONS`.
+        """
+        given: dict[int, list[int]] = {}
+        for slot, what in operations:
+            if isinstance(what, list):
+                given[slot] = what
+                continue
+            self._give(given)
+            given = {}
+            self._copy(slot, what)
+        self._give(given)
+
+    def _give(self, given: dict[int, list[int]]) -> None:
+        if not given:
+            return
+        pinned = self.device.type != "cpu"
+        rows = torch.tensor([[slot, *blocks] for slot, blocks in given.items()], dtype=torch.int32, pin_memory=pinned)
+        rows = rows.to(self.device, non_blocking=True)
+        self.pages.index_copy_(0, rows[:, 0].long(), rows[:, 1:])
+
+    def _copy(self, source: int, target: int) -> None:
+        state = self.host[source - self.num_slots] if source >= self.num_slots else self.memory[self._blocks(source)]
+        if target >= self.num_slots:
+            self.host[target - self.num_slots].copy_(state, non_blocking=True)
+        else:
+            self.memory[self._blocks(target)] = state.to(self.device, non_blocking=True)
+
+    def _blocks(self, slot: int) -> Tensor:
+        return self.pages[slot, : self.layout.blocks].long()

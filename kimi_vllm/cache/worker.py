@@ -1,6 +1,6 @@
 """vLLM's worker for this platform, extended by what KDA states need; the other end of `scheduler.py`.
 
-At start it compiles our kernels. Before a step it makes the copies between pool and host memory that the scheduler
+At start it compiles our kernels. Before a step it gives slots their blocks and makes the copies that the scheduler
 planned; after it, it reports the slots that are not finite (see `exchange.py`).
 """
 
@@ -17,7 +17,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from kimi_vllm.cache.exchange import MOVES, NONFINITE, PlannedMemory
+from kimi_vllm.cache.exchange import NONFINITE, OPERATIONS
 from kimi_vllm.cache.guard import take_flags
 from kimi_vllm.cache.pool import StatePool
 from kimi_vllm.cache.warm_up import logprob_columns, sampled_rows, step_sizes
@@ -47,30 +47,12 @@ class KimiWorker(PlatformWorker):
                 self._warm_up_sampling()
         return super().compile_or_warm_up_model()  # type: ignore[no-any-return]
 
-    def determine_available_memory(self) -> int:
-        """Bytes for the KV cache: on a GPU as planned before loading, unless less memory turns out to be free."""
-        measured = int(super().determine_available_memory())
-        plan = PlannedMemory.of(self.model_config)
-        if plan is None or (planned := plan.kv_bytes) is None:
-            return measured
-        if measured < planned:
-            logger.warning(
-                "kimi-vllm: %.2f GiB were planned for the KV cache, but only %.2f GiB are free. Lower "
-                "--max-num-batched-tokens, or raise --gpu-memory-utilization.",
-                planned / 2**30,
-                measured / 2**30,
-            )
-        else:
-            logger.info("kimi-vllm: %.2f GiB remain free beside the KV cache.", (measured - planned) / 2**30)
-        return min(measured, planned)
-
     def execute_model(self, scheduler_output: SchedulerOutput) -> Output | None:
-        """Make the step's copies, run it, and report slots that are not finite, now or in `sample_tokens`."""
+        """Do what the scheduler planned for slots, run the step, and report slots that are not finite, now or in `sample_tokens`."""
         pool = self._state_pool()
         if pool is None:
             return super().execute_model(scheduler_output)  # type: ignore[no-any-return]
-        for source, target in getattr(scheduler_output, MOVES, ()):
-            pool.move(source, target)
+        pool.apply(getattr(scheduler_output, OPERATIONS, ()))
         output: Output | None = super().execute_model(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return output

@@ -133,12 +133,17 @@ class KimiDeltaAttention(nn.Module):
         self.weights = self._kernel_weights()
 
         self.metadata_name = home.metadata_name
-        self.pools = Pools(*home.claim_layer(), home.pool.nonfinite)
+        self.home, self.layer = home, home.claim_layer()
         self.block_size = vllm_config.cache_config.block_size
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-        self.backend = dispatch.load_backend(self.pools.state.device.type)
+        self.backend = dispatch.load_backend(vllm_config.device_config.device.type)
         self.backend.prepare(head_dim)
         vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    @property
+    def pools(self) -> Pools:
+        """The layer's states, in the memory that vLLM has bound."""
+        return self.home.pool.layers[self.layer]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mix one step's tokens: ``[T, hidden]`` to ``[T, hidden]``, decodes first, then prefills."""

@@ -80,15 +80,15 @@ class Engine:
 
     @property
     def pool(self) -> Any:
-        """The worker's state tensors."""
+        """The worker's states."""
         return self.model.model.state_home.pool
 
     def check_idle(self) -> None:
-        """No request is left, so no slot may be live and none may be lost."""
-        self.slots.check()
-        self.manager.block_pool.host.check()
+        """No request is left, so no block may be in use and none may be lost."""
+        self.scheduler.check_memory()
         assert self.slots.num_live == 0, f"{self.slots.num_live} slots leaked"
-        assert self.slots.num_free + self.slots.num_idle == self.slots.num_slots - 1
+        pool = self.scheduler.arena
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "pages leaked"
         assert not self.manager.req_to_blocks
 
 

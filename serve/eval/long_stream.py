@@ -83,7 +83,7 @@ def read_and_ask(
         threads: Threads of torch, whose attention takes most of the time on a CPU.
 
     Returns:
-        Questions with answers and times, memory over time, sizes of a slot, of a page and of both pools in bytes.
+        Questions with answers and times, memory over time, and the sizes of a state, a block and all blocks in bytes.
     """
     vocabulary = TASKS["needle"].vocabulary
     context, needles = make_context(tokens)
@@ -93,7 +93,7 @@ def read_and_ask(
         "max_num_seqs": 1,
         "max_num_batched_tokens": chunk,
         "enable_prefix_caching": True,
-        "additional_config": {"kimi": {"state_slots": 4, "state_dtype": state_dtype}},
+        "additional_config": {"kimi": {"state_dtype": state_dtype}},
     }
     if torch.cuda.is_available():
         options["kv_cache_memory_bytes"] = GPU_KV_BYTES
@@ -107,14 +107,12 @@ def read_and_ask(
             asked.append(
                 {"depth": depth, "tokens_ago": tokens - round(depth * tokens), "right": vocabulary[value], **found}
             )
-        attention = ("LatentAttention", "MLAAttention")  # ours, vLLM's
-        latents = next(layer for layer in running.model.modules() if type(layer).__name__ in attention).kv_cache
         geometry = geometry_of(running.worker.model_config)
         sizes = {
-            "slot_bytes": running.pool.layout.slot_bytes,
-            "slots_bytes": running.pool.nbytes,
-            "page_bytes": latents[0].nbytes,
-            "pages_bytes": latents.nbytes,
+            "state_blocks": running.pool.layout.blocks,
+            "state_bytes": running.pool.layout.state_bytes,
+            "block_bytes": running.pool.layout.block_bytes,
+            "memory_bytes": running.pool.memory.nbytes,
         }
     return {
         "bench": "synthetic-long",
@@ -137,8 +135,8 @@ def table(result: dict[str, Any]) -> ResultTable:
     title = (
         f"{result['tokens']:,} tokens in steps of {result['chunk']:,}; resident memory "
         f"{memory[0]['rss_mib']:,.0f} MiB after the first step, {memory[-1]['rss_mib']:,.0f} after the last; "
-        f"{memory[-1]['slots']} slot of {sizes['slot_bytes'] / MIB:.2f} MiB, "
-        f"{memory[-1]['pages']:,} pages of {sizes['page_bytes'] / 1024:.0f} KiB"
+        f"{memory[-1]['slots']} state of {sizes['state_bytes'] / MIB:.2f} MiB, "
+        f"{memory[-1]['pages']:,} pages of {sizes['block_bytes'] / 1024:.0f} KiB"
     )
     columns = ["needle at", "tokens ago", "right answer", "answer", "from cache", "steps", "seconds", "CPU seconds"]
     cells = [

@@ -21,7 +21,6 @@ from serve.eval.tasks import NOT_SCORED, PAD, Task
 
 SEQUENCES = 64
 SEED = 7
-SLOTS = 3 * SEQUENCES
 BLOCK = 64
 REPLAY = "replay"
 
@@ -119,7 +118,7 @@ def serving(checkpoint: Path, longest: int, state_dtype: str = "float32", **opti
         "max_num_seqs": SEQUENCES,
         "max_num_batched_tokens": max(longest, 2048),
         "enable_prefix_caching": True,
-        "additional_config": {"kimi": {"state_slots": SLOTS, "state_dtype": state_dtype}},
+        "additional_config": {"kimi": {"state_dtype": state_dtype}},
     }
     with engine(checkpoint, **(defaults | forced | options)) as running:
         yield running

@@ -27,15 +27,15 @@ SEQUENCES = 16
 SHORTAGE: dict[str, Any] = {
     "max_num_seqs": SEQUENCES,
     "max_num_batched_tokens": 397,
-    "num_gpu_blocks_override": 44,
+    "num_gpu_blocks_override": 44 + 8 * (SEQUENCES + 8),  # pages, and states of 8 blocks
     "enable_prefix_caching": True,
-    "additional_config": {"kimi": {"state_slots": SEQUENCES + 8, "host_memory_gib": 0.005}},
+    "additional_config": {"kimi": {"host_memory_gib": 0.005}},
 }
 WITH_TEXT = {"skip_tokenizer_init": False}
 PLENTY: dict[str, Any] = {
     "max_num_seqs": 1,
     "max_num_batched_tokens": 1024,
-    "num_gpu_blocks_override": 40,
+    "num_gpu_blocks_override": 60,
     "enable_prefix_caching": False,
 }
 WAITING = 8
@@ -134,7 +134,7 @@ def soak(requests: int, seed: int = 0, progress: Progress | None = None) -> dict
                 if not question.is_answered_by(output.outputs[0].text):
                     doubtful.append((question, output.outputs[0].text))
             counts["steps"] += 1
-            running.slots.check()
+            running.scheduler.check_memory()
             running.manager.block_pool.host.check()
             progress.update(task, completed=counts["requests"] - len(asked))
         while vllm.has_unfinished_requests():

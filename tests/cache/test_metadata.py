@@ -1,5 +1,7 @@
 """Rows of the block table become read and write slots, decodes apart from prefills."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,8 +13,11 @@ BLOCK = 4
 
 @pytest.fixture
 def builder():
-    spec = KDAStateSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, num_slots=20)
-    return KDAMetadataBuilder(spec, ["model.layers.0.kda_state"], None, torch.device("cpu"))
+    spec = KDAStateSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    name = "model.layers.0.kda_state"
+    member = SimpleNamespace(home=SimpleNamespace(pool=SimpleNamespace(num_slots=20)))
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={name: member}))
+    return KDAMetadataBuilder(spec, [name], config, torch.device("cpu"))
 
 
 def step(query_lens, seq_lens, table, num_actual_tokens=None):

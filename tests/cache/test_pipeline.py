@@ -19,17 +19,18 @@ OF_48B = tuple(layer not in (3, 7, 11, 15, 19, 23, 26) for layer in range(27))
 def stage_specs(config, geometry, stage, stages, host_memory_gib):
     """What the worker of one stage tells the engine, by the code that runs there."""
     first, end = get_pp_indices(geometry.num_layers, stage, stages)
-    options = {"kimi": {"state_slots": 4, "host_memory_gib": host_memory_gib}}
+    options = {"kimi": {"host_memory_gib": host_memory_gib}}
     attention = SimpleNamespace(get_kv_cache_spec=lambda _: attention_spec(config, 64))
     worker = SimpleNamespace(
         device_config=SimpleNamespace(device=torch.device("cpu")),
         additional_config=options,
         parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=stages),
         model_config=config.model_config,
+        cache_config=config.cache_config,
         compilation_config=SimpleNamespace(static_forward_context={}),
     )
     mla = [layer for layer in range(first, end) if not geometry.kda[layer]]
-    home = StateHome(geometry, worker, sum(geometry.kda[first:end]), mla[0], "model.layers")
+    home = StateHome(geometry, worker, stage, "model.layers")
     specs = {}
     for layer in mla:
         specs[f"model.layers.{layer}.self_attn.attn"] = attention_spec(config, 64)

@@ -1,4 +1,4 @@
-"""What the worker adds to vLLM's: sick slots with a step's result, the planned KV cache, and steps to warm up."""
+"""What the worker adds to vLLM's: sick slots with a step's result, and steps to warm up."""
 
 from types import SimpleNamespace
 
@@ -63,18 +63,6 @@ def worker_with(**attributes):
     for name, value in attributes.items():
         setattr(made, name, value)
     return made
-
-
-@pytest.mark.parametrize(
-    ("measured", "planned", "got"), [(1000, None, 1000), (1000, 800, 800), (700, 800, 700), (800, 800, 800)]
-)
-def test_the_kv_cache_is_what_was_planned_unless_less_is_free(measured, planned, got, monkeypatch):
-    monkeypatch.setattr(worker.PlatformWorker, "determine_available_memory", lambda self: measured)
-    said = []
-    monkeypatch.setattr(worker.logger, "warning", lambda text, *values: said.append(text % values))
-    config = SimpleNamespace(hf_config=SimpleNamespace(**({} if planned is None else {"kimi_memory": (8, planned)})))
-    assert worker_with(model_config=config).determine_available_memory() == got
-    assert bool(said) == (planned is not None and measured < planned)
 
 
 @pytest.mark.parametrize(("tokens", "sequences", "length", "most"), [(8192, 64, 4096, 8192), (8192, 1, 2048, 2048)])

@@ -5,7 +5,7 @@ around each boundary, chunked at odd sizes, eight requests in flight. Each test 
 """
 
 import pytest
-from support.engine import RECALL, Engine, check_equal, engines, random_prompts
+from support.engine import RECALL, STATE_BLOCKS, Engine, check_equal, engines, random_prompts
 
 pytestmark = pytest.mark.engine
 
@@ -13,32 +13,28 @@ BLOCK = 64
 LENGTHS = [boundary + offset for boundary in (64, 128, 192, 256, 320) for offset in (-1, 0, 1)]
 ODD = (97,)  # a chunk passes one boundary or two
 ANSWER = 12
-HOST_GIB = 0.01  # of the tiny checkpoint's slots, 45
+HOST_GIB = 0.01  # 40 states of the tiny checkpoint
 
 
-def options(chunk, slots=40, **more):
-    kimi = {"state_slots": slots} | more.pop("kimi", {})
+def options(chunk, states=40, pages=200, kimi=None):
     return {
         "enable_prefix_caching": True,
         "max_num_batched_tokens": chunk,
-        "num_gpu_blocks_override": 200,
-        "additional_config": {"kimi": kimi},
-    } | more
+        "num_gpu_blocks_override": pages + states * STATE_BLOCKS,
+        "additional_config": {"kimi": kimi or {}},
+    }
 
 
 @pytest.fixture(scope="module")
 def running() -> dict[object, Engine]:
     """The plain engine and one per configuration, all in this process."""
-    configurations = {"plain": {"num_gpu_blocks_override": 200}}
+    configurations = {"plain": {"num_gpu_blocks_override": 200 + 8 * STATE_BLOCKS}}
     for chunk in ODD:
         configurations["ample", chunk] = options(chunk)
         configurations["host", chunk] = options(chunk, kimi={"host_memory_gib": HOST_GIB})
-        configurations["few slots", chunk] = options(chunk, slots=9)
-        configurations["few slots, host", chunk] = options(chunk, slots=9, kimi={"host_memory_gib": HOST_GIB})
-        # One prompt of 321 tokens and its answer take 6 pages of 64, eight of them 48.
-        pages = {"num_gpu_blocks_override": 24}
-        configurations["few pages", chunk] = options(chunk, **pages)
-        configurations["few pages, host", chunk] = options(chunk, slots=9, kimi={"host_memory_gib": HOST_GIB}, **pages)
+        # Eight requests of 321 tokens and an answer take 48 pages and eight states; memory is for fewer.
+        configurations["little memory", chunk] = options(chunk, states=9, pages=24)
+        configurations["little memory, host", chunk] = options(chunk, 9, 24, {"host_memory_gib": HOST_GIB})
     with engines(RECALL, configurations) as started:
         yield started
 
@@ -129,8 +125,8 @@ def test_extended_and_answered(use, check):
 
 
 def test_hit_after_eviction(use, check):
-    """More prompts than slots: what was evicted is computed again, and is a hit from then on."""
-    engine = use("few slots")
+    """More prompts than memory for states: what was evicted is computed again, and is a hit from then on."""
+    engine = use("little memory")
     prompts = random_prompts(LENGTHS, 100, seed=35)
     engine.complete(prompts)
     assert engine.counts["evictions"] > 0
@@ -141,9 +137,9 @@ def test_hit_after_eviction(use, check):
     check([*again, *pairs])
 
 
-@pytest.mark.parametrize("name", ["few pages", "few pages, host"])
+@pytest.mark.parametrize("name", ["little memory", "little memory, host"])
 def test_resumed_after_preemption(use, check, name):
-    """Pages run out while eight requests grow past a boundary: some are preempted and go on later."""
+    """Memory runs out while eight requests grow past a boundary: some are preempted and go on later."""
     engine = use(name)
     check(engine.complete(random_prompts(LENGTHS[-8:], 100, seed=36), max_tokens=100))
     assert engine.num_preemptions > 0
@@ -158,8 +154,8 @@ def test_swapped_in(use, check):
     prompts = random_prompts(LENGTHS, 100, seed=38)
     engine.complete(prompts)
     pool = engine.manager.block_pool
-    pool.free_blocks([pool.take() for _ in range(pool.slots.num_available)])
-    assert pool.slots.num_idle == 0
+    while pool.slots.num_idle:
+        pool.evict_one()
     again = engine.complete(prompts, max_tokens=ANSWER)
     assert [completion.cached for completion in again] == [last_boundary(length) for length in LENGTHS]
     assert engine.counts["swaps_in"] == sum(completion.cached > 0 for completion in again)
@@ -167,8 +163,8 @@ def test_swapped_in(use, check):
 
 
 def test_swapped_in_under_pressure(use, check):
-    """Nine slots for eight requests in flight: loading one state evicts another."""
-    engine = use("few slots, host")
+    """Memory for nine states and eight requests in flight: loading one evicts another."""
+    engine = use("little memory, host")
     prompts = random_prompts(LENGTHS, 100, seed=39)
     engine.complete(prompts)
     before = engine.counts["swaps_out"]

@@ -14,7 +14,7 @@ import torch
 from openai import OpenAI
 from support.checkpoints import GEOMETRIES, make_random
 from support.cuda import SMOOTH, distributions, relative_error
-from support.engine import RECALL, engine, random_prompts
+from support.engine import RECALL, STATE_BLOCKS, engine, random_prompts
 from support.server import serving
 
 from serve.demo.recall_task import held_out_prompt
@@ -99,13 +99,13 @@ def test_recall_with_graphs_chunks_hits_preemption_and_swaps(dtype, state_dtype,
         "max_num_seqs": 32,
         "max_num_batched_tokens": 97,
         "enable_prefix_caching": True,
-        "num_gpu_blocks_override": 60,
+        "num_gpu_blocks_override": 60 + 16 * STATE_BLOCKS,
         "skip_tokenizer_init": False,
-        "additional_config": {"kimi": {"state_dtype": state_dtype, "state_slots": 36, "host_memory_gib": 0.1}},
+        "additional_config": {"kimi": {"state_dtype": state_dtype, "host_memory_gib": 0.1}},
     }
     with engine(RECALL, **options) as running:
         assert running.scheduler.scheduler_config.async_scheduling == scheduling
-        assert running.pool.state.dtype == running.pool.host_state.dtype == getattr(torch, state_dtype)
+        assert running.pool.layout.cut.state_dtype == getattr(torch, state_dtype)
         # Long answers, so that requests outgrow the pages; the last questions again, which hit what they have left.
         for questions in (asked, asked[-4:]):
             parameters = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
@@ -124,7 +124,7 @@ def test_recall_with_graphs_chunks_hits_preemption_and_swaps(dtype, state_dtype,
 FIRST_REQUESTS = """
 import json, sys
 import triton
-from support.engine import RECALL, engine, random_prompts
+from support.engine import RECALL, STATE_BLOCKS, engine, random_prompts
 from vllm import SamplingParams, TokensPrompt
 
 if __name__ == "__main__":

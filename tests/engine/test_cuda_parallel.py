@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from openai import OpenAI
-from support.engine import RECALL, check_equal, engine, random_prompts
+from support.engine import RECALL, STATE_BLOCKS, check_equal, engine, random_prompts
 from support.server import serving
 
 from serve.demo.recall_task import held_out_prompt
@@ -26,8 +26,7 @@ OPTIONS = {
     "max_num_seqs": 32,
     "max_num_batched_tokens": 97,
     "enable_prefix_caching": True,
-    "num_gpu_blocks_override": 24,  # so few that requests preempt each other as they grow
-    "additional_config": {"kimi": {"state_slots": 36}},
+    "num_gpu_blocks_override": 24 + 16 * STATE_BLOCKS,  # so few that requests preempt each other as they grow
 }
 PROMPTS = random_prompts([1, 63, 64, 65, *range(100, 320, 5)], 100)
 TOKENS = 40

@@ -13,7 +13,7 @@ import openai
 import pytest
 import yaml
 from support import dashboard
-from support.engine import RECALL
+from support.engine import RECALL, STATE_BLOCKS
 from support.server import free_port, serving
 
 pytestmark = [
@@ -22,8 +22,9 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("prometheus"), reason="needs a Prometheus: apt-get install prometheus"),
 ]
 
-# Few slots and some host memory, so that checkpoints are given up, moved out and fetched back.
-SHORTAGE = '{"kimi": {"state_slots": 6, "host_memory_gib": 0.05}}'
+# Little memory and some on the host, so that checkpoints are given up, moved out and fetched back.
+SHORTAGE = '{"kimi": {"host_memory_gib": 0.05}}'
+LITTLE = ("--num-gpu-blocks-override", str(8 * STATE_BLOCKS), "--max-model-len", "1024")
 LOAD_SECONDS = 25
 # What Grafana puts in for its variables; the interval is four scrapes and a step, as there.
 VARIABLES = {"$model": ".*", "$__rate_interval": "5s", "$__range": "300s"}
@@ -79,7 +80,7 @@ def answers(tmp_path_factory):
     """The values of each query over the time of the load, by its text; and the client that asks."""
     folder = tmp_path_factory.mktemp("prometheus")
     with (
-        serving(RECALL, folder / "log", "--additional-config", SHORTAGE) as port,
+        serving(RECALL, folder / "log", "--additional-config", SHORTAGE, *LITTLE) as port,
         prometheus(folder, port) as client,
     ):
         start = time.time()

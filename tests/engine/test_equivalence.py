@@ -2,7 +2,7 @@
 
 import pytest
 from support.checkpoints import GEOMETRIES
-from support.engine import RECALL, Completion, engine, random_prompts
+from support.engine import RECALL, STATE_BLOCKS, Completion, engine, random_prompts
 
 pytestmark = pytest.mark.engine
 
@@ -64,7 +64,7 @@ def growing():
 
 @pytest.mark.parametrize("caching", [False, True], ids=["nocache", "cache"])
 def test_preemption(caching, growing):
-    options = {"num_gpu_blocks_override": 12, "enable_prefix_caching": caching, "max_num_batched_tokens": 256}
+    options = {"num_gpu_blocks_override": 44, "enable_prefix_caching": caching, "max_num_batched_tokens": 256}
     with engine(RECALL, max_model_len=320, **options) as running:
         same(running.complete([completion.prompt for completion in growing], max_tokens=80), growing)
         assert running.num_preemptions > 0
@@ -75,9 +75,10 @@ def test_what_preemption_is_compared_with_equals_transformers(growing, oracles):
         oracles["recall"].check(completion)
 
 
-@pytest.mark.parametrize("state_slots", [2, 3, 5])
-def test_fewer_slots_than_requests(state_slots, prompts, expected):
-    options = {"additional_config": {"kimi": {"state_slots": state_slots}}, "enable_prefix_caching": True}
+@pytest.mark.parametrize("states", [2, 3, 5])
+def test_memory_for_fewer_states_than_requests(states, prompts, expected):
+    longest = max(len(prompt) for prompt in prompts) + 24
+    blocks = 1 + states * STATE_BLOCKS + -(-longest // 64)
+    options = {"num_gpu_blocks_override": blocks, "max_model_len": longest, "enable_prefix_caching": True}
     with engine(RECALL, **options) as running:
-        assert running.slots.num_slots == state_slots + 1
         same(running.complete(prompts, max_tokens=24), expected)

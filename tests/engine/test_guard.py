@@ -27,7 +27,7 @@ def run(running, prompts, max_tokens=24, poison_at=None, victim=0):
         for output in core.step():
             if output.finished:
                 answers[int(output.request_id)] = output.outputs[0]
-        running.slots.check()
+        running.scheduler.check_memory()
         step += 1
     running.check_idle()
     return [answers[index] for index in range(len(prompts))]
@@ -100,4 +100,4 @@ def test_without_prefix_caching_too(sick_checkpoint):
     with engine(sick_checkpoint) as running:
         healthy, sick = run(running, [prompt, [*prompt, SICK_TOKEN]])
         assert (healthy.finish_reason, sick.finish_reason) == ("length", "error")
-        assert running.slots.num_free == running.slots.num_slots - 1
+        running.check_idle()

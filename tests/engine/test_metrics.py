@@ -6,17 +6,20 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support import dashboard
 from support.checkpoints import SICK_TOKEN
+from support.engine import STATE_BLOCKS
 from support.server import serving
 
 pytestmark = pytest.mark.engine
 
-HOST_MEMORY = '{"kimi": {"state_slots": 4, "host_memory_gib": 0.05}}'
+HOST_MEMORY = '{"kimi": {"host_memory_gib": 0.05}}'
+BLOCKS = 4 * STATE_BLOCKS + 12
 
 
 @pytest.fixture(scope="module")
 def server(sick_checkpoint, tmp_path_factory):
     log = tmp_path_factory.mktemp("serve") / "log"
-    options = ["--api-server-count", "2", "--additional-config", HOST_MEMORY]
+    memory = ["--num-gpu-blocks-override", str(BLOCKS), "--max-model-len", "400"]
+    options = ["--api-server-count", "2", "--additional-config", HOST_MEMORY, *memory]
     with serving(sick_checkpoint, log, *options) as port:
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0), port, log
 
@@ -53,7 +56,7 @@ def test_what_happened_is_counted_and_a_sick_request_is_an_http_error(server):
     assert seen["kimi_state_hit_length_tokens_count", ""] == 17
     assert seen["kimi_state_hit_length_tokens_bucket", "64.0"] == 9
     assert seen["kimi_state_hit_length_tokens_bucket", "128.0"] == 17
-    # Four slots cannot hold the states of eight prompts: they went to host memory and came back.
+    # Memory for four states cannot hold those of eight prompts: they went to host memory and came back.
     assert seen["kimi_state_evictions_total", ""] >= 4
     assert seen["kimi_state_swaps_out_total", ""] >= 4
     assert seen["kimi_state_swaps_in_total", ""] >= 4

@@ -1,7 +1,7 @@
 """Random schedules against the plain run: prefixes that coincide, arrivals and aborts at any step, everything scarce.
 
 A case is two rounds of a few requests on an engine whose cache is empty at first, so that a failure can be repeated.
-Every answer that finishes must be the plain run's, and after every step each slot must be in exactly one place.
+Every answer that finishes must be the plain run's, and after every step each block must have exactly one owner.
 """
 
 from collections import Counter
@@ -10,41 +10,39 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.arrivals import LONGEST_ANSWER, rounds
-from support.engine import RECALL, Completion, check_equal, engines
+from support.engine import RECALL, STATE_BLOCKS, Completion, check_equal, engines
 
 pytestmark = pytest.mark.engine
 
 CASES = 52  # each of four configurations, so 208
-SLOT_GIB = 233_472 / 2**30
+STATE_GIB = STATE_BLOCKS * 32_768 / 2**30
 
 
-def scarce(sequences, slots, chunk, pages=100, **more):
-    kimi = {"state_slots": slots} | more.pop("kimi", {})
+def scarce(sequences, chunk, blocks, kimi=None, **more):
     return {
         "enable_prefix_caching": True,
         "max_model_len": 512,
         "max_num_seqs": sequences,
         "max_num_batched_tokens": chunk,
-        "num_gpu_blocks_override": pages,
-        "additional_config": {"kimi": kimi},
+        "num_gpu_blocks_override": blocks,
+        "additional_config": {"kimi": kimi or {}},
     } | more
 
 
 CONFIGURATIONS = {
-    "slots": scarce(3, 4, 97),
-    "host": scarce(3, 4, 97, kimi={"host_memory_gib": 6.5 * SLOT_GIB}),
-    "pages": scarce(4, 12, 150, pages=9),
+    "states": scarce(3, 97, 44),
+    "host": scarce(3, 97, 44, kimi={"host_memory_gib": 6.5 * STATE_GIB}),
+    "pages": scarce(4, 150, 27),
     "lru-host-pages-priority": scarce(
         4,
-        5,
         61,
-        pages=9,
+        27,
         scheduling_policy="priority",
-        kimi={"host_memory_gib": 4.5 * SLOT_GIB, "eviction": "lru", "checkpoint_interval": 128},
+        kimi={"host_memory_gib": 4.5 * STATE_GIB, "eviction": "lru", "checkpoint_interval": 128},
     ),
 }
 PATHS = {
-    "slots": {"hits", "aborts", "evictions"},
+    "states": {"hits", "aborts", "evictions"},
     "host": {"hits", "aborts", "evictions", "swaps_out", "swaps_in"},
     "pages": {"hits", "aborts", "preemptions"},
     "lru-host-pages-priority": {"hits", "aborts", "evictions", "swaps_out", "swaps_in", "preemptions"},
@@ -97,8 +95,7 @@ def play(engine, schedule, seen):
         for output in core.step():
             if output.finished:
                 finished[int(output.request_id)] = output
-        engine.slots.check()
-        engine.manager.block_pool.host.check()
+        engine.scheduler.check_memory()
         step += 1
         assert step < 2000, "requests that never finish"
     core.step()

@@ -5,18 +5,18 @@ import json
 import pytest
 import torch
 from support.checkpoints import write_checkpoint
-from support.engine import RECALL, engine, poison, random_prompts
+from support.engine import RECALL, engine, poison, poison_blocks, random_prompts
 
 pytestmark = pytest.mark.engine
 
 
-def test_nan_in_unowned_slots_changes_nothing():
+def test_nan_in_memory_that_nobody_owns_changes_nothing():
     prompts = random_prompts([1, 2, 5, 63, 64, 65, 130, 200], 100, seed=20)
     with engine(RECALL, enable_prefix_caching=True) as running:
         expected = [completion.tokens for completion in running.complete(prompts, max_tokens=16)]
         assert running.llm.reset_prefix_cache()
-        assert running.slots.num_free == running.slots.num_slots - 1
-        poison(running.pool, range(running.slots.num_slots))
+        assert not running.slots.slots()
+        poison_blocks(running.pool, range(len(running.pool.memory)))
         again = running.complete(prompts, max_tokens=16)
     assert [completion.tokens for completion in again] == expected
 

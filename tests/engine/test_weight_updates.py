@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import write_checkpoint
-from support.engine import RECALL, engine, random_prompts
+from support.engine import RECALL, STATE_BLOCKS, engine, random_prompts
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -79,7 +79,8 @@ def other_answers(other_checkpoint):
 
 @pytest.fixture(scope="module")
 def running(other_answers):  # engines in one process go together
-    options = {"enable_prefix_caching": True, "additional_config": {"kimi": {"state_slots": 9, "host_memory_gib": 0.1}}}
+    memory = {"num_gpu_blocks_override": 9 * STATE_BLOCKS + 20, "additional_config": {"kimi": {"host_memory_gib": 0.1}}}
+    options = {"enable_prefix_caching": True} | memory
     with engine(RECALL, weight_transfer_config={"backend": "in-process"}, **options) as running:
         yield running
 

@@ -1,5 +1,6 @@
 """The operator of a KDA layer: what torch.compile and CUDA graphs see, and what a layer checks before it serves."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.forward_context import get_forward_context, override_forward_context
 
 from kimi_vllm.cache.metadata import KDAMetadata, rehearsal
-from kimi_vllm.kernels.contract import DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.bench.layer import scattered
+from kimi_vllm.kernels.contract import DecodeRows, PrefillRows, Weights
 from kimi_vllm.kernels.dispatch import load_backend
 from kimi_vllm.layers import kda
 
@@ -28,8 +30,9 @@ def small_layer() -> kda.KimiDeltaAttention:
     layer.A_log, layer.o_norm = nn.Parameter(torch.zeros(H), requires_grad=False), nn.Module()
     layer.o_norm.weight, layer.norm_eps = nn.Parameter(torch.ones(D), requires_grad=False), 1e-5
     layer.weights = Weights(layer.conv_weight, layer.A_log, layer.dt_bias, layer.o_norm.weight, layer.norm_eps)
-    flags = torch.zeros(SLOTS, dtype=torch.int32)
-    layer.pools = Pools(torch.zeros(SLOTS, 8, 3 * H * D), torch.zeros(SLOTS, H, D, D), flags)
+    pools = scattered(torch.zeros(SLOTS, 8, 3 * H * D), torch.zeros(SLOTS, H, D, D))
+    pools = replace(pools, nonfinite=torch.zeros(SLOTS, dtype=torch.int32))
+    layer.home, layer.layer = SimpleNamespace(pool=SimpleNamespace(layers=[pools])), 0
     layer.backend = load_backend("cpu")
     layer.metadata_name, layer.block_size, layer.max_num_seqs = "rows", 64, 4
     return layer
@@ -80,11 +83,11 @@ def test_torch_compile_sees_one_graph(layer, backend: str) -> None:
     arguments = activations()
     arguments[0][0] = float("nan")
     expected = mixer(*(each.clone() for each in arguments))
-    pools, flags = [pool.clone() for pool in (layer.pools.conv, layer.pools.state)], layer.pools.nonfinite.clone()
+    pools, flags = layer.pools.dense(), layer.pools.nonfinite.clone()
     layer.pools.nonfinite.zero_()
     with torch._dynamo.config.patch(disable=False):
         result = torch.compile(mixer, backend=backend, fullgraph=True)(*arguments)
-    for ours, gold in zip((result, layer.pools.conv, layer.pools.state), (expected, *pools), strict=True):
+    for ours, gold in zip((result, *layer.pools.dense()), (expected, *pools), strict=True):
         torch.testing.assert_close(ours, gold, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(layer.pools.nonfinite, flags)
     assert flags.nonzero().flatten().tolist() == ([] if get_forward_context().attn_metadata is None else [1])
@@ -113,7 +116,7 @@ def test_the_profiling_run_refuses_what_the_kernels_do_not_take(tokens: int) -> 
     assert not out.any()
     with pytest.raises(ValueError, match=r"out is torch\.float64; it must be torch\.float32"):
         layer.rehearse(kda.Activations(*x), out.double())
-    layer.pools = Pools(layer.pools.conv, layer.pools.state.half())
+    layer.home.pool.layers[0] = replace(layer.pools, cut=replace(layer.pools.cut, state_dtype=torch.float16))
     with pytest.raises(ValueError, match="set state_dtype"):
         layer.rehearse(kda.Activations(*x), out)
 
@@ -139,5 +142,4 @@ def test_parameters_that_a_loader_registered_anew_are_those_of_the_kernels() -> 
 def test_a_rehearsal_touches_no_slot() -> None:
     layer, (*x, out) = small_layer(), activations()
     layer.advance(kda.Activations(*x), out, rehearsal(T, 2, 64, out.device))
-    assert not layer.pools.state.any()
-    assert not layer.pools.conv.any()
+    assert not any(pool.any() for pool in layer.pools.dense())

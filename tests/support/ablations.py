@@ -22,7 +22,7 @@ def state_zeroed(running: Engine, questions: Sequence[Question]) -> Run:
 
     def zero(steps: int) -> None:
         if steps == 1:
-            running.pool.state.zero_()
+            _zero(running, state=True)
 
     with step_of(running, question.prompt):
         run = ask(running, [question], between=zero)
@@ -32,7 +32,7 @@ def state_zeroed(running: Engine, questions: Sequence[Question]) -> Run:
 
 def conv_dropped(running: Engine, questions: Sequence[Question]) -> Run:
     """Decoded, and before every step the conv history is zeroed, the recurrent state stays."""
-    return ask(running, questions[:2], decode=True, between=lambda _: running.pool.conv.zero_())
+    return ask(running, questions[:2], decode=True, between=lambda _: _zero(running, ring=True))
 
 
 def slots_swapped(running: Engine, questions: Sequence[Question]) -> Run:
@@ -43,10 +43,18 @@ def slots_swapped(running: Engine, questions: Sequence[Question]) -> Run:
             first, second = (
                 running.manager.req_to_blocks[r.request_id][-1].block_id for r in running.scheduler.running
             )
-            for tensor in (running.pool.state, running.pool.conv):
-                tensor[[first, second]] = tensor[[second, first]]
+            pages = running.pool.pages
+            pages[[first, second]] = pages[[second, first]]
 
     return ask(running, questions[:2], decode=True, between=swap)
+
+
+def _zero(running: Engine, *, state: bool = False, ring: bool = False) -> None:
+    for layer in running.pool.layers:
+        for table in running.manager.req_to_blocks.values():
+            slot = table[-1].block_id
+            kept, history = layer.load(slot)
+            layer.store(slot, torch.zeros_like(kept) if state else None, torch.zeros_like(history) if ring else None)
 
 
 @contextmanager

@@ -13,6 +13,10 @@ from serve.common import engine as common
 from serve.common.paths import RECALL as RECALL
 
 
+STATE_BLOCKS = 8
+"""Blocks of 64 tokens that a state of the recall model takes, in float32 on a CPU."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """One greedy answer; `cached` is how many prompt tokens came from the prefix cache."""
@@ -88,6 +92,12 @@ def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> li
 
 def poison(pool: Any, slots: Sequence[int]) -> None:
     """Fill slots with NaN, as a broken request might leave them."""
-    index = torch.tensor(list(slots))
-    pool.state[index] = torch.nan
-    pool.conv[index] = torch.nan
+    for layer in pool.layers:
+        for slot in slots:
+            state, ring = layer.load(slot)
+            layer.store(slot, torch.full_like(state, torch.nan), torch.full_like(ring, torch.nan))
+
+
+def poison_blocks(pool: Any, blocks: Sequence[int]) -> None:
+    """Fill blocks of memory with NaN, which an earlier owner might have left as states or as latents."""
+    pool.memory[list(blocks)] = 0xFF  # NaN in every floating point format

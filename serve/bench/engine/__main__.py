@@ -88,9 +88,6 @@ def run(
     steps: Annotated[int | None, typer.Option(help="tpot: steps timed.")] = None,
     profiled: Annotated[int | None, typer.Option(help="tpot: steps under the profiler; 0 for none.")] = None,
     prompts: Annotated[str | None, typer.Option(help="concurrency: tokens of the prompts.")] = None,
-    state_slots: Annotated[
-        int, typer.Option(help="concurrency: once more, with an engine of ours that has so many state slots.")
-    ] = 0,
     decoders: Annotated[int | None, typer.Option(help="mixed: requests that decode.")] = None,
     arrivals: Annotated[int | None, typer.Option(help="mixed: prompts that arrive.")] = None,
     every_s: Annotated[float | None, typer.Option(help="mixed: seconds between them.")] = None,
@@ -120,7 +117,7 @@ def run(
     refuse_unknown("--variant", variant, PROVIDERS)
     refuse_unknown("--measure", measure, MEASUREMENTS)
     plan = Plan.for_model(model.resolve())
-    same = Plan.model_fields.keys() - {"model", "engine", "state_slots"}
+    same = Plan.model_fields.keys() - {"model", "engine"}
     given = {name: value for name, value in context.params.items() if name in same and value is not None}
     chosen: dict[str, Any] = {name: READ.get(name, lambda value: value)(value) for name, value in given.items()}
     chosen |= {"measurements": tuple(measure), "engine": plan.engine | read_json(engine)}
@@ -131,9 +128,6 @@ def run(
     for name in variant:
         provider, environment = PROVIDERS[name]
         good &= _start(plan, provider, environment, json, verbose)
-        if name == "ours" and state_slots:
-            more = plan.model_copy(update={"state_slots": state_slots, "measurements": ("concurrency",)})
-            good &= _start(more, f"{OURS}, {state_slots} slots", environment, json, verbose)
     for table in tables(read(json)[first:]) if json.exists() else ():
         table.show()
     raise typer.Exit(0 if good else 1)

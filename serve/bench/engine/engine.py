@@ -40,8 +40,6 @@ class BenchEngine(Engine):
             "disable_log_stats": True,
             "seed": 0,
         }
-        if provider != OURS and provider.startswith(OURS):
-            options["additional_config"] = {"kimi": {"state_slots": plan.state_slots}}
         started = time.perf_counter()
         super().__init__(plan.model, **(options | plan.engine))
         ready_s = time.perf_counter() - started

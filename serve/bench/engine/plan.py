@@ -20,9 +20,8 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     load_format: str = "dummy"
     max_model_len: int = 0  # 0 to choose from the lengths below
     batched_tokens: int = 8192  # most tokens of one step (--max-num-batched-tokens)
-    max_num_seqs: int = 256  # most requests that run at once; our plugin may lower it to what fits
+    max_num_seqs: int = 256  # most requests that run at once
     engine: dict[str, Any] = {}  # further options of vLLM's `LLM`
-    state_slots: int = 0  # our state slots; 0 leaves them to the plugin
     contexts: tuple[int, ...] = (4096, 32768, 131072, 262144, 524288, 1048576)  # behind the token that is decoded
     batch_cap: int = 256  # most requests of the larger batch
     # steps, warmup, profiled: decode steps timed, before them, and after them under the profiler

@@ -15,14 +15,14 @@ _installed = False
 
 
 def describe(worker: Any) -> dict[str, Any]:
-    """The class that serves, its state slots, the bytes of an element of its recurrent state and of all parameters."""
+    """The class that serves, the blocks of a state, the bytes of an element of its recurrent state and of all parameters."""
     model = worker.model_runner.get_model()
     home = getattr(getattr(model, "model", None), "state_home", None)
     return {
         "model_class": f"{type(model).__module__}.{type(model).__name__}",
         # vLLM's own model has no other state than one in float32.
-        "state_slots": 0 if home is None else home.num_slots - 1,
-        "state_itemsize": 4 if home is None else home.pool.state.itemsize,
+        "state_blocks": 0 if home is None else home.pool.layout.blocks,
+        "state_itemsize": 4 if home is None else home.pool.layout.cut.state_dtype.itemsize,
         "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "memory_reserved": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
     }
