@@ -43,7 +43,7 @@ def adopt_context(scheduler: Any, request: Any, growth: int, *, others: int) -> 
 
 
 def _pages_of_growth(cache: Any, tokens: int, growth: int) -> int:
-    # Of the shared pool: our slots are their own. A state of vLLM's own model is one page, whatever the length.
+    # Our states do not grow. One of vLLM's own model is a page, whatever the length.
     sizes = [
         manager.block_size
         for manager in cache.coordinator.single_type_managers
@@ -53,10 +53,10 @@ def _pages_of_growth(cache: Any, tokens: int, growth: int) -> int:
 
 
 @torch.inference_mode()
-def fill_memory(runner: Any, context: dict[str, Any], model: nn.Module, dtype: torch.dtype, seed: int = 0) -> int:
-    """Fill the KV cache and the KDA states with noise; return the bytes filled.
+def fill_memory(runner: Any, context: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> int:
+    """Fill the KV cache, where the KDA states are too, with noise; return the bytes filled.
 
-    vLLM's own model keeps its states in the KV cache's memory, in float32. Noise in the model's dtype is noise to them
+    States may be in float32. Noise in the model's dtype is noise to them
     too: the upper half of a float32 is a bfloat16.
     """
     filled = 0
@@ -65,11 +65,6 @@ def fill_memory(runner: Any, context: dict[str, Any], model: nn.Module, dtype: t
         flat.set_(storage, 0, (storage.nbytes() // dtype.itemsize,))
         flat.normal_(0, NOISE, generator=torch.Generator(flat.device).manual_seed(seed))
         filled += storage.nbytes()
-    pool = getattr(getattr(getattr(model, "model", None), "state_home", None), "pool", None)
-    if pool is not None:
-        for tensor in (pool.state, pool.conv):
-            tensor.normal_(0, NOISE, generator=torch.Generator(tensor.device).manual_seed(seed))
-            filled += tensor.nbytes
     return filled
 
 

@@ -37,7 +37,7 @@ def make_noise(worker: Any) -> int:
     """See `fill_memory`."""
     config, runner = worker.vllm_config, worker.model_runner
     context = config.compilation_config.static_forward_context
-    return fill_memory(runner, context, runner.get_model(), config.model_config.dtype)
+    return fill_memory(runner, context, config.model_config.dtype)
 
 
 def watch(worker: Any) -> None:
