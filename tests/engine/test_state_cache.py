@@ -58,7 +58,6 @@ def test_abort_returns_the_slots():
             core.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), parameters)
         for _ in range(4):
             core.step()
-            running.slots.check()
         core.abort_request([str(index) for index in range(len(prompts))])
         while core.has_unfinished_requests():
             core.step()
@@ -66,8 +65,8 @@ def test_abort_returns_the_slots():
         running.check_idle()
 
 
-def test_kda_takes_no_page_and_leaves_the_block_size_alone(tmp_path, checkpoints):
-    """Pages per request, bytes per page and block size are those of the same model with its MLA layers alone."""
+def test_a_state_takes_blocks_and_leaves_their_size_alone(tmp_path, checkpoints):
+    """Bytes and tokens of a block are those of the same model with its MLA layers alone; a state is some blocks more."""
     config = json.loads((checkpoints["odd-pattern", "transformers"] / "config.json").read_text())
     num_mla = config["layer_types"].count("full_attention")
     only_mla = config | {
@@ -85,7 +84,8 @@ def test_kda_takes_no_page_and_leaves_the_block_size_alone(tmp_path, checkpoints
             config = running.scheduler.kv_cache_config
             pool = running.scheduler.kv_cache_manager.block_pool
             block_size = running.scheduler.block_size
-            request_pages = _pages_held_by_one_request(running)
+            states = running.pool.layout.blocks if name == "hybrid" else 0
+            request_pages = _blocks_held_by_one_request(running) - states
             page_bytes = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
             seen[name] = (block_size, config.num_blocks, page_bytes, request_pages)
             assert pool.num_gpu_blocks == config.num_blocks
@@ -95,7 +95,7 @@ def test_kda_takes_no_page_and_leaves_the_block_size_alone(tmp_path, checkpoints
     assert seen["hybrid"] == seen["mla"]
 
 
-def _pages_held_by_one_request(running):
+def _blocks_held_by_one_request(running):
     from vllm import SamplingParams, TokensPrompt
 
     core = running.llm.llm_engine

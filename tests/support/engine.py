@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from serve.common import engine as common
+from support.memory import Watch
 from serve.common.paths import RECALL as RECALL
 
 
@@ -28,7 +29,15 @@ class Completion:
 
 
 class Engine(common.Engine):
-    """One that answers token ids with token ids."""
+    """One that answers token ids with token ids, and whose memory is watched.
+
+    Attributes:
+        watch: None for a model without states.
+    """
+
+    def __init__(self, checkpoint: Path | str, **options: Any) -> None:
+        super().__init__(checkpoint, **options)
+        self.watch = Watch(self) if hasattr(self.scheduler, "check_memory") else None
 
     def complete(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **sampling: Any) -> list[Completion]:
         """Answer prompts of token ids greedily, all at once, and check that every slot came back."""

@@ -1,0 +1,58 @@
+"""Watches the memory of a running engine: who owns each block after every step, and NaN in what nobody owns."""
+
+from typing import Any
+
+from kimi_vllm.cache.arena import Kind
+
+
+class Watch:
+    """Checks after every scheduling and every result that each block has one owner, and spoils what is given back.
+
+    A block that nobody owns any more, whether it held tokens or a part of a state, is filled with NaN once the step in
+    which it was given back is done. Whoever reads it, or is read from it, shows.
+
+    Attributes:
+        spoiled: Blocks filled so far.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._scheduler, self._slots, self.spoiled = engine.scheduler, engine.slots, 0
+        self._owned: set[int] = set()
+        for name in ("schedule", "update_from_output"):
+            self._check_after(name)
+        if engine.llm.llm_engine.vllm_config.parallel_config.world_size == 1:
+            self._spoil_after(engine)
+
+    def owned(self) -> set[int]:
+        """Blocks with something in them that a request has or may find."""
+        arena, slots = self._scheduler.arena, self._slots
+        cached = {block for block, kind in enumerate(arena._kinds) if kind not in (Kind.CLEAN, Kind.STATE)}
+        held = [blocks for slot, blocks in slots.backing.items() if slots.references(slot) or slots.holds(slot)]
+        return cached.union(*held)
+
+    def _check_after(self, name: str) -> None:
+        method = getattr(self._scheduler, name)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            self._scheduler.check_memory()
+            return result
+
+        setattr(self._scheduler, name, checked)
+
+    def _spoil_after(self, engine: Any) -> None:
+        worker = engine.worker
+        execute = worker.execute_model
+
+        def spoiling(output: Any) -> Any:
+            result = execute(output)
+            # Copies that were planned for this step have been made, and none is planned yet for the next.
+            owned = self.owned()
+            gone = sorted(self._owned - owned)
+            self._owned = owned
+            if gone:
+                engine.pool.memory[gone] = 0xFF  # NaN in every floating point format
+                self.spoiled += len(gone)
+            return result
+
+        worker.execute_model = spoiling
