@@ -8,7 +8,7 @@ Pure: slots are integers, keys are opaque. No vLLM, no torch.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 from kimi_vllm.cache.eviction import Eviction, EvictionQueue
 from kimi_vllm.cache.prefixes import Lineage, Node, PrefixTree
@@ -44,10 +44,23 @@ def boundaries_to_keep(
     return frozenset(position for position in kept if start < position <= end)
 
 
-class CheckpointIndex:
-    """Finds published slots by key, and knows what losing each would cost: the blocks since its nearest ancestor."""
+Cover = Callable[[int, Lineage, int, int], None]
+"""Told ``(1, lineage, start, stop)`` where a state needs blocks from now on, and ``(-1, ...)`` where none does."""
 
-    def __init__(self, eviction: Eviction = "value") -> None:
+
+class CheckpointIndex:
+    """Finds published slots by key, and knows what losing each would cost: the blocks since its nearest ancestor.
+
+    Args:
+        eviction: See `EvictionQueue`.
+        state_blocks: Blocks of a state, if losing it also frees the pages that only it needs: its value is then
+            counted per block. 0 if all that are lost free the same.
+        cover: Told which pages of a lineage the published states need.
+    """
+
+    def __init__(self, eviction: Eviction = "value", state_blocks: int = 0, cover: Cover | None = None) -> None:
+        self._state_blocks = state_blocks
+        self._cover: Cover = cover or (lambda change, lineage, start, stop: None)
         self._queue = EvictionQueue(eviction)
         self._tree = PrefixTree()
         self._checkpoints: dict[int, Node] = {}
@@ -92,12 +105,16 @@ class CheckpointIndex:
         ancestor = checkpoint.ancestor()
         return checkpoint.length - (0 if ancestor is None else ancestor.length)
 
-    def worth(self, slot: int) -> int:
-        """What keeping the slot is expected to save: its value, times its uses so far and one.
+    def worth(self, slot: int) -> float:
+        """What keeping the slot is expected to save: its value, times its uses so far and one; per block, if asked for.
 
         States that were resumed from before are the ones that will be again: a document's end rather than a question's.
         """
-        return self.value(slot) * (1 + self._uses[slot])
+        worth = self.value(slot) * (1 + self._uses[slot])
+        if not self._state_blocks:
+            return worth
+        start, stop = self._checkpoints[slot].own
+        return worth / (self._state_blocks + stop - start)
 
     def add(self, slot: int, lineage: Lineage, length: int) -> bool:
         """Publish a referenced slot as the state after `length` blocks of `lineage`, which may only grow from now on.
@@ -110,7 +127,8 @@ class CheckpointIndex:
         if self._tree.find(lineage[length - 1]) is not None:
             return False
         node = self._checkpoints[slot] = self._tree.add(slot, lineage, length)
-        self._revalue(node.heirs())
+        self._cover_own(1, node)
+        self._revalue([*node.neighbours(), *node.heirs()])
         return True
 
     def forget(self, slot: int) -> None:
@@ -119,9 +137,10 @@ class CheckpointIndex:
         self._idle.discard(slot)
         self._uses.pop(slot, None)
         self._queue.remove(slot)
-        heirs = list(node.heirs())
+        affected = [*node.neighbours(), *node.heirs()]
+        self._cover_own(-1, node)
         self._tree.remove(node)
-        self._revalue(heirs)
+        self._revalue(affected)
 
     def park(self, slot: int) -> None:
         """The last reference is gone: the slot may be evicted."""
@@ -134,6 +153,10 @@ class CheckpointIndex:
         self._uses[slot] += 1
         self._queue.remove(slot)
 
+    def victim(self) -> int | None:
+        """The checkpoint that `evict` would withdraw."""
+        return self._queue.victim()
+
     def evict(self) -> tuple[int, tuple[Lineage, int]] | None:
         """Withdraw the idle checkpoint to evict first. Returns it and its `origin`; None if there is none."""
         if (slot := self._queue.evict()) is None:
@@ -142,10 +165,19 @@ class CheckpointIndex:
         self.forget(slot)
         return slot, origin
 
-    def _revalue(self, heirs: Iterable[Node]) -> None:
-        for heir in heirs:
-            if heir.slot is not None and heir.slot in self._idle:
-                self._queue.revalue(heir.slot, self.worth(heir.slot))
+    def covered(self) -> Iterator[Hashable]:
+        """Keys of all blocks that published states need, each once."""
+        return self._tree.keys()
+
+    def _cover_own(self, change: int, node: Node) -> None:
+        start, stop = node.own
+        if start < stop:
+            self._cover(change, node.lineage, start, stop)
+
+    def _revalue(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if node.slot is not None and node.slot in self._idle:
+                self._queue.revalue(node.slot, self.worth(node.slot))
 
     def check(self) -> None:
         """Verify that maps, tree and queue agree; changes nothing, raises AssertionError."""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kimi_vllm.cache.exchange import Operation
+
 
 class Access(NamedTuple):
     """What a step does to the caches for one request.
@@ -34,13 +36,13 @@ class Step:
     """A step that was sent to the workers.
 
     Attributes:
-        moves: Copies ``(source, target)`` between slots, made in order before the step.
+        operations: What is done before the step, in order (see `exchange.OPERATIONS`).
         accesses: By request.
         blameless: Requests that are not to blame for what this step made of them: they read what others had spoiled, or
             the step's result is not wanted.
     """
 
-    moves: Sequence[tuple[int, int]]
+    operations: Sequence[Operation]
     accesses: dict[str, Access]
     blameless: set[str] = field(default_factory=set)
 
@@ -77,8 +79,11 @@ def spread(reported: Iterable[int], steps: Sequence[Step]) -> Spread:
         if number == 0:
             hit = {name for name, access in step.accesses.items() if not slots.isdisjoint(access.written)}
         else:
-            for source, target in step.moves:
-                (slots.add if source in slots else slots.discard)(target)
+            for slot, what in step.operations:
+                if isinstance(what, int):
+                    (slots.add if slot in slots else slots.discard)(what)
+                else:
+                    slots.discard(slot)  # other blocks, to be written before they are read
             hit = {name for name, access in step.accesses.items() if access.read in slots}
         infected = _infected(hit, touched, pages)
         if number == 0:

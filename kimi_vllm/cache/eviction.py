@@ -1,6 +1,6 @@
 """Which idle checkpoint is evicted first when a slot is needed.
 
-Pure: slots are integers, values are whole numbers. No vLLM, no torch.
+Pure: slots are integers, values are numbers. No vLLM, no torch.
 """
 
 from heapq import heapify, heappop, heappush
@@ -13,8 +13,8 @@ Eviction = Literal["value", "lru"]
 class EvictionQueue:
     """Idle checkpoints in the order in which they are evicted: least value first, least recently used among equals.
 
-    The value of a checkpoint is what keeping it is expected to save: blocks that need not be recomputed, times uses.
-    All slots have the same size, so value per byte is value. By value alone, a long document that nobody asks for again
+    The value of a checkpoint is what keeping it is expected to save, blocks that need not be recomputed times uses, for
+    what it occupies. By value alone, a long document that nobody asks for again
     would stay for ever. So a checkpoint is parked at its own value plus that of the last one evicted (GreedyDual: N.
     Young, "The k-server dual and loose competitiveness for paging", Algorithmica 1994; with uses in the value it is
     GDSF, Cherkasova, HPL-98-69R1): unused, it is overtaken.
@@ -25,20 +25,20 @@ class EvictionQueue:
 
     def __init__(self, eviction: Eviction = "value") -> None:
         self._by_value = eviction == "value"
-        self._parked: dict[int, tuple[int, int]] = {}
-        self._entry: dict[int, tuple[int, int, int]] = {}
+        self._parked: dict[int, tuple[float, int]] = {}
+        self._entry: dict[int, tuple[float, int, int]] = {}
         # Has entries that are out of date; `victim` drops those it meets.
-        self._heap: list[tuple[int, int, int]] = []
+        self._heap: list[tuple[float, int, int]] = []
         self._count = 0
-        self._age = 0
+        self._age: float = 0
 
-    def park(self, slot: int, value: int) -> None:
+    def park(self, slot: int, value: float) -> None:
         """Add a checkpoint that nobody references any more."""
         self._count += 1
         self._parked[slot] = self._age, self._count
         self.revalue(slot, value)
 
-    def revalue(self, slot: int, value: int) -> None:
+    def revalue(self, slot: int, value: float) -> None:
         """Change the value of an idle checkpoint, because its nearest ancestor came or went."""
         age, count = self._parked[slot]
         self._entry[slot] = age + value * self._by_value, count, slot

@@ -7,8 +7,15 @@ from typing import NamedTuple
 
 from vllm.config import ModelConfig
 
-MOVES = "kimi_moves"
-"""On a `SchedulerOutput`: list of ``(source, target)`` slot ids to copy before the step (see `SlotPool.moves`)."""
+Operation = tuple[int, int | list[int]]
+"""``(slot, [blocks])``: the slot has these blocks from now on, and nothing in it is read before it is written.
+``(source, target)``: copy a state. Ids from the number of slots on are host slots."""
+
+OPERATIONS = "kimi_operations"
+"""On a `SchedulerOutput`: list of `Operation`, to be done in order, and on the stream of the steps, before the step.
+
+A block given to a slot, or to a request as a page, may have been another's. Whatever still reads or writes it for its
+former owner is before it in this order: steps in flight, and copies to the host."""
 
 NONFINITE = "kimi_nonfinite"
 """On a `ModelRunnerOutput`: list of the slot ids that the step left with NaN or infinity in them."""

@@ -1,9 +1,9 @@
 """States that were evicted from the pool, kept in the host's memory: found by key, given up by the same policy.
 
-Pure: host slots are integers, keys are opaque. No vLLM, no torch. `SlotPool.moves` tells who copies what.
+Pure: host slots are integers, keys are opaque. No vLLM, no torch. `SlotPool.operations` tells who copies what.
 """
 
-from kimi_vllm.cache.checkpoints import CheckpointIndex
+from kimi_vllm.cache.checkpoints import CheckpointIndex, Cover
 from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.prefixes import Lineage
 
@@ -14,11 +14,16 @@ class HostTier(CheckpointIndex):
     Args:
         num_slots: Host slots, from 0; none at all is fine.
         eviction: See `EvictionQueue`.
+        cover: See `CheckpointIndex`. A state can only be resumed with its pages, which stay on the device.
+
+    Attributes:
+        lost_blocks: Blocks of tokens to compute again of all states that were given up.
     """
 
-    def __init__(self, num_slots: int, eviction: Eviction = "value") -> None:
-        super().__init__(eviction)
+    def __init__(self, num_slots: int, eviction: Eviction = "value", cover: Cover | None = None) -> None:
+        super().__init__(eviction, cover=cover)
         self.num_slots = num_slots
+        self.lost_blocks = 0
         self._free = list(range(num_slots))
 
     def store(self, lineage: Lineage, length: int) -> int | None:
@@ -29,16 +34,22 @@ class HostTier(CheckpointIndex):
         """
         if not self.num_slots or self.find(lineage[length - 1]) is not None:
             return None
-        if self._free:
-            slot = self._free.pop()
-        elif (evicted := self.evict()) is not None:
-            slot, _ = evicted
-        else:
+        if not self._free and not self.drop():
             return None  # the only ones are being loaded
+        slot = self._free.pop()
         # A copy, for the request's own list goes on to the end of its answer and would live as long as the state.
         self.add(slot, lineage[:length], length)
         self.park(slot)
         return slot
+
+    def drop(self) -> bool:
+        """Give up the state to evict first; False if there is none."""
+        if (slot := self.victim()) is None:
+            return False
+        self.lost_blocks += self.value(slot)
+        self.evict()
+        self._free.append(slot)
+        return True
 
     def claim(self, slot: int) -> tuple[Lineage, int]:
         """Take a state out to load it; its host slot stays reserved until `release`.

@@ -1,12 +1,13 @@
-"""Adapter between vLLM's scheduler and the slots: a cache manager with a pool of slots of its own.
+"""Adapter between vLLM's scheduler and the slots: a cache manager with a pool of slots, whose blocks are pages' too.
 
 vLLM keeps a table of blocks per request and cache group. In the state group, entry i is the slot with the state after
 min((i + 1)·block_size, n) tokens, or the null slot where no state was kept. The last entry is the *live* slot. When a
 request enters its next block it moves to a fresh slot, and the slot that it leaves holds the state at the boundary: an
 immutable checkpoint, made without copying. Workers look up their slots in the same table (`metadata.py`).
 
-When slots run out, a new request waits and a running one keeps writing where it is, unless another request resumes from
-that very slot: then it is preempted, as if pages had run out.
+A slot costs as many blocks of vLLM's pool as a state has, and vLLM is asked for them as for pages. When they run out, a
+new request waits and a running one keeps writing where it is, unless another request resumes from that very slot: then
+somebody is preempted, as where pages have run out.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,8 +24,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
+from kimi_vllm.cache.arena import ArenaPool
 from kimi_vllm.cache.checkpoints import boundaries_to_keep
 from kimi_vllm.cache.eviction import Eviction
+from kimi_vllm.cache.layout import num_slots
 from kimi_vllm.cache.slot_pool import SlotPool
 from kimi_vllm.cache.slots import NULL_SLOT
 
@@ -33,21 +36,18 @@ logger = init_logger("vllm.kimi_vllm")
 
 @dataclass(frozen=True, kw_only=True)
 class KDAStateSpec(AttentionSpec):
-    """The state group in vLLM's cache configuration: a table of slot ids that takes no page of the shared pool.
+    """The state group in vLLM's cache configuration: a table of slot ids; a slot has blocks of the shared pool.
 
     It copies the page of the MLA layer beside it, because vLLM enlarges the attention block where pages are unequal.
-    The page is never read or written for KDA.
 
     Attributes:
-        num_slots: Slots of the pool, the null slot included.
-        slot_bytes: Bytes of one slot on a rank of the pipeline stage with the most KDA layers.
+        state_blocks: Blocks of a slot, on the pipeline stage that needs the most.
         num_host_slots: States that fit into host memory on every rank.
         checkpoint_interval, eviction: See `KimiOptions`.
     """
 
     dcp_sharded: bool = False
-    num_slots: int = 0
-    slot_bytes: int = 0
+    state_blocks: int = 0
     num_host_slots: int = 0
     checkpoint_interval: int = 0
     eviction: Eviction = "value"
@@ -72,8 +72,9 @@ class KDAStateSpec(AttentionSpec):
         return None
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Zero: slots are allocated with the model, before vLLM sizes its pool."""
-        return 0
+        """A state for one request, and with prefix caching the one that it resumes from."""
+        states = 2 if vllm_config.cache_config.enable_prefix_caching else 1
+        return states * self.state_blocks * self.page_size_bytes
 
 
 class KDAStateManager(SingleTypeKVCacheManager):
@@ -85,8 +86,10 @@ class KDAStateManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         # More pages than there are means "not now", as for Mamba's manager.
         self._not_now: int = block_pool.num_gpu_blocks + 1
+        self._state_blocks = kv_cache_spec.state_blocks
         self.block_pool = SlotPool(
-            kv_cache_spec.num_slots,
+            num_slots(block_pool.num_gpu_blocks, kv_cache_spec.state_blocks),
+            kv_cache_spec.state_blocks,
             block_pool.hash_block_size,
             self.block_size,
             kv_cache_spec.num_host_slots,
@@ -97,15 +100,22 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._new_entries: dict[str, tuple[int, list[KVCacheBlock]]] = {}
         self._num_retired: dict[str, int] = {}
         self._rolling: dict[str, tuple[int, KVCacheBlock, Any]] = {}
+        # It begins with a prefix hit, in the call that allocates its blocks.
+        self._resuming: str | None = None
         # Published while a step is being scheduled, so written only when that step runs.
         self._unsettled: set[int] = set()
         logger.info(
-            "kimi-vllm: %d KV cache tokens in %d blocks, %d state slots, %d more in host memory.",
+            "kimi-vllm: %d blocks of %d tokens, %d tokens in all; a state takes %d blocks, host memory %d states more.",
+            block_pool.num_gpu_blocks - 1,
+            self.block_size,
             (block_pool.num_gpu_blocks - 1) * self.block_size,
-            block_pool.num_gpu_blocks,
-            kv_cache_spec.num_slots - 1,
+            kv_cache_spec.state_blocks,
             kv_cache_spec.num_host_slots,
         )
+
+    def share(self, arena: ArenaPool) -> None:
+        """States come out of this pool, which the pages come out of. Before the first request."""
+        self.block_pool.share(arena)
 
     @classmethod
     def find_longest_cache_hit(
@@ -147,12 +157,12 @@ class KDAStateManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Zero pages if the slots allow this step, else "not now"."""
+        """Blocks of the states that this step cannot do without; or more than there are: "not now"."""
         table = self.req_to_blocks.get(request_id)
         if table:
             if cdiv(num_tokens, self.block_size) <= len(table):
                 return 0
-            return 0 if self.block_pool.slots.can_take(1) or self._can_stay(table) else self._not_now
+            return 0 if self._can_stay(table) else self._state_blocks
         wanted = 1
         if new_computed_blocks:
             checkpoint = new_computed_blocks[-1]
@@ -163,7 +173,9 @@ class KDAStateManager(SingleTypeKVCacheManager):
             wanted += self.block_pool.is_on_host(checkpoint) or not self.block_pool.slots.references(
                 checkpoint.block_id
             )
-        return 0 if self.block_pool.slots.can_take(wanted) else self._not_now
+        # Those that run already may need their next page before this one is through: without a block for each,
+        # filling memory to the last one means preempting at the next boundary.
+        return wanted * self._state_blocks + len(self.req_to_blocks)
 
     def add_local_computed_blocks(
         self,
@@ -179,6 +191,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
             table[-1] = self.block_pool.load(table[-1], self.kv_cache_group_id)
         else:
             self.block_pool.touch(block for block in new_computed_blocks if not block.is_null)
+        self._resuming = request_id if table else None
         self.num_cached_block[request_id] = len(new_computed_blocks)
         self._num_retired[request_id] = max(0, len(new_computed_blocks) - 1)  # all before the checkpoint are null
 
@@ -193,7 +206,8 @@ class KDAStateManager(SingleTypeKVCacheManager):
         num_new = cdiv(num_tokens, self.block_size) - num_old
         if num_new <= 0:
             return []
-        live = self._next_slot(table)
+        live = self._next_slot(table, resumes=request_id == self._resuming)
+        self._resuming = None
         new = [self._null_block] * (num_new - 1) + [live]
         table.extend(new)
         self._new_entries[request_id] = (num_old, new)
@@ -286,14 +300,17 @@ class KDAStateManager(SingleTypeKVCacheManager):
         # A request that could not leave its slot at a boundary has taken it along.
         return next(iter(written), NULL_SLOT) if before.is_null else before.block_id, written
 
-    def _next_slot(self, table: list[KVCacheBlock]) -> KVCacheBlock:
-        # Without prefix caching nobody resumes from a boundary.
-        wants_fresh = self.enable_caching or not table
-        if wants_fresh and self.block_pool.slots.can_take(1):
+    def _next_slot(self, table: list[KVCacheBlock], *, resumes: bool) -> KVCacheBlock:
+        # Who resumes must leave the checkpoint. Without prefix caching nobody resumes from a boundary.
+        if not table or resumes or not self._can_stay(table) or (self.enable_caching and self._has_room()):
             return self.block_pool.take()
         block, table[-1] = table[-1], self._null_block
         self.block_pool.withdraw(block)
         return block
+
+    def _has_room(self) -> bool:
+        """Whether a boundary may be kept: not for a block that a running request is about to need."""
+        return self.block_pool.slots.can_take(1, reserve=len(self.req_to_blocks))
 
     def _can_stay(self, table: list[KVCacheBlock]) -> bool:
         live = table[-1]
@@ -304,7 +321,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         for boundary in sorted(kept, reverse=True):
             index = boundary // self.block_size - 1
             inside = num_old <= index < num_old + len(new) - 1
-            if inside and table[index].is_null and self.block_pool.slots.can_take(1):
+            if inside and table[index].is_null and self._has_room():
                 table[index] = new[index - num_old] = self.block_pool.take()
 
     def _roll(self, request_id: str, index: int, key: Any) -> None:

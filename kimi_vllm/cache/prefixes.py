@@ -36,12 +36,25 @@ class Node:
         """The key that stands for the whole prefix."""
         return self.lineage[self.length - 1]
 
+    @property
+    def own(self) -> tuple[int, int]:
+        """From where to where the blocks are that no other known prefix has; none where others continue it."""
+        assert self.parent is not None
+        return (self.length if self.children else self.parent.length), self.length
+
     def ancestor(self) -> "Node | None":
         """The longest known prefix of this one that is shorter."""
         node = self.parent
         while node is not None and node.slot is None:
             node = node.parent
         return node
+
+    def neighbours(self) -> list["Node"]:
+        """Those whose `own` blocks may change where this prefix comes or goes: its parent, and who parts from it."""
+        assert self.parent is not None
+        children = self.parent.children
+        # Of more than two, the others keep the place where they part.
+        return [self.parent, *(children.values() if len(children) < 3 else ())]
 
     def heirs(self) -> Iterator["Node"]:
         """Known sequences whose `ancestor` is this one, or would be if it were known."""
@@ -118,6 +131,14 @@ class PrefixTree:
                 return
             del parent.children[first]
             node = parent
+
+    def keys(self) -> Iterator[Hashable]:
+        """Keys of all blocks of known prefixes, each once."""
+        waiting = list(self._root.children.values())
+        for node in waiting:
+            waiting += node.children.values()
+            assert node.parent is not None
+            yield from node.lineage[node.parent.length : node.length]
 
     @staticmethod
     def _part(above: Node, below: Node, length: int) -> Node:

@@ -22,8 +22,9 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
+from kimi_vllm.cache.arena import install
 from kimi_vllm.cache.contagion import Access, Step, spread
-from kimi_vllm.cache.exchange import MOVES, NONFINITE, STATS
+from kimi_vllm.cache.exchange import NONFINITE, OPERATIONS, STATS
 from kimi_vllm.cache.manager import KDAStateManager
 from kimi_vllm.options import KimiOptions
 
@@ -47,12 +48,18 @@ class _StateScheduling:
     finish_requests: Any
     prev_step_scheduled_req_ids: set[str]
     _free_request_blocks: Any
+    deferred_frees: deque[tuple[int, list[KVCacheBlock]]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._states: KDAStateManager = next(m for m in managers if isinstance(m, KDAStateManager))
         self._page_managers = [m for m in managers if m is not self._states]
+        [pages] = self._page_managers
+        # A hit's pages are referenced, and new ones taken, before the states that it needs evict anything.
+        assert pages.kv_cache_group_id < self._states.kv_cache_group_id
+        self.arena = install(self.kv_cache_manager, pages.kv_cache_group_id)
+        self._states.share(self.arena)
         self._on_nonfinite = KimiOptions.of(self.vllm_config).on_nonfinite
         self._steps: deque[tuple[SchedulerOutput, Step]] = deque()
         self._overrun: WeakSet[Request] = WeakSet()
@@ -64,9 +71,9 @@ class _StateScheduling:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step, and attach the copies to make before it."""
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        if moves := self._states.block_pool.take_moves():
-            setattr(output, MOVES, moves)
-        self._steps.append((output, Step(moves, self._accesses(output))))
+        if operations := self._states.block_pool.take_operations():
+            setattr(output, OPERATIONS, operations)
+        self._steps.append((output, Step(operations, self._accesses(output))))
         for new in output.scheduled_new_reqs:
             if not (request := self.requests[new.req_id]).num_preemptions:
                 self._count_hit(request, new.num_computed_tokens)
@@ -105,18 +112,32 @@ class _StateScheduling:
         if stats is None:
             return None
         pool = self._states.block_pool
+        spec = self._states.kv_cache_spec
         now = self._counts + pool.counts
-        now["swap_bytes"] = (now["swaps_out"] + now["swaps_in"]) * self._states.kv_cache_spec.slot_bytes
+        now["swap_bytes"] = (now["swaps_out"] + now["swaps_in"]) * spec.state_blocks * spec.page_size_bytes
+        now["page_evictions"] = self.arena.page_evictions
+        now["lost_blocks"] += pool.host.lost_blocks
         changes = now - self._sent
         self._sent = now
         gauges = {
             "slots_live": pool.slots.num_live,
             "slots_checkpoint": pool.slots.num_idle,
-            "slots_free": pool.slots.num_free,
             "slots_host": pool.host.num_idle,
-        }
+        } | {f"blocks_{kind}": count for kind, count in self.arena.counts().items()}
         stats.running_lora_adapters = {STATS + name: value for name, value in (gauges | changes | hits).items()}
         return stats
+
+    def check_memory(self) -> None:
+        """Verify that each block and each slot has one kind and its owners, and that counts add up; AssertionError."""
+        pool = self._states.block_pool
+        waiting = [blocks for _, blocks in self.deferred_frees]
+        pages = [table for manager in self._page_managers for table in manager.req_to_blocks.values()]
+        pages += [[block for block in blocks if block.pool is self.arena] for blocks in waiting]
+        states = list(self._states.req_to_blocks.values())
+        states += [[block for block in blocks if block.pool is pool] for blocks in waiting]
+        pool.check(states)
+        self.arena.check(pages)
+        assert sum(self.arena.counts().values()) == self.arena.num_gpu_blocks - 1
 
     def _count_hit(self, request: Request, hit: int) -> None:
         self._counts.update(hit_tokens=hit, miss_tokens=request.num_tokens - hit)

@@ -34,8 +34,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kimi_vllm.cache.layout import SlotLayout
-from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
+from kimi_vllm.cache.arena import ArenaPool
+from kimi_vllm.cache.eviction import Eviction
+from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.scheduler import KimiScheduler
 from kimi_vllm.geometry import geometry_of
 from serve.bench.cache.traces import BLOCK, Tokens, Turn, prompt_of
@@ -45,6 +46,8 @@ ALIGN_BLOCK = 1920
 """Tokens of vLLM's attention block for the 48B model: as many as make a page as large as a layer's float32 state."""
 LONGEST = 8192
 """Tokens of the tiny checkpoint's longest sequence, and so of a trace's."""
+STATE_BLOCKS = 86
+"""Our blocks of 64 tokens that a state of the 48B model takes, in float32 with a ring in bfloat16."""
 _ROOM = 2**40
 
 
@@ -53,28 +56,28 @@ class Memory:
     """What a scheduler may hand out."""
 
     concurrency: int  # requests at a time
-    pages: int  # of our attention block, or of vLLM's where states live in them too
-    slots: int  # of states, beside the null slot; vLLM's own has none
+    blocks: int  # of our attention block, or of vLLM's
+    state_blocks: int = STATE_BLOCKS  # of a state of ours
     step_tokens: int = 8192  # tokens per step
     longest: int = LONGEST  # tokens of the longest sequence
 
 
-def our_scheduler(memory: Memory, eviction: str = "value") -> Any:
+def our_scheduler(memory: Memory, eviction: Eviction = "value") -> Any:
     """`KimiScheduler` with the cache configuration that the engine would give it."""
     config = configuration(memory, eviction)
-    return build(KimiScheduler, config, our_specs(config, memory.slots, eviction))
+    return build(KimiScheduler, config, our_specs(config, memory.state_blocks, eviction))
 
 
-def our_specs(config: VllmConfig, slots: int, eviction: str = "value", **more: int) -> dict[str, KVCacheSpec]:
-    """What our worker tells the engine about its caches: so many slots beside the null slot, and `more` of the spec."""
-    geometry = geometry_of(config.model_config)
-    layout = SlotLayout.of(geometry, sum(geometry.kda))
+def our_specs(
+    config: VllmConfig, state_blocks: int, eviction: Eviction = "value", **more: int
+) -> dict[str, KVCacheSpec]:
+    """What our worker tells the engine about its caches: states of so many blocks, and `more` of the spec."""
     specs: dict[str, KVCacheSpec] = {}
     attention = attention_spec(config, BLOCK)
-    for layer in (layer for layer, kda in enumerate(geometry.kda) if not kda):
+    for layer in (layer for layer, kda in enumerate(geometry_of(config.model_config).kda) if not kda):
         specs[f"model.layers.{layer}.self_attn.attn"] = attention
         specs[f"model.layers.{layer}.kda_state"] = KDAStateSpec.beside(
-            attention, num_slots=1 + slots, slot_bytes=layout.slot_bytes, eviction=eviction, **more
+            attention, state_blocks=state_blocks, eviction=eviction, **more
         )
     return specs
 
@@ -83,7 +86,7 @@ def align_scheduler(memory: Memory, match_unit: int | None = None) -> Any:
     """VLLM's scheduler and managers, with states in pages.
 
     Args:
-        memory: without slots.
+        memory: in blocks of 1920 tokens.
         match_unit: --prefix-match-unit, tokens. A hit may end at each multiple of it instead of each block of 1920, and
             the state at the last such place in a prompt is kept too.
     """
@@ -125,11 +128,11 @@ def configuration(memory: Memory, eviction: str, **engine: Any) -> VllmConfig:
         max_model_len=memory.longest,
         max_num_seqs=memory.concurrency,
         max_num_batched_tokens=memory.step_tokens,
-        additional_config={"kimi": {"state_slots": max(memory.slots, memory.concurrency + 1), "eviction": eviction}},
+        additional_config={"kimi": {"eviction": eviction}},
         **engine,
     )
     config.scheduler_config.max_num_seqs = memory.concurrency
-    config.cache_config.num_gpu_blocks_override = memory.pages
+    config.cache_config.num_gpu_blocks_override = memory.blocks
     return config
 
 
@@ -224,20 +227,13 @@ class Outcome:
     prompts: list[int]  # per turn, length of the prompt
     computed: int  # tokens of all steps together; with preemptions some are computed twice
     preemptions: int
-    most_slots: int  # most slots in use at a time, by requests or as checkpoints; 0 where there are none
-    live_slots: int  # slots that requests still hold at the end: none, or one is lost
+    most_blocks: int  # most blocks at a time that held something worth keeping: states, and pages in use or kept
+    held_blocks: int  # blocks that requests still hold at the end: none, or one is lost
 
 
 def replay(scheduler: Any, turns: Sequence[Turn]) -> Outcome:
     """Run a trace to its end. Turns start in their order, as soon as there is room and the one they follow is done."""
-    slots = next(
-        (
-            manager.block_pool.slots
-            for manager in scheduler.kv_cache_manager.coordinator.single_type_managers
-            if isinstance(manager, KDAStateManager)
-        ),
-        None,
-    )
+    arena: ArenaPool | None = getattr(scheduler, "arena", None)
     spoken = [turn.answer for turn in turns]
     answers = {str(index): answer for index, answer in enumerate(spoken)}
     requests: list[Request] = []
@@ -258,16 +254,17 @@ def replay(scheduler: Any, turns: Sequence[Turn]) -> Outcome:
         for new in output.scheduled_new_reqs:
             hits[int(new.req_id)] = new.num_computed_tokens
         computed += output.total_num_scheduled_tokens
-        if slots is not None:
-            most = max(most, slots.num_live + slots.num_idle)
+        if arena is not None:
+            most = max(most, arena.num_gpu_blocks - arena.num_worthless)
     scheduler.schedule()  # tells nobody anything any more, but frees what waited for the last step
-    if slots is not None:
-        slots.check()
+    if arena is not None:
+        scheduler.check_memory()
+    pool = scheduler.kv_cache_manager.block_pool
     return Outcome(
         hits=hits,
         prompts=[request.num_prompt_tokens for request in requests],
         computed=computed,
         preemptions=sum(request.num_preemptions for request in requests),
-        most_slots=most,
-        live_slots=0 if slots is None else slots.num_live,
+        most_blocks=most,
+        held_blocks=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
     )

@@ -1,0 +1,348 @@
+"""One pool of blocks for pages and states: vLLM's `BlockPool`, of which a slot has `state_blocks` blocks anywhere.
+
+Every block but the null block is exactly one of
+
+    clean   holds nothing; in vLLM's own free queue
+    loose   a cached page that nobody uses and no kept state needs; oldest first
+    kept    a cached page that nobody uses, but with which alone a kept state can be resumed
+    page    referenced by requests
+    state   one of the blocks of a slot
+
+All but pages and the states in use count as free, for all of it can be made clean: slots that hold nothing first, then
+loose pages, then kept states in the order of their `EvictionQueue`, each with the pages that only it needs.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from enum import IntEnum
+from inspect import signature
+from typing import Any, Protocol, Self
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    FreeKVCacheBlockQueue,
+    KVCacheBlock,
+    get_block_hash,
+    make_block_hash_with_group_id,
+)
+
+from kimi_vllm.cache.prefixes import Lineage
+
+
+class Kind(IntEnum):
+    """What a block is; the null block counts as a page."""
+
+    PAGE = 0
+    CLEAN = 1
+    LOOSE = 2
+    KEPT = 3
+    STATE = 4
+
+
+class States(Protocol):
+    """The slots, as the pool of their blocks sees them."""
+
+    state_blocks: int
+
+    @property
+    def num_reclaimable(self) -> int:
+        """Slots that give up their blocks when asked."""
+
+    @property
+    def backing(self) -> dict[int, list[int]]:
+        """The blocks of every slot that has any."""
+
+    def drop_spare(self) -> bool:
+        """Give back the blocks of a slot that holds nothing; False if there is none."""
+
+    def evict(self) -> bool:
+        """Make the least valuable kept state a slot that holds nothing; False if there is none."""
+
+    def evict_from_host(self) -> bool:
+        """Forget the least valuable state in host memory, and so the pages it needs; False if there is none."""
+
+    def covered(self) -> Iterator[Any]:
+        """Keys of the pages that kept states need, once for the device and once for the host."""
+
+
+class ArenaPool(BlockPool):
+    """vLLM's pool, that shares its blocks with states.
+
+    Of several cached copies of a page that a kept state needs, one is kept or in use; the others are loose.
+
+    Args:
+        page_group: Index of the cache group whose pages these are.
+        options: Arguments of `BlockPool`.
+
+    Attributes:
+        states: The slots; set before the first request.
+        page_evictions: Cached pages that were made clean for others.
+    """
+
+    states: States
+
+    def __init__(self, page_group: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._page_group = page_group
+        self._kinds = bytearray([Kind.CLEAN]) * self.num_gpu_blocks
+        self._kinds[self.null_block.block_id] = Kind.PAGE
+        self._loose, self._kept = FreeKVCacheBlockQueue([]), FreeKVCacheBlockQueue([])
+        self._needed: Counter[Any] = Counter()
+        # What `cover` was told, until somebody must know.
+        self._told: deque[tuple[int, Lineage, int, int]] = deque()
+        self.page_evictions = 0
+
+    @classmethod
+    def like(cls, pool: BlockPool, page_group: int) -> Self:
+        """A fresh pool with the options of another, which this release of vLLM keeps under their names."""
+        names = [name for name in signature(BlockPool.__init__).parameters if name != "self"]
+        return cls(page_group, **{name: getattr(pool, name) for name in names})
+
+    # What vLLM calls.
+
+    def get_num_free_blocks(self) -> int:
+        """Blocks that a request could get, whatever they hold now."""
+        return self._num_idle() + self.states.num_reclaimable * self.states.state_blocks
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """Blocks with one reference each, made clean if need be."""
+        if num_blocks > self.get_num_free_blocks():
+            raise ValueError(f"Cannot get {num_blocks} free blocks from the pool")
+        if num_blocks > self.free_block_queue.num_free_blocks:
+            self._make_clean(num_blocks)
+        kinds = self._kinds
+        blocks = super().get_new_blocks(num_blocks)
+        for block in blocks:
+            kinds[block.block_id] = Kind.PAGE
+        return blocks
+
+    def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Add a reference to each cached page."""
+        for block in blocks:
+            if block.is_null:
+                continue
+            if block.ref_cnt == 0:
+                self._queue(block).remove(block)
+                self._kinds[block.block_id] = Kind.PAGE
+            block.ref_cnt += 1
+            if self.metrics_collector:
+                self.metrics_collector.on_block_accessed(block)
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        """Drop a reference of each block, the first to be reclaimed first; slots among them go to their own pool."""
+        clean: list[KVCacheBlock] = []
+        slots: list[KVCacheBlock] = []
+        for block in ordered_blocks:
+            if block.pool is not self:
+                slots.append(block)
+            elif not block.is_null:
+                block.ref_cnt -= 1
+                if block.ref_cnt:
+                    continue
+                if block.block_hash is None or not self.enable_caching:
+                    self._kinds[block.block_id] = Kind.CLEAN
+                    clean.append(block)
+                else:
+                    self._park(block)
+        self.free_block_queue.prepend_n(clean)
+        if slots:
+            slots[0].pool.free_blocks(slots)
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Take pages out of the cache; those that nobody uses become clean."""
+        self._settle()
+        for block_id in block_ids:
+            block = self.blocks[block_id]
+            key = block.block_hash
+            super().evict_blocks({block_id})
+            if self._kinds[block_id] in (Kind.LOOSE, Kind.KEPT):
+                self._move(block, Kind.CLEAN)
+            if key is not None and get_block_hash(key) in self._needed:
+                copies = self._copies(key)
+                if copies and not any(self._holds(copy) for copy in copies):
+                    self._move(copies[0], Kind.KEPT)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every page. False, and nothing changed, while requests have blocks."""
+        if not super().reset_prefix_cache():
+            return False
+        for queue in (self._loose, self._kept):
+            for block in queue.get_all_free_blocks():
+                self._move(block, Kind.CLEAN)
+        return True
+
+    # What the slots call.
+
+    @property
+    def num_worthless(self) -> int:
+        """Blocks that can be had without losing a kept state, beside those of slots that hold nothing."""
+        self._settle()
+        return int(self.free_block_queue.num_free_blocks + self._loose.num_free_blocks)
+
+    def take_state(self) -> list[int]:
+        """Blocks for a slot that has none."""
+        ids = [block.block_id for block in self.get_new_blocks(self.states.state_blocks)]
+        for block_id in ids:
+            self._kinds[block_id] = Kind.STATE
+        return ids
+
+    def give_state(self, ids: Iterable[int]) -> None:
+        """Take back the blocks of a slot that holds nothing."""
+        self.free_blocks([self.blocks[block_id] for block_id in ids])
+
+    def cover(self, change: int, lineage: Lineage, start: int, stop: int) -> None:
+        """Pages of a lineage are needed by a kept state from now on (`change` 1), or not any more (-1)."""
+        self._told.append((change, lineage, start, stop))
+
+    def counts(self) -> dict[str, int]:
+        """How many blocks there are of each kind."""
+        self._settle()
+        queues = {"clean": self.free_block_queue, "loose": self._loose, "kept": self._kept}
+        counts = {name: int(queue.num_free_blocks) for name, queue in queues.items()}
+        counts["state"] = len(self.states.backing) * self.states.state_blocks
+        return counts | {"page": self.num_gpu_blocks - 1 - sum(counts.values())}
+
+    # Inside.
+
+    def _num_idle(self) -> int:
+        idle = self.free_block_queue.num_free_blocks + self._loose.num_free_blocks + self._kept.num_free_blocks
+        return int(idle)
+
+    def _queue(self, block: KVCacheBlock) -> FreeKVCacheBlockQueue:
+        return (self.free_block_queue, self._loose, self._kept)[self._kinds[block.block_id] - 1]
+
+    def _move(self, block: KVCacheBlock, kind: Kind) -> None:
+        """Put a page that nobody uses where it is reclaimed next among its like."""
+        self._queue(block).remove(block)
+        self._kinds[block.block_id] = kind
+        self._queue(block).prepend_n([block])
+
+    def _copies(self, key: Any) -> list[KVCacheBlock]:
+        found = self.cached_block_hash_to_block._cache.get(key)
+        return [] if found is None else list(found.values()) if isinstance(found, dict) else [found]
+
+    def _holds(self, block: KVCacheBlock) -> bool:
+        return self._kinds[block.block_id] in (Kind.PAGE, Kind.KEPT)
+
+    def _park(self, block: KVCacheBlock) -> None:
+        if self._told:
+            self._settle()
+        kind, queue = Kind.LOOSE, self._loose
+        if get_block_hash(block.block_hash) in self._needed:
+            copies = self._copies(block.block_hash)
+            if len(copies) < 2 or not any(copy is not block and self._holds(copy) for copy in copies):
+                kind, queue = Kind.KEPT, self._kept
+        self._kinds[block.block_id] = kind
+        queue.append(block)
+
+    def _settle(self) -> None:
+        """Do what `cover` was told, in order. States come and go more often than the pages that they need are free."""
+        needed = self._needed
+        while self._told:
+            change, lineage, start, stop = self._told.popleft()
+            if change > 0:
+                needed.update(lineage[start:stop])
+                continue
+            for key in lineage[start:stop]:
+                needed[key] -= 1
+                if needed[key]:
+                    continue
+                del needed[key]
+                for block in self._copies(make_block_hash_with_group_id(key, self._page_group)):
+                    if self._kinds[block.block_id] == Kind.KEPT:
+                        self._move(block, Kind.LOOSE)
+
+    def _make_clean(self, count: int) -> None:
+        self._settle()
+        while self.free_block_queue.num_free_blocks < count:
+            if self.states.drop_spare():
+                continue
+            if self._loose.num_free_blocks:
+                self._evict_page(self._loose)
+            elif not self.states.evict() and not self.states.evict_from_host():
+                # Needed by states in use alone, whose requests have lost their own copies from the cache.
+                self._evict_page(self._kept)
+            self._settle()
+
+    def _evict_page(self, queue: FreeKVCacheBlockQueue) -> None:
+        block = queue.popleft()
+        self._maybe_evict_cached_block(block)
+        self._kinds[block.block_id] = Kind.CLEAN
+        self.free_block_queue.prepend_n([block])
+        self.page_evictions += 1
+
+    def check(self, tables: Iterable[Sequence[KVCacheBlock]]) -> None:
+        """Verify that every block has one kind and one owner; raises AssertionError.
+
+        Args:
+            tables: The pages of all requests, and of those whose blocks are still to be freed.
+        """
+        self._settle()
+        owner: dict[int, Kind] = {self.null_block.block_id: Kind.PAGE}
+
+        def own(block_id: int, kind: Kind) -> None:
+            assert block_id not in owner, f"block {block_id} is {owner[block_id].name} and {kind.name}"
+            owner[block_id] = kind
+
+        for kind, queue in (
+            (Kind.CLEAN, self.free_block_queue),
+            (Kind.LOOSE, self._loose),
+            (Kind.KEPT, self._kept),
+        ):
+            members = queue.get_all_free_blocks()
+            assert len(members) == queue.num_free_blocks, (
+                f"{kind.name}: {len(members)} blocks are not counted"
+            )
+            for block in members:
+                own(block.block_id, kind)
+                assert block.ref_cnt == 0, f"block {block.block_id} is {kind.name} and referenced"
+                assert (block.block_hash is None) == (kind == Kind.CLEAN), (
+                    f"{kind.name}: block {block.block_id}"
+                )
+        references = Counter(block.block_id for table in tables for block in table if not block.is_null)
+        for block_id, count in references.items():
+            own(block_id, Kind.PAGE)
+            assert self.blocks[block_id].ref_cnt == count, (
+                f"page {block_id} has {count} references"
+            )
+        for slot, ids in self.states.backing.items():
+            assert len(ids) == self.states.state_blocks, f"slot {slot} has {len(ids)} blocks"
+            for block_id in ids:
+                own(block_id, Kind.STATE)
+                block = self.blocks[block_id]
+                assert (block.ref_cnt, block.block_hash) == (1, None), (
+                    f"block {block_id} is slot {slot}'s and a page"
+                )
+        lost = set(range(self.num_gpu_blocks)) - owner.keys()
+        assert not lost, f"nobody owns the blocks {sorted(lost)}"
+        wrong = [block_id for block_id, kind in owner.items() if self._kinds[block_id] != kind]
+        assert not wrong, f"blocks {wrong} are not what they are taken for"
+        assert self._needed == Counter(self.states.covered()), "pages are kept for other states than there are"
+        self._check_cached(owner)
+
+    def _check_cached(self, owner: dict[int, Kind]) -> None:
+        cached: dict[Any, list[Kind]] = {}
+        for block in self.blocks:
+            if block.block_hash is not None:
+                cached.setdefault(block.block_hash, []).append(owner[block.block_id])
+                assert block in self._copies(block.block_hash), f"cached block {block.block_id} cannot be found"
+        for key, kinds in cached.items():
+            kept = kinds.count(Kind.KEPT)
+            if get_block_hash(key) in self._needed:
+                assert kept == 1 or (kept == 0 and Kind.PAGE in kinds), (
+                    f"{kept} copies kept of a page that is needed"
+                )
+            else:
+                assert not kept, "a page is kept that no state needs"
+
+
+def install(kv_cache_manager: Any, page_group: int) -> ArenaPool:
+    """Put an `ArenaPool` where vLLM's coordinator and managers have their pool, before the first request."""
+    coordinator = kv_cache_manager.coordinator
+    old = coordinator.block_pool
+    arena = ArenaPool.like(old, page_group)
+    coordinator.block_pool = kv_cache_manager.block_pool = arena
+    for manager in coordinator.single_type_managers:
+        if manager.block_pool is old:
+            manager.block_pool, manager._null_block = arena, arena.null_block
+    return arena
