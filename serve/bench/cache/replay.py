@@ -46,8 +46,10 @@ ALIGN_BLOCK = 1920
 """Tokens of vLLM's attention block for the 48B model: as many as make a page as large as a layer's float32 state."""
 LONGEST = 8192
 """Tokens of the tiny checkpoint's longest sequence, and so of a trace's."""
+BLOCK_BYTES, STATE_BYTES = 516_096, 43_909_120
+"""Of the 48B model: 64 tokens of seven MLA layers in bfloat16; a state in float32 with its conv rings in bfloat16."""
 STATE_BLOCKS = 86
-"""Our blocks of 64 tokens that a state of the 48B model takes, in float32 with a ring in bfloat16."""
+"""Blocks of 64 tokens that such a state takes."""
 _ROOM = 2**40
 
 

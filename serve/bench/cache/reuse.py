@@ -1,17 +1,26 @@
 """What the state cache spares on traces with prefixes to reuse, by eviction policy and by memory.
 
-Two amounts of memory. *Everything fits*: nothing is ever evicted. *A third*: slots for the running requests and for a
-third of the working set, which is the most states that have a use still to come at any time (`traces.working_set`).
-Pages of the KV cache are ample in both, so that states are what is scarce. vLLM's "align" has no slots; it gets pages
-of as many bytes as our slots and pages have together, at the sizes of the 48B model, and may use all of them for
-states. Its hits end at blocks of 1920 tokens, or with --prefix-match-unit at every 64th or 128th token.
+Two amounts of memory. *Everything fits*: nothing is ever evicted. *A third*: bytes for the pages of the whole trace, for
+the states of running requests and for a third of the working set, which is the most states that have a use still to
+come at any time (`traces.working_set`). Both kinds of scheduler may use them all for states or for pages. vLLM's
+"align" has blocks of 1920 tokens, at the sizes of the 48B model, at whose ends its hits end; with --prefix-match-unit
+they end at every 64th or 128th token.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from serve.bench.cache.concurrency import costs
-from serve.bench.cache.replay import ALIGN_BLOCK, LONGEST, Memory, Outcome, align_scheduler, our_scheduler, replay
+from serve.bench.cache.replay import (
+    ALIGN_BLOCK,
+    BLOCK_BYTES,
+    LONGEST,
+    STATE_BYTES,
+    Memory,
+    Outcome,
+    align_scheduler,
+    our_scheduler,
+    replay,
+)
 from serve.bench.cache.traces import BLOCK, TRACES, Turn, block_keys, prompt_of, reusable_tokens, working_set
 from serve.common.rows import Row
 from serve.common.tables import ResultTable
@@ -37,9 +46,7 @@ class Reuse:
     hit: int  # tokens of prompts that were not computed
     computed: int  # all that was computed, answers included
     preemptions: int
-    # slots, pages: memory; for "align" slots is 0 and pages are of 1920 tokens
-    slots: int
-    pages: int
+    blocks: int  # memory, of 64 tokens; for "align" of 1920
     working_set: int
     share: float  # how much of what can be reused was
 
@@ -68,15 +75,15 @@ class Workload:
         # Requests that run side by side hold pages of their own until one of them is done.
         pages = len(blocks) + concurrency * (max(map(len, prompts)) // BLOCK + 8) + 1
         pages = max(pages, LONGEST // BLOCK + 1)  # vLLM refuses less than its longest sequence
-        fits = replay(our_scheduler(Memory(concurrency, pages, 4 * len(turns))), turns)
+        fits = replay(our_scheduler(memory_of(concurrency, pages, 4 * len(turns))), turns)
         needed = working_set(prompts, answers, fits.hits)
         reusable = sum(reusable_tokens(prompts, answers))
         return cls(name, seed, turns, prompts, reusable, pages, needed, concurrency, fits)
 
     def memory(self, regime: str) -> Memory:
         """The memory of our scheduler in this regime."""
-        slots = 4 * len(self.turns) if regime == FITS else self.concurrency + self.working_set // 3
-        return Memory(self.concurrency, self.pages, slots)
+        states = 4 * len(self.turns) if regime == FITS else self.concurrency + self.working_set // 3
+        return memory_of(self.concurrency, self.pages, states)
 
     def run(self, regime: str, policy: str) -> Reuse:
         """Replay it."""
@@ -97,17 +104,20 @@ class Workload:
             hit=sum(outcome.hits),
             computed=outcome.computed,
             preemptions=outcome.preemptions,
-            slots=memory.slots,
-            pages=memory.pages,
+            blocks=memory.blocks,
             working_set=self.working_set,
             share=round(sum(outcome.hits) / self.reusable, 4),
         )
 
 
+def memory_of(concurrency: int, pages: int, states: int) -> Memory:
+    """Blocks of as many bytes as so many pages and states have."""
+    return Memory(concurrency, pages + states * STATE_BYTES // BLOCK_BYTES)
+
+
 def aligned_memory(ours: Memory) -> Memory:
-    """As many bytes as our slots and pages have in the 48B model, in pages of 1920 tokens."""
-    num_bytes = ours.slots * costs().slot + ours.pages * costs().page
-    return Memory(ours.concurrency, num_bytes // (ALIGN_BLOCK // BLOCK * costs().page), 0)
+    """As many bytes as our blocks have, in blocks of 1920 tokens."""
+    return Memory(ours.concurrency, ours.blocks // (ALIGN_BLOCK // BLOCK))
 
 
 def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[Reuse]:
@@ -130,9 +140,9 @@ def report(found: Sequence[Reuse], env: Row) -> None:
             [
                 *(row.trace, row.memory, row.policy, *numbers, f"{row.share:.1%}", f"{row.prompt - row.hit:,}"),
                 f"{row.hit / base:.2f}x" if base else "",
-                f"{row.slots:,}" if row.slots else f"{row.pages:,} p.",
+                f"{row.blocks:,}",
             ]
         )
     columns = ["trace", "memory", "policy", "prompt tokens", "reusable", "hit", "of reusable", "computed", "hit / lru"]
     title = f"replayed through {env['vllm']}'s scheduler, commit {env['commit']}"
-    ResultTable(title, [*columns, "slots"], cells, words=3).show()
+    ResultTable(title, [*columns, "blocks"], cells, words=3).show()
