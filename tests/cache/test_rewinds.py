@@ -66,7 +66,7 @@ def until(server: Server, happened):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_session_goes_on_from_the_tokens_that_vllm_keeps(mode, stops_after, length):
     """At a stop token the next step is in flight: it has put that token into the live slot, and vLLM takes it back."""
-    server = MODES[mode].server("slots")
+    server = MODES[mode].server("blocks")
     prompt = [3 + (7 * i) % 80 for i in range(length)]
     first = answer(prompt, stops_after)
     if first[-1] in first[:-1]:

@@ -1,11 +1,13 @@
 """A worker without a model: a state is the hash of the prefix it stands for, and so is what a page keeps of a token.
 
+A slot's state lies in its blocks, each with its own part, and a page in one: what is written to one is lost in the other.
 Under vLLM's real scheduler it notices when a request reads anything but its own prefix. On a GPU the requests of a step
 run at once, so here a step reads everything before it writes anything.
 
 A state can be made sick, as NaN makes one: whatever is computed from it is sick too, and the step reports the slots.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,7 +16,7 @@ from typing import Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from kimi_vllm.cache.exchange import MOVES, NONFINITE
+from kimi_vllm.cache.exchange import NONFINITE, OPERATIONS
 
 SICK = -(2**70)
 """What stands for NaN: no hash of a prefix."""
@@ -62,6 +64,7 @@ class HashWorker:
     second, on GPUs, as if it were new.
 
     Attributes:
+        conversions: Blocks written as something else than before: "pages to states", "states to pages".
         glitches: By request, what makes its state sick.
         pages_end: Whether only pages behind the last state become sick: a reader's states stay healthy, and nothing
             reports that its answers come from them.
@@ -69,11 +72,14 @@ class HashWorker:
 
     def __init__(self, state_group: int, block: int) -> None:
         self._state_group, self._block = state_group, block
-        self._slots: dict[int, int] = {}
-        self._pages: dict[int, list[int]] = {}
+        # Blocks of slots on the device, states on the host; and in each block, hashes of tokens or a part of a state.
+        self._backing: dict[int, list[int]] = {}
+        self._host: dict[int, int] = {}
+        self._memory: dict[int, list[int] | tuple[int, int]] = {}
         self._tables: dict[str, list[list[int]]] = {}
         self._known: dict[str, list[int]] = {}
         self._prompts: dict[str, int] = {}
+        self.conversions: Counter[str] = Counter()
         self.glitches: dict[str, Glitch] = {}
         self.pages_end = False
 
@@ -82,8 +88,13 @@ class HashWorker:
 
         All states are read before one is written; each layer writes all pages of a step before it reads one.
         """
-        for source, target in getattr(output, MOVES, ()):
-            self._slots[target] = self._slots[source]
+        for slot, what in getattr(output, OPERATIONS, ()):
+            if isinstance(what, int):
+                state = self.slot(slot)
+                assert state is not None, f"slot {slot} is copied, and holds no state"
+                self._store(what, state)
+            else:
+                self._backing[slot] = list(what)
         starts = self._follow(output)
         spans = {name: (starts[name], starts[name] + n) for name, n in output.num_scheduled_tokens.items()}
         readers = {self._read(name, start): name for name, (start, _) in spans.items() if start}
@@ -102,17 +113,30 @@ class HashWorker:
         result = ModelRunnerOutput(
             req_ids=list(spans), req_id_to_index={name: i for i, name in enumerate(spans)}, sampled_token_ids=sampled
         )
-        if sick := sorted(slot for slot in writers if self._slots[slot] == SICK):
+        if sick := sorted(slot for slot in writers if self.slot(slot) == SICK):
             setattr(result, NONFINITE, sick)
         return result
 
     def slot(self, slot: int) -> int | None:
-        """The state that a slot holds."""
-        return self._slots.get(slot)
+        """The state that a slot holds; None if it is in pieces."""
+        if slot in self._host:
+            return self._host[slot]
+        parts = [self._memory.get(block) for block in self._backing.get(slot, ())]
+        state = parts[0][0] if parts and isinstance(parts[0], tuple) else None
+        return state if parts == [(state, part) for part in range(len(parts))] else None
 
     def page(self, page: int) -> list[int]:
         """What a page keeps of each of its tokens."""
-        return self._pages.get(page, [])
+        held = self._memory.get(page)
+        return held if isinstance(held, list) else []
+
+    def _store(self, slot: int, state: int) -> None:
+        if slot in self._backing:
+            for part, block in enumerate(self._backing[slot]):
+                self.conversions["pages to states"] += isinstance(self._memory.get(block), list)
+                self._memory[block] = state, part
+        else:
+            self._host[slot] = state
 
     def _follow(self, output: SchedulerOutput) -> dict[str, int]:
         """Take over the scheduler's news; returns how many tokens of each request are computed."""
@@ -147,7 +171,7 @@ class HashWorker:
         known, block = self._known[name], self._block
         slot = self._tables[name][self._state_group][(start - 1) // block]
         assert slot, f"{name} has no state after {start} tokens"
-        held = self._slots.get(slot)
+        held = self.slot(slot)
         assert held in (known[start], SICK), f"{name} after {start} tokens: slot {slot} is another prefix's"
         return slot
 
@@ -155,7 +179,7 @@ class HashWorker:
         """How many of a request's tokens have a healthy state as far as slots tell; at least `start`."""
         glitch = self.glitches.get(name)
         fresh = glitch and start <= glitch.token < end and (glitch.always or not glitch.happened)
-        if start and self._slots[self._tables[name][self._state_group][(start - 1) // self._block]] == SICK:
+        if start and self.slot(self._tables[name][self._state_group][(start - 1) // self._block]) == SICK:
             return start
         if glitch and fresh:
             glitch.happened = True
@@ -175,8 +199,9 @@ class HashWorker:
                 for index in range(start // self._block, (end - 1) // self._block + 1):
                     first, last = max(start, index * self._block), min(end, (index + 1) * self._block)
                     page = self._tables[name][1 - self._state_group][index]
-                    kept = self._pages.get(page, [])[: first - index * self._block]
-                    self._pages[page] = kept + known[first + 1 : last + 1]
+                    kept = self.page(page)[: first - index * self._block]
+                    self.conversions["states to pages"] += isinstance(self._memory.get(page), tuple)
+                    self._memory[page] = kept + known[first + 1 : last + 1]
             muted = {name for name, (start, _) in spans.items() if SICK in self._prefix(name, start)}
             spread = {name for name in muted if healthy[name] > spans[name][0]}
             if self.pages_end or not spread:
@@ -186,7 +211,7 @@ class HashWorker:
     def _prefix(self, name: str, start: int) -> list[int]:
         """What the pages say of a request's first tokens."""
         pages = self._tables[name][1 - self._state_group][: -(-start // self._block)]
-        return [state for page in pages for state in self._pages.get(page, [])[: self._block]][:start]
+        return [state for page in pages for state in self.page(page)[: self._block]][:start]
 
     def _check_pages(self, name: str, start: int) -> None:
         own = self._known[name][1 : start + 1]
@@ -205,7 +230,7 @@ class HashWorker:
         known, block, written = self._spoiled(name, end, healthy), self._block, set()
         for index in range(start // block, (end - 1) // block + 1):
             if slot := self._tables[name][self._state_group][index]:
-                self._slots[slot] = known[min(end, (index + 1) * block)]
+                self._store(slot, known[min(end, (index + 1) * block)])
                 written.add(slot)
         assert slot, f"{name}: nothing holds the state after {end} tokens"
         return written

@@ -10,6 +10,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.v1.request import RequestStatus
 
+from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.scheduler import KimiScheduler
 from serve.bench.cache import replay
 from serve.bench.cache.replay import Memory
@@ -17,26 +18,30 @@ from support.arrivals import BLOCK, Arrival
 from support.hash_worker import SICK, HashWorker
 
 
-def memory(concurrency: int, slots: int, chunk: int, pages: int = 100) -> Memory:
-    """Limits of an engine."""
-    return Memory(concurrency=concurrency, pages=pages, slots=slots, step_tokens=chunk, longest=512)
+STATE_BLOCKS = 3
 
 
+def memory(concurrency: int, blocks: int, chunk: int) -> Memory:
+    """Limits of an engine; `blocks` without the null block."""
+    return Memory(concurrency, 1 + blocks, STATE_BLOCKS, step_tokens=chunk, longest=512)
+
+
+# A request of the longest kind is 5 pages, and 6 blocks for the state that it reads and the one that it writes.
 SCARCE: dict[str, tuple[Memory, dict[str, int]]] = {
-    "slots": (memory(3, 4, 97), {}),
-    "host": (memory(3, 4, 97), {"num_host_slots": 6}),
-    "pages": (memory(4, 12, 150, pages=10), {}),
-    "lru-host-pages-priority": (memory(4, 5, 61, pages=10), {"num_host_slots": 4, "checkpoint_interval": 128}),
+    "blocks": (memory(3, 20, 97), {}),
+    "host": (memory(3, 20, 97), {"num_host_slots": 6}),
+    "few-blocks": (memory(4, 14, 150), {}),
+    "lru-host-priority": (memory(4, 17, 61), {"num_host_slots": 4, "checkpoint_interval": 128}),
 }
 
 ROOMY: dict[str, tuple[Memory, dict[str, int]]] = {
-    "room": (memory(6, 30, 600), {}),
-    "few-slots": (memory(6, 8, 600), {"num_host_slots": 4}),
+    "room": (memory(6, 190, 600), {}),
+    "few-slots": (memory(6, 50, 600), {"num_host_slots": 4}),
 }
 """What lets many run at once, and read what others have just written."""
 
 
-def eviction(name: str) -> str:
+def eviction(name: str) -> Eviction:
     """The eviction policy of one of `SCARCE`."""
     return "lru" if name.startswith("lru") else "value"
 
@@ -80,7 +85,7 @@ class Server:
 
     def __init__(self, name: str, config: VllmConfig) -> None:
         limits, states = (SCARCE | ROOMY)[name]
-        specs = replay.our_specs(config, limits.slots, eviction(name), **states)
+        specs = replay.our_specs(config, limits.state_blocks, eviction(name), **states)
         self.scheduler = replay.build(KimiScheduler, config, specs)
         self.manager = self.scheduler._states
         self.worker = HashWorker(self.manager.kv_cache_group_id, BLOCK)
@@ -145,8 +150,7 @@ class Server:
                     self.abort(name)
                 due = []
             self.turn(due, reset=turn in resets)
-            self.manager.block_pool.slots.check()
-            self.manager.block_pool.host.check()
+            self.scheduler.check_memory()
             turn += 1
             assert turn < 2000, "requests that never finish"
 
