@@ -4,8 +4,7 @@ from functools import cache
 
 import pytest
 
-from serve.bench.cache.replay import Memory
-from serve.bench.cache.reuse import ALIGNED, FITS, THIRD, Workload, aligned_memory
+from serve.bench.cache.reuse import ALIGNED, FITS, THIRD, Workload, aligned_memory, memory_of
 from serve.bench.cache.traces import TRACES, Turn, block_keys, prompt_of, reusable_tokens, working_set
 
 SMALL = {
@@ -88,7 +87,7 @@ def test_nobody_reuses_more_than_there_is_and_no_slot_stays_live(name):
     ceiling = reusable_tokens(work.prompts, answers)
     assert all(hit <= most for hit, most in zip(work.fits.hits, ceiling, strict=True))
     assert sum(work.fits.hits) > 0.6 * work.reusable
-    assert (work.fits.live_slots, work.fits.preemptions) == (0, 0)
+    assert (work.fits.held_blocks, work.fits.preemptions) == (0, 0)
     assert work.fits.computed == sum(map(len, work.prompts)) - sum(work.fits.hits) + sum(len(a) - 1 for a in answers)
 
 
@@ -100,7 +99,7 @@ def test_with_memory_for_everything_a_conversation_is_computed_once(name):
 @pytest.mark.parametrize(("name", "least"), [("agent", 1.1), ("rag", 1.3)])
 def test_with_a_third_of_the_states_value_saves_more_than_recency(name, least):
     value, recency = (workload(name).run(THIRD, policy) for policy in ("value", "lru"))
-    assert value.slots == recency.slots < workload(name).fits.most_slots
+    assert value.blocks == recency.blocks < workload(name).fits.most_blocks
     assert value.hit >= least * recency.hit > 0
 
 
@@ -110,14 +109,15 @@ def test_vllms_own_rules_run_in_the_same_replay():
     assert row.hit < workload("chat").run(FITS, "value").hit
 
 
-def test_vllms_own_gets_the_bytes_of_our_slots_and_pages():
+def test_vllms_own_gets_the_bytes_of_our_blocks():
     slot, page = 43_909_120, 516_096  # of the 48B model: a state in float32, 64 tokens of seven MLA layers in bfloat16
-    memory = aligned_memory(Memory(8, pages=2182, slots=1536))
-    assert (memory.pages, memory.slots) == ((1536 * slot + 2182 * page) // (30 * page), 0)
+    ours = memory_of(8, pages=2182, states=1536)
+    assert ours.blocks == (1536 * slot + 2182 * page) // page
+    assert aligned_memory(ours).blocks == ours.blocks // 30
 
 
 @pytest.mark.parametrize("name", TRACES)
 def test_a_finer_prefix_match_unit_is_vllms_better_setting(name):
     plain, *finer = (workload(name).run(FITS, policy) for policy in ALIGNED)
-    assert plain.pages == finer[0].pages
+    assert plain.blocks == finer[0].blocks
     assert all(plain.hit < row.hit <= row.reusable for row in finer)

@@ -23,9 +23,9 @@ def access(read, *written, reads=(), writes=(), preemptions=0):
     return Access(read, written, lambda: (set(reads), set(writes)), preemptions)
 
 
-def test_a_sick_slot_is_followed_through_reads_moves_and_writes():
+def test_a_sick_slot_is_followed_through_reads_copies_and_writes():
     steps = [
-        Step([], {"sick": access(0, 1, 2), "sound": access(0, 3)}),
+        Step([(1, [7, 8])], {"sick": access(0, 1, 2), "sound": access(0, 3)}),
         # Slot 2 goes to the host and is written anew by a request that read slot 3; slot 1 is resumed from.
         Step([(2, 20)], {"sound": access(3, 2), "heir": access(1, 4)}),
         # What was on the host comes back into slot 5, slot 20 is stored anew, and the heir goes on.
@@ -35,6 +35,11 @@ def test_a_sick_slot_is_followed_through_reads_moves_and_writes():
     assert (found.origins, found.victims) == ({"sick": 0}, {"heir": 1, "late": 0})
     assert found.slots == {1, 4, 5, 6, 7}
     assert [step.blameless for step in steps] == [set(), {"heir"}, {"heir", "late"}]
+
+
+def test_a_slot_that_gets_other_blocks_is_no_longer_sick():
+    steps = [Step([], {"sick": access(0, 1, 2)}), Step([(1, [4, 5]), (2, 1), (2, [6, 7])], {})]
+    assert spread({1, 2}, steps).slots == {1}
 
 
 def test_sick_pages_are_followed_too():

@@ -6,24 +6,38 @@ import pytest
 import torch
 from vllm.v1.core.block_pool import BlockPool
 
+from kimi_vllm.cache.arena import ArenaPool
 from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
-from kimi_vllm.cache.slot_pool import SlotPool
 
 BLOCK = 4
-PAGES = 100
+STATE = 3
+"""Blocks of a state."""
 
 
-def make_manager(num_slots=10, caching=True, interval=0):
+def make_manager(states=9, caching=True, interval=0, host=0):
+    """A manager whose pool has blocks for so many states, and none for pages."""
     spec = KDAStateSpec(
         block_size=BLOCK,
         num_kv_heads=1,
         head_size=8,
         dtype=torch.float32,
-        num_slots=num_slots,
+        state_blocks=STATE,
+        num_host_slots=host,
         checkpoint_interval=interval,
     )
-    pages = BlockPool(PAGES, caching, BLOCK)
-    return KDAStateManager(spec, pages, enable_caching=caching, kv_cache_group_id=1, scheduler_block_size=BLOCK)
+    pool = ArenaPool.like(BlockPool(1 + states * STATE, caching, BLOCK), page_group=0)
+    manager = KDAStateManager(spec, pool, enable_caching=caching, kv_cache_group_id=1, scheduler_block_size=BLOCK)
+    manager.share(pool)
+    return manager
+
+
+def free_blocks(manager):
+    return manager.block_pool._arena.get_num_free_blocks()
+
+
+def check(manager):
+    manager.block_pool.check(manager.req_to_blocks.values())
+    manager.block_pool._arena.check([])
 
 
 class Request(SimpleNamespace):
@@ -43,7 +57,7 @@ def schedule(manager, request, start, end, hit=()):
     """What `KVCacheManager.allocate_slots` does to a manager for tokens start..end. False: not now."""
     name = request.request_id
     manager.remove_skipped_blocks(name, start, request.num_prompt_tokens)
-    if manager.get_num_blocks_to_allocate(name, end, hit, start, start, end):
+    if manager.get_num_blocks_to_allocate(name, end, hit, start, start, end) > free_blocks(manager):
         return False
     if hit:
         manager.add_local_computed_blocks(name, hit, start, 0)
@@ -124,7 +138,8 @@ def test_a_state_that_was_never_written_is_never_found():
     manager.free("a")
     settle(manager)
     assert hit_of(manager, request) == ([], 0)
-    assert manager.block_pool.slots.num_free == 9
+    assert manager.block_pool.slots.num_idle == 0
+    assert free_blocks(manager) == 9 * STATE
 
 
 def test_a_state_of_a_finished_request_is_found():
@@ -134,20 +149,22 @@ def test_a_state_of_a_finished_request_is_found():
     settle(manager)
     manager.free("a")
     assert hit_of(manager, request)[1] == 12
-    manager.block_pool.slots.check()
+    check(manager)
 
 
-def test_requests_wait_when_slots_are_gone_and_running_ones_stay_where_they_are():
-    manager = make_manager(num_slots=3)
+def test_requests_wait_when_blocks_are_gone_and_running_ones_stay_where_they_are():
+    manager = make_manager(states=2)
     first, second, third = (Request(name, [ord(name)] * 20) for name in "abc")
     assert schedule(manager, first, 0, 3)
-    assert schedule(manager, second, 0, 3)
-    assert not schedule(manager, third, 0, 3)
+    manager.req_to_blocks["b"] = []
+    assert not schedule(manager, second, 0, 3), "two blocks are left for the growth of those that run"
+    del manager.req_to_blocks["b"]
     slot = table(manager, "a")[0]
     settle(manager)
     assert schedule(manager, first, 3, 6)
-    assert table(manager, "a") == [0, slot]
-    manager.free("b")
+    assert table(manager, "a") == [0, slot], "a boundary is not worth a block that somebody may need"
+    assert not schedule(manager, third, 0, 3)
+    manager.free("a")
     settle(manager)
     assert schedule(manager, third, 0, 3)
 
@@ -159,19 +176,18 @@ def test_without_caching_a_request_keeps_its_slot():
         assert schedule(manager, request, start, start + 2)
         settle(manager)
     assert manager.block_pool.slots.num_live == 1
-    assert manager.block_pool.slots.num_free == 8
+    assert free_blocks(manager) == 8 * STATE
 
 
 def test_release_goes_through_vllms_page_pool():
-    """VLLM frees blocks of all groups through the page pool, which must route ours to us."""
+    """VLLM frees blocks of all groups through the pool of the pages, which must route ours to us."""
     manager = make_manager()
     request = Request("a", list(range(13)))
     assert schedule(manager, request, 0, 13)
     settle(manager)
-    pages = BlockPool(PAGES, True, BLOCK)
-    pages.free_blocks(reversed(manager.pop_blocks_for_free("a")))
+    manager.block_pool._arena.free_blocks(reversed(manager.pop_blocks_for_free("a")))
     assert manager.block_pool.slots.num_live == 0
-    manager.block_pool.slots.check()
+    check(manager)
 
 
 def test_reset_needs_idle_slots():
@@ -185,12 +201,12 @@ def test_reset_needs_idle_slots():
     assert hit_of(manager, request) == ([], 0)
 
 
-@pytest.mark.parametrize("num_slots", [3, 4, 6, 12])
-def test_random_traffic_loses_no_slot(num_slots):
+@pytest.mark.parametrize("states", [2, 3, 5, 11])
+def test_random_traffic_loses_no_slot(states):
     import random
 
-    rng = random.Random(num_slots)
-    manager = make_manager(num_slots=num_slots)
+    rng = random.Random(states)
+    manager = make_manager(states)
     running, served = {}, 0
     for _ in range(600):
         for request, done in list(running.values()):
@@ -207,24 +223,21 @@ def test_random_traffic_loses_no_slot(num_slots):
             if schedule(manager, request, hit, min(len(tokens), hit + rng.randint(1, 12)), hit=blocks):
                 running[request.request_id] = (request, min(len(tokens), hit + 1))
                 served += 1
-        manager.block_pool.slots.check()
+        check(manager)
         settle(manager)
     for request, _ in running.values():
         manager.free(request.request_id)
     assert served > 50
     assert manager.block_pool.slots.num_live == 0
-    manager.block_pool.slots.check()
+    check(manager)
 
 
-def host_manager(num_slots, num_host_slots):
-    manager = make_manager(num_slots=num_slots)
-    manager.block_pool = SlotPool(num_slots, BLOCK, BLOCK, num_host_slots)
-    manager._null_block = manager.block_pool.null_block
-    return manager
+def copies(operations):
+    return [(source, target) for source, target in operations if isinstance(target, int)]
 
 
 def test_an_evicted_state_goes_to_host_memory_and_comes_back_before_the_step_that_reads_it():
-    manager = host_manager(3, 2)
+    manager = make_manager(states=2, host=2)
     first, second = Request("a", [1] * 5), Request("b", [2] * 5)
     assert schedule(manager, first, 0, 4)
     slot = table(manager, "a")[0]
@@ -234,21 +247,22 @@ def test_an_evicted_state_goes_to_host_memory_and_comes_back_before_the_step_tha
         assert schedule(manager, request, 0, 4)
         settle(manager)
         manager.free(request.request_id)
-    moves = manager.block_pool.take_moves()
-    assert [source for source, _ in moves] == [slot]
-    assert manager.block_pool.take_moves() == []
-    host_id = moves[0][1]
+    operations = manager.block_pool.take_operations()
+    [(source, host_id)] = copies(operations)
+    assert source == slot
+    assert {slot for slot, what in operations if isinstance(what, list)} == {1, 2}
+    assert operations.index((source, host_id)) == 2, "it has a place of its own, is written, and saved before the next"
+    assert manager.block_pool.take_operations() == []
 
     blocks, tokens = hit_of(manager, Request("d", [1] * 5))
     assert (tokens, blocks[0].block_id) == (4, host_id)
     assert schedule(manager, Request("d", [1] * 5), 4, 5, hit=blocks)
     read, write = table(manager, "d")
-    moves = manager.block_pool.take_moves()
+    moves = copies(manager.block_pool.take_operations())
     # Both slots held checkpoints: they are saved first, and the loading comes before its host slot is used again.
     assert (host_id, read) in moves
-    saved = [move for move in moves if move[1] >= 3]
+    saved = [move for move in moves if move[1] >= manager.block_pool.num_slots]
     assert {source for source, _ in saved} == {read, write}
-    assert [target for _, target in moves].index(read) < len(moves)
     for position, (source, target) in enumerate(moves):
         if target == host_id:
             assert (host_id, read) in moves[:position]
@@ -257,23 +271,66 @@ def test_an_evicted_state_goes_to_host_memory_and_comes_back_before_the_step_tha
     settle(manager)
     assert hit_of(manager, Request("e", [1] * 5))[0][0].block_id == read
     manager.free("d")
-    manager.block_pool.slots.check()
-    manager.block_pool.host.check()
+    check(manager)
 
 
-def test_a_hit_in_host_memory_needs_a_slot_to_be_loaded_into():
-    manager = host_manager(4, 1)
+def test_a_state_is_saved_before_its_blocks_are_anybody_elses():
+    """Pages take the blocks of a checkpoint, and then a new state takes those of another."""
+    manager = make_manager(states=2, host=2)
+    for name in "ab":
+        assert schedule(manager, Request(name, [ord(name)] * 5), 0, 4)
+        settle(manager)
+        manager.free(name)
+    given = dict(manager.block_pool.take_operations())
+    arena = manager.block_pool._arena
+    pages = [page.block_id for page in arena.get_new_blocks(STATE)]
+    assert schedule(manager, Request("c", [3] * 5), 0, 4)
+    operations = manager.block_pool.take_operations()
+    saved = [source for source, _ in copies(operations)]
+    assert pages == sorted(given[saved[0]], key=pages.index), "pages lie where the first was"
+    [live] = table(manager, "c")
+    assert (live, given[saved[1]]) in operations or live == saved[1]
+    assert [position for position, (slot, what) in enumerate(operations) if isinstance(what, int)] == [0, 1]
+
+
+def test_a_hit_in_host_memory_needs_blocks_to_be_loaded_into():
+    manager = make_manager(states=3, host=1)
     assert schedule(manager, Request("a", [1] * 5), 0, 4)
     settle(manager)
     manager.free("a")
-    holders = [Request(name, [ord(name)] * 3) for name in "xyz"]
-    for request in holders:
-        assert schedule(manager, request, 0, 3)
-    settle(manager)
+    held = manager.block_pool._arena.get_new_blocks(3 * STATE)
     again = Request("b", [1] * 5)
     blocks, _ = hit_of(manager, again)
     assert manager.block_pool.is_on_host(blocks[0])
-    manager.free("x")
-    assert not schedule(manager, again, 4, 5, hit=blocks), "one slot is not enough for reading and writing"
-    manager.free("y")
+    manager.block_pool._arena.free_blocks(held[:STATE])
+    assert not schedule(manager, again, 4, 5, hit=blocks), "one state is not enough for reading and writing"
+    manager.block_pool._arena.free_blocks(held[STATE : 2 * STATE])
     assert schedule(manager, again, 4, 5, hit=blocks)
+
+
+def test_what_a_step_needs_is_said_in_blocks():
+    manager = make_manager(states=9)
+    request = Request("a", list(range(13)))
+
+    def needs(name, tokens, hit=()):
+        return manager.get_num_blocks_to_allocate(name, tokens, hit, 0, 0, tokens)
+
+    assert needs("a", 13) == STATE
+    assert schedule(manager, request, 0, 13)
+    settle(manager)
+    assert needs("a", 13) == needs("a", 40) == 0, "it can stay where it is"
+    again = Request("b", list(range(13)))
+    blocks, _ = hit_of(manager, again)
+    assert needs("b", 13, blocks) == STATE + 1, (
+        "a state in use is read where it is; and one block for the one that runs"
+    )
+    manager.free("a")
+    blocks, _ = hit_of(manager, again)
+    assert needs("b", 13, blocks) == 2 * STATE, "an idle one is no longer there to be reclaimed"
+
+
+def test_one_request_needs_two_states_where_prefixes_are_cached():
+    spec = make_manager().kv_cache_spec
+    for caching, states in ((True, 2), (False, 1)):
+        config = SimpleNamespace(cache_config=SimpleNamespace(enable_prefix_caching=caching))
+        assert spec.max_memory_usage_bytes(config) == states * STATE * spec.page_size_bytes

@@ -42,7 +42,7 @@ def stage_specs(config, geometry, stage, stages, host_memory_gib):
 @pytest.mark.parametrize("host_memory_gib", [0, 0.01])
 @pytest.mark.parametrize(("stages", "partition"), [(2, None), (3, None), (4, None), (2, "23,4")])
 def test_stages_of_27_layers_are_scheduled_as_one(stages, partition, host_memory_gib, monkeypatch):
-    config = configuration(Memory(concurrency=1, pages=20, slots=4, step_tokens=512, longest=1024), "value")
+    config = configuration(Memory(concurrency=1, blocks=200, step_tokens=512, longest=1024), "value")
     if partition:
         monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
     geometry = replace(geometry_of(config.model_config), kda=OF_48B, sparse=(False,) * 27)

@@ -81,9 +81,9 @@ def test_a_session_goes_on_from_the_tokens_that_vllm_keeps(mode, stops_after, le
 
 def test_pages_of_a_request_preempted_in_the_step_that_was_to_write_them_cannot_be_found():
     """Pages are published when they are scheduled, and with priorities vLLM may change its mind within the step."""
-    limits = Memory(concurrency=2, pages=10, slots=8, step_tokens=200, longest=512)
+    limits = Memory(concurrency=2, blocks=1 + BLOCKS, state_blocks=STATE, step_tokens=200, longest=512)
     config = replay.configuration(limits, "value", scheduling_policy="priority", long_prefill_token_threshold=100)
-    scheduler = replay.build(KimiScheduler, config, replay.our_specs(config, limits.slots, "value"))
+    scheduler = replay.build(KimiScheduler, config, replay.our_specs(config, limits.state_blocks, "value"))
     worker = HashWorker(scheduler._states.kv_cache_group_id, BLOCK)
 
     def add(name, length, priority):

@@ -7,16 +7,19 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from kimi_vllm.cache.exchange import MOVES, NONFINITE, STATS
+from kimi_vllm.cache.exchange import NONFINITE, OPERATIONS, STATS
 from kimi_vllm.cache.scheduler import KimiScheduler, _KimiAsyncScheduler, _KimiScheduler
-from serve.bench.cache.replay import Memory, make_request, our_scheduler, step
+from serve.bench.cache.replay import Memory, build, configuration, make_request, our_scheduler, our_specs, step
 
 ANSWER = list(range(40, 60))
+BLOCKS, STATE = 300, 8
 
 
 @pytest.fixture
 def scheduler():
-    return our_scheduler(Memory(concurrency=4, pages=200, slots=12, step_tokens=256))
+    scheduler = our_scheduler(Memory(concurrency=4, blocks=1 + BLOCKS, state_blocks=STATE, step_tokens=256))
+    yield scheduler
+    scheduler.check_memory()
 
 
 def report(scheduler, output, sick=(), token=7):
@@ -64,7 +67,7 @@ def test_who_resumed_from_a_state_that_turns_out_sick_starts_again(scheduler):
     answers = {"other": ANSWER, "unrelated": ANSWER}
     while scheduler.requests:
         step(scheduler, answers)
-    scheduler._states.block_pool.slots.check()
+    scheduler.check_memory()
     assert scheduler._states.block_pool.slots.num_live == 0
 
 
@@ -106,7 +109,10 @@ def test_statistics_are_changes_and_gauges(scheduler):
     stats = report(scheduler, scheduler.schedule())[0].scheduler_stats.running_lora_adapters
     assert stats[f"{STATS}miss_tokens"] == 100
     assert stats[f"{STATS}hit_length:0"] == 1
-    assert sum(stats[f"{STATS}slots_{kind}"] for kind in ("live", "checkpoint", "free")) == 12
+    blocks = {kind: stats[f"{STATS}blocks_{kind}"] for kind in ("clean", "loose", "kept", "page", "state")}
+    slots = {kind: stats[f"{STATS}slots_{kind}"] for kind in ("live", "checkpoint", "host")}
+    assert blocks == {"clean": BLOCKS - 2 - 2 * STATE, "loose": 0, "kept": 0, "page": 2, "state": 2 * STATE}
+    assert slots == {"live": 2, "checkpoint": 0, "host": 0}
     assert f"{STATS}miss_tokens" not in scheduler.make_stats().running_lora_adapters
 
 
@@ -137,9 +143,69 @@ def test_a_request_is_a_hit_or_a_miss_once_however_often_it_comes_back(scheduler
     assert scheduler._counts["hit_tokens"] == 0
 
 
-def test_a_step_without_copies_carries_none(scheduler):
+def test_what_is_evicted_is_counted_by_kind_and_by_what_it_saved():
+    scheduler = our_scheduler(Memory(concurrency=2, blocks=1 + 3 * STATE + 8, state_blocks=STATE, longest=512))
+    scheduler.log_stats = scheduler.kv_cache_manager.log_stats = True
+    scheduler.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
+    sent = Counter()
+    for name in "abc":
+        scheduler.add_request(make_request(scheduler, name, [ord(name)] * 450, 2))
+        while scheduler.requests:
+            step(scheduler, {name: [5, 6]})
+            sent.update(scheduler.make_stats().running_lora_adapters)
+            scheduler.check_memory()
+    assert sent[f"{STATS}evictions"] == scheduler._states.block_pool.counts["evictions"] > 0
+    assert sent[f"{STATS}page_evictions"] == scheduler.arena.page_evictions >= 7
+    assert sent[f"{STATS}lost_blocks"] >= 7, "a prompt of seven blocks and a bit was forgotten with its state"
+
+
+def test_a_swap_is_as_many_bytes_as_the_blocks_of_a_state(scheduler):
+    scheduler.log_stats = scheduler.kv_cache_manager.log_stats = True
+    scheduler.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
+    scheduler._states.block_pool.counts.update(swaps_out=2, swaps_in=1)
+    spec = scheduler._states.kv_cache_spec
+    assert scheduler.make_stats().running_lora_adapters[f"{STATS}swap_bytes"] == 3 * STATE * spec.page_size_bytes
+
+
+def test_a_step_tells_which_blocks_new_slots_have_and_the_next_tells_nothing(scheduler):
     scheduler.add_request(make_request(scheduler, "a", [3] * 100, 2))
-    assert not hasattr(scheduler.schedule(), MOVES)
+    output = scheduler.schedule()
+    assert dict(getattr(output, OPERATIONS)) == scheduler.arena.states.backing
+    report(scheduler, output)
+    assert not hasattr(scheduler.schedule(), OPERATIONS)
+
+
+def test_blocks_of_a_request_that_ended_go_to_another_while_its_last_step_is_in_flight():
+    """The step that still writes them is before the new owner's on the device; what is told to workers is in order."""
+    scheduler = our_scheduler(Memory(concurrency=2, blocks=1 + 2 * STATE + 8, state_blocks=STATE, longest=512))
+    scheduler.add_request(make_request(scheduler, "a", [3] * 500, 9))
+    first = scheduler.schedule()
+    had = dict(getattr(first, OPERATIONS))
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    scheduler.check_memory()
+    scheduler.add_request(make_request(scheduler, "b", [4] * 500, 9))
+    second = scheduler.schedule()
+    scheduler.check_memory()
+    given = dict(getattr(second, OPERATIONS, ()))
+    taken = {block for ids in (had | given).values() for block in ids}
+    pages = {block.block_id for table in scheduler._page_managers[0].req_to_blocks.values() for block in table}
+    assert taken & pages, "the prompt's pages lie where the first request's state was, or would be"
+    report(scheduler, first)
+    report(scheduler, second)
+
+
+def test_a_watermark_keeps_new_requests_out_and_running_ones_in():
+    def running(watermark):
+        limits = Memory(concurrency=8, blocks=101, state_blocks=STATE, step_tokens=4096)
+        config = configuration(limits, "value", watermark=watermark)
+        scheduler = build(KimiScheduler, config, our_specs(config, STATE))
+        for name in "abcdefgh":
+            scheduler.add_request(make_request(scheduler, name, [ord(name)] * 100, 2))
+        scheduler.schedule()
+        scheduler.check_memory()
+        return len(scheduler.running)
+
+    assert running(0) > running(0.4) >= 1
 
 
 @pytest.mark.parametrize(("asynchronous", "expected"), [(False, _KimiScheduler), (True, _KimiAsyncScheduler)])

@@ -17,7 +17,6 @@ from serve.bench.cache.replay import Memory
 from support.arrivals import BLOCK, Arrival
 from support.hash_worker import SICK, HashWorker
 
-
 STATE_BLOCKS = 3
 
 
@@ -31,7 +30,7 @@ SCARCE: dict[str, tuple[Memory, dict[str, int]]] = {
     "blocks": (memory(3, 20, 97), {}),
     "host": (memory(3, 20, 97), {"num_host_slots": 6}),
     "few-blocks": (memory(4, 14, 150), {}),
-    "lru-host-priority": (memory(4, 17, 61), {"num_host_slots": 4, "checkpoint_interval": 128}),
+    "lru-host-priority": (memory(4, 14, 61), {"num_host_slots": 4, "checkpoint_interval": 128}),
 }
 
 ROOMY: dict[str, tuple[Memory, dict[str, int]]] = {

@@ -1,0 +1,418 @@
+"""One pool of blocks: what vLLM asks of it, what is reclaimed first, and a checker that sees what is wrong."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from vllm.v1.core.block_pool import BlockPool
+
+from kimi_vllm.cache.arena import ArenaPool, Kind
+from kimi_vllm.cache.slot_pool import SlotPool
+
+BLOCK, STATE, GROUP = 4, 3, 0
+
+
+def make_pool(num_blocks, host=0, caching=True, eviction="value"):
+    """An arena of so many blocks beside the null block, and the slots that share it."""
+    arena = ArenaPool.like(BlockPool(1 + num_blocks, caching, BLOCK, enable_kv_cache_events=True), GROUP)
+    slots = SlotPool(1 + num_blocks // STATE, STATE, BLOCK, BLOCK, host, eviction)
+    slots.share(arena)
+    return arena, slots
+
+
+class Request(SimpleNamespace):
+    """As much of vLLM's request as a pool looks at; `tokens` decide the hashes."""
+
+    def __init__(self, tokens):
+        hashes = [repr(tokens[: end + BLOCK]).encode().ljust(32) for end in range(0, len(tokens) - BLOCK + 1, BLOCK)]
+        super().__init__(block_hashes=hashes, all_token_ids=tokens, lora_request=None, mm_features=[], session_id=None)
+        self.cache_salt = self.prompt_embeds = None
+        self.pages, self.states = [], []
+
+
+class Traffic:
+    """Requests on a pool: their pages and slots, as the managers would hold them."""
+
+    def __init__(self, num_blocks, **options):
+        self.arena, self.slots = make_pool(num_blocks, **options)
+        self.running = []
+
+    def start(self, tokens, publish=True):
+        """Compute a prompt from its longest kept prefix; None if there is no room."""
+        request = Request(tokens)
+        hashes = request.block_hashes
+        length = self.slots.longest(hashes, len(hashes))
+        found = [self.arena.get_cached_block(key, [GROUP]) for key in hashes[:length]]
+        if not all(found):
+            length, found = 0, []
+        states = 1 + (length > 0)
+        idle = sum(page.ref_cnt == 0 for [page] in found)
+        if len(hashes) - length + idle + states * STATE > self.arena.get_num_free_blocks():
+            return None
+        request.pages = [page for [page] in found]
+        self.arena.touch(request.pages)
+        if length:
+            [block] = self.slots.get_cached_block(hashes[length - 1], [1])
+            if self.slots.is_on_host(block):
+                request.states.append(self.slots.load(block, 1))
+            else:
+                self.slots.touch([block])
+                request.states.append(block)
+        request.pages += self.arena.get_new_blocks(len(hashes) - length)
+        self.arena.cache_full_blocks(request, request.pages, length, len(hashes), BLOCK, GROUP)
+        request.states.append(self.slots.take())
+        if publish and hashes:
+            self.slots.publish(request.states[-1], hashes, len(hashes), 1)
+        self.running.append(request)
+        return request
+
+    def finish(self, request):
+        self.running.remove(request)
+        self.arena.free_blocks([*reversed(request.pages), *request.states])
+
+    def check(self):
+        self.slots.check(request.states for request in self.running)
+        self.arena.check(request.pages for request in self.running)
+        counts = self.arena.counts()
+        assert sum(counts.values()) == self.arena.num_gpu_blocks - 1
+        live = {block.block_id for request in self.running for block in request.states}
+        used = counts["page"] + STATE * len(live)
+        assert self.arena.get_num_free_blocks() == self.arena.num_gpu_blocks - 1 - used
+
+    def kind(self, tokens):
+        """Kinds of the cached pages of a prompt."""
+        pages = [self.arena.get_cached_block(key, [GROUP]) for key in Request(tokens).block_hashes]
+        return [page and Kind(self.arena._kinds[page[0].block_id]) for page in pages]
+
+
+def test_pages_are_kept_with_the_state_that_needs_them_and_loose_without():
+    traffic = Traffic(30)
+    kept, loose = traffic.start([1] * 8), traffic.start([2] * 8, publish=False)
+    assert traffic.kind([1] * 8) == traffic.kind([2] * 8) == [Kind.PAGE] * 2
+    traffic.finish(kept)
+    traffic.finish(loose)
+    assert traffic.kind([1] * 8) == [Kind.KEPT] * 2
+    assert traffic.kind([2] * 8) == [Kind.LOOSE] * 2
+    traffic.slots.withdraw_slots([traffic.slots.slots.find(Request([1] * 8).block_hashes[-1])])
+    traffic.check()
+    assert traffic.kind([1] * 8) == [Kind.LOOSE] * 2
+    assert traffic.arena.counts() == {"clean": 20, "loose": 4, "kept": 0, "state": 6, "page": 0}
+
+
+def test_blocks_are_reclaimed_from_slots_that_hold_nothing_then_pages_then_states():
+    traffic = Traffic(15)
+    for tokens, publish in (([1] * 8, True), ([2] * 8, False)):
+        traffic.finish(traffic.start(tokens, publish))
+    arena = traffic.arena
+    # 5 clean, a spare slot, 2 loose pages, and a state with 2 pages that only it needs.
+    assert arena.counts() == {"clean": 5, "loose": 2, "kept": 2, "state": 6, "page": 0}
+    taken = arena.get_new_blocks(8)
+    assert (traffic.slots.slots.num_spare, arena.page_evictions) == (0, 0)
+    taken += arena.get_new_blocks(2)
+    assert (traffic.slots.slots.num_idle, arena.page_evictions) == (1, 2)
+    assert traffic.kind([2] * 8) == [None] * 2
+    assert traffic.kind([1] * 8) == [Kind.KEPT] * 2
+    taken += arena.get_new_blocks(4)
+    assert traffic.kind([1] * 8) == [Kind.LOOSE, None], "the last page of the state goes with it"
+    assert traffic.slots.counts == {"evictions": 1, "lost_blocks": 2}
+    assert arena.get_num_free_blocks() == 1
+    with pytest.raises(ValueError, match="Cannot get 2 free blocks"):
+        arena.get_new_blocks(2)
+    arena.free_blocks(taken)
+    traffic.check()
+
+
+def test_the_state_that_saves_least_for_its_blocks_goes_first():
+    """Eight blocks for 3 + 8, one block for 3 + 1; and four more for 3 + 4, which two share with the longer one."""
+    traffic = Traffic(60)
+    for tokens in ([1] * 32, [2] * 4, [1] * 16 + [3] * 16):
+        traffic.finish(traffic.start(tokens))
+    slots = traffic.slots.slots
+    worth = {len(slots.origin(slot)[0]): slots.worth(slot) for slot in slots.slots() if slots.origin(slot)[1] == 1}
+    assert worth == {1: 1 / 4}
+    both = [slots.worth(slot) for slot in slots.slots() if slots.origin(slot)[1] == 8]
+    assert both == [8 / (3 + 4)] * 2, "the four blocks that they share stay if one goes"
+    traffic.slots.evict()
+    assert traffic.kind([2] * 4) == [Kind.LOOSE]
+    traffic.slots.evict()
+    [left] = [slots.worth(slot) for slot in slots.slots()]
+    assert left == 8 / (3 + 8)
+    traffic.check()
+
+
+def test_pages_of_a_state_on_the_host_stay_and_go_with_it():
+    traffic = Traffic(12, host=1)
+    traffic.finish(traffic.start([1] * 8))
+    assert traffic.slots.evict()
+    traffic.check()
+    assert traffic.kind([1] * 8) == [Kind.KEPT] * 2
+    held = traffic.arena.get_new_blocks(10)
+    assert traffic.kind([1] * 8) == [Kind.KEPT] * 2
+    held += traffic.arena.get_new_blocks(1)
+    assert traffic.slots.host.num_idle == 0
+    assert traffic.slots.host.lost_blocks == 2
+    traffic.arena.free_blocks(held)
+    traffic.check()
+
+
+def test_a_state_that_is_loaded_finds_its_pages():
+    traffic = Traffic(20, host=2)
+    traffic.finish(traffic.start([1] * 8))
+    traffic.slots.evict()
+    again = traffic.start([1] * 8 + [2] * 4)
+    assert traffic.slots.counts["swaps_in"] == 1
+    assert len(again.states) == 2
+    traffic.check()
+    traffic.finish(again)
+    assert traffic.kind([1] * 8 + [2] * 4) == [Kind.KEPT] * 3
+    traffic.check()
+
+
+def copies(traffic):
+    """Two requests that compute the same prompt at once, so that every page is there twice."""
+    one, two = traffic.start([1] * 8, publish=False), traffic.start([1] * 8)
+    traffic.check()
+    return one, two
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_copies_of_a_page_one_is_kept(first):
+    traffic = Traffic(30)
+    both = copies(traffic)
+    traffic.finish(both[first])
+    traffic.check()
+    assert traffic.arena.counts()["loose"] == 2
+    traffic.finish(both[1 - first])
+    traffic.check()
+    assert (traffic.arena.counts()["loose"], traffic.arena.counts()["kept"]) == (2, 2)
+    traffic.arena.get_new_blocks(traffic.arena.free_block_queue.num_free_blocks + STATE + 2)
+    assert traffic.kind([1] * 8) == [Kind.KEPT] * 2, "a copy goes before a state"
+
+
+def test_where_a_copy_is_taken_out_of_the_cache_another_is_kept():
+    traffic = Traffic(30)
+    one, two = copies(traffic)
+    traffic.finish(one)
+    traffic.arena.evict_blocks({page.block_id for page in two.pages})
+    traffic.check()
+    assert traffic.kind([1] * 8) == [Kind.KEPT] * 2
+    # The state is in use, and the request that uses it has pages of its own: these can go all the same.
+    traffic.arena.get_new_blocks(traffic.arena.get_num_free_blocks())
+    assert traffic.kind([1] * 8) == [None] * 2
+
+
+def test_pages_taken_out_of_the_cache_are_clean():
+    traffic = Traffic(30)
+    traffic.finish(traffic.start([1] * 8))
+    traffic.finish(traffic.start([2] * 8, publish=False))
+    pages = {page.block_id for page in traffic.arena.blocks if page.block_hash is not None}
+    traffic.arena.evict_blocks(pages)
+    traffic.check()
+    assert traffic.arena.counts()["clean"] == 30 - 2 * STATE
+
+
+def test_reset_forgets_pages_unless_somebody_has_blocks():
+    traffic = Traffic(30)
+    traffic.finish(traffic.start([1] * 8))
+    running = traffic.start([2] * 8)
+    assert not traffic.arena.reset_prefix_cache()
+    traffic.check()
+    traffic.finish(running)
+    assert traffic.arena.reset_prefix_cache()
+    assert traffic.slots.reset_prefix_cache()
+    traffic.check()
+    assert traffic.arena.counts() == {"clean": 24, "loose": 0, "kept": 0, "state": 6, "page": 0}
+    assert isinstance(traffic.arena.take_events()[-1], AllBlocksCleared)
+
+
+def test_events_tell_of_pages_as_vllms_do_and_never_of_states():
+    traffic = Traffic(12)
+    traffic.finish(traffic.start([1] * 8))
+    traffic.arena.free_blocks(traffic.arena.get_new_blocks(12))
+    stored, *removed = traffic.arena.take_events()
+    assert isinstance(stored, BlockStored)
+    assert all(isinstance(event, BlockRemoved) for event in removed)
+    assert sorted(stored.block_hashes) == sorted(key for event in removed for key in event.block_hashes)
+
+
+def test_without_prefix_caching_there_are_clean_blocks_pages_and_states():
+    traffic = Traffic(12, caching=False)
+    request = Request([])
+    request.pages, request.states = traffic.arena.get_new_blocks(4), [traffic.slots.take()]
+    traffic.running.append(request)
+    traffic.check()
+    traffic.finish(request)
+    traffic.check()
+    assert traffic.arena.counts() == {"clean": 9, "loose": 0, "kept": 0, "state": 3, "page": 0}
+
+
+def test_a_pool_has_the_options_of_the_one_it_stands_for():
+    pool = BlockPool(7, True, 32, enable_kv_cache_events=True)
+    arena = ArenaPool.like(pool, 3)
+    names = ("num_gpu_blocks", "enable_caching", "hash_block_size", "enable_kv_cache_events", "medium")
+    assert all(getattr(arena, name) == getattr(pool, name) for name in names)
+    assert all(block.pool is arena for block in arena.blocks)
+
+
+texts = st.lists(st.integers(0, 1), min_size=1, max_size=6)
+acts = st.sampled_from(
+    ["start", "start", "start", "plain", "finish", "finish", "evict", "pages", "withdraw", "reset", "uncache"]
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    size=st.integers(10, 40),
+    host=st.sampled_from([0, 0, 1, 3]),
+    eviction=st.sampled_from(["value", "lru"]),
+    history=st.lists(st.tuples(acts, texts, st.integers(0, 30)), min_size=5, max_size=40),
+)
+def test_random_histories_lose_no_block(size, host, eviction, history):
+    traffic = Traffic(size, host=host, eviction=eviction)
+    arena, slots = traffic.arena, traffic.slots
+    for act, text, number in history:
+        if act in ("start", "plain"):
+            traffic.start([token for token in text for _ in range(BLOCK)], publish=act == "start")
+        elif act == "finish" and traffic.running:
+            traffic.finish(traffic.running[number % len(traffic.running)])
+        elif act == "evict":
+            slots.evict()
+        elif act == "pages":
+            arena.free_blocks(arena.get_new_blocks(number % (arena.get_num_free_blocks() + 1)))
+        elif act == "withdraw":
+            slots.withdraw_slots([1 + number % (slots.num_slots + host - 1)])
+        elif act == "uncache":
+            arena.evict_blocks({1 + number % size, 1 + (number + len(text)) % size})
+        elif act == "reset" and not number % 5:
+            assert arena.reset_prefix_cache() == slots.reset_prefix_cache() == (not traffic.running)
+        traffic.check()
+        assert arena.get_num_free_blocks() <= size
+    for request in list(traffic.running):
+        traffic.finish(request)
+    traffic.check()
+    assert len(arena.get_new_blocks(size)) == size, "all that counts as free can be had"
+
+
+def busy():
+    """A pool with blocks of every kind."""
+    traffic = Traffic(40)
+    draw = random.Random(1)
+    for number in range(3):
+        traffic.finish(traffic.start([number] * 8, publish=number > 0))
+    traffic.start(draw.choices(range(3, 9), k=16))
+    traffic.start([1] * 8 + [5] * 8)
+    traffic.check()
+    counts = traffic.arena.counts()
+    assert all(counts.values()), counts
+    return traffic
+
+
+def of_kind(traffic, kind):
+    blocks = traffic.arena.blocks[1:]
+    return next(block for block in blocks if traffic.arena._kinds[block.block_id] == kind)
+
+
+def lose_a_clean_block(traffic):
+    traffic.arena.free_block_queue.popleft()
+
+
+def lose_a_page(traffic):
+    traffic.running[0].pages.pop()
+
+
+def lose_a_state_s_block(traffic):
+    next(iter(traffic.slots.backing.values())).pop()
+
+
+def give_a_page_to_a_slot(traffic):
+    next(iter(traffic.slots.backing.values()))[0] = of_kind(traffic, Kind.PAGE).block_id
+
+
+def give_a_block_to_two_slots(traffic):
+    one, two, *_ = traffic.slots.backing.values()
+    one[0] = two[0]
+
+
+def use_a_kept_page_without_taking_it(traffic):
+    traffic.running[0].pages.append(of_kind(traffic, Kind.KEPT))
+
+
+def count_a_reference_twice(traffic):
+    of_kind(traffic, Kind.PAGE).ref_cnt += 1
+
+
+def call_a_page_a_state(traffic):
+    traffic.arena._kinds[of_kind(traffic, Kind.PAGE).block_id] = Kind.STATE
+
+
+def call_a_state_clean(traffic):
+    traffic.arena._kinds[of_kind(traffic, Kind.STATE).block_id] = Kind.CLEAN
+
+
+def loosen_a_page_that_is_needed(traffic):
+    traffic.arena._move(of_kind(traffic, Kind.KEPT), Kind.LOOSE)
+
+
+def keep_a_page_that_nobody_needs(traffic):
+    traffic.arena._move(of_kind(traffic, Kind.LOOSE), Kind.KEPT)
+
+
+def leave_a_hash_on_a_clean_block(traffic):
+    of_kind(traffic, Kind.CLEAN).set_block_hash(b"x" * 36, num_tokens=4)
+
+
+def give_a_state_s_block_a_hash(traffic):
+    of_kind(traffic, Kind.STATE).set_block_hash(b"x" * 36, num_tokens=4)
+
+
+def forget_what_a_state_needs(traffic):
+    traffic.arena._needed.popitem()
+
+
+def miscount_a_queue(traffic):
+    traffic.arena._loose.num_free_blocks += 1
+
+
+def lose_a_slot(traffic):
+    traffic.running[0].states.pop()
+
+
+def hold_a_slot_twice(traffic):
+    traffic.running[1].states.append(traffic.running[0].states[-1])
+
+
+def forget_that_a_slot_is_published(traffic):
+    next(block for block in traffic.slots.blocks if block.block_hash is not None).reset_hash()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lose_a_clean_block,
+        lose_a_page,
+        lose_a_state_s_block,
+        give_a_page_to_a_slot,
+        give_a_block_to_two_slots,
+        use_a_kept_page_without_taking_it,
+        count_a_reference_twice,
+        call_a_page_a_state,
+        call_a_state_clean,
+        loosen_a_page_that_is_needed,
+        keep_a_page_that_nobody_needs,
+        leave_a_hash_on_a_clean_block,
+        give_a_state_s_block_a_hash,
+        forget_what_a_state_needs,
+        miscount_a_queue,
+        lose_a_slot,
+        hold_a_slot_twice,
+        forget_that_a_slot_is_published,
+    ],
+)
+def test_the_checker_sees(mistake):
+    traffic = busy()
+    mistake(traffic)
+    with pytest.raises(AssertionError):
+        traffic.check()
