@@ -84,6 +84,7 @@ class Traffic:
 
     def kind(self, tokens):
         """Kinds of the cached pages of a prompt."""
+        self.arena.counts()  # settles what it was told of states
         pages = [self.arena.get_cached_block(key, [GROUP]) for key in Request(tokens).block_hashes]
         return [page and Kind(self.arena._kinds[page[0].block_id]) for page in pages]
 

@@ -81,7 +81,7 @@ def test_a_session_goes_on_from_the_tokens_that_vllm_keeps(mode, stops_after, le
 
 def test_pages_of_a_request_preempted_in_the_step_that_was_to_write_them_cannot_be_found():
     """Pages are published when they are scheduled, and with priorities vLLM may change its mind within the step."""
-    limits = Memory(concurrency=2, blocks=1 + BLOCKS, state_blocks=STATE, step_tokens=200, longest=512)
+    limits = Memory(concurrency=2, blocks=31, state_blocks=3, step_tokens=200, longest=512)
     config = replay.configuration(limits, "value", scheduling_policy="priority", long_prefill_token_threshold=100)
     scheduler = replay.build(KimiScheduler, config, replay.our_specs(config, limits.state_blocks, "value"))
     worker = HashWorker(scheduler._states.kv_cache_group_id, BLOCK)
@@ -91,7 +91,9 @@ def test_pages_of_a_request_preempted_in_the_step_that_was_to_write_them_cannot_
         request.priority = priority
         scheduler.add_request(request)
 
-    def step():
+    def step(leave=None):
+        if leave is not None:
+            scheduler.arena.get_new_blocks(scheduler.arena.get_num_free_blocks() - leave)
         output = scheduler.schedule()
         scheduler.update_from_output(output, worker.execute(output))
         return output
@@ -100,8 +102,8 @@ def test_pages_of_a_request_preempted_in_the_step_that_was_to_write_them_cannot_
     step()
     add("high", 63, priority=0)
     assert step().num_scheduled_tokens == {"low": 100, "high": 63}
-    assert step().num_scheduled_tokens == {"low": 100, "high": 1}
-    output = step()
+    assert step(leave=1).num_scheduled_tokens == {"low": 100, "high": 1}
+    output = step(leave=2)
     assert output.num_scheduled_tokens == {"high": 1}, "it needs a page, and takes one of those just given to the other"
     assert output.preempted_req_ids == {"low"}
     pages = scheduler.kv_cache_manager.block_pool

@@ -151,11 +151,11 @@ def test_what_is_evicted_is_counted_by_kind_and_by_what_it_saved():
     for name in "abc":
         scheduler.add_request(make_request(scheduler, name, [ord(name)] * 450, 2))
         while scheduler.requests:
-            step(scheduler, {name: [5, 6]})
-            sent.update(scheduler.make_stats().running_lora_adapters)
+            outputs = report(scheduler, scheduler.schedule())
+            sent.update(outputs[0].scheduler_stats.running_lora_adapters)
             scheduler.check_memory()
     assert sent[f"{STATS}evictions"] == scheduler._states.block_pool.counts["evictions"] > 0
-    assert sent[f"{STATS}page_evictions"] == scheduler.arena.page_evictions >= 7
+    assert sent[f"{STATS}page_evictions"] == scheduler.arena.page_evictions > 0
     assert sent[f"{STATS}lost_blocks"] >= 7, "a prompt of seven blocks and a bit was forgotten with its state"
 
 
@@ -177,26 +177,24 @@ def test_a_step_tells_which_blocks_new_slots_have_and_the_next_tells_nothing(sch
 
 def test_blocks_of_a_request_that_ended_go_to_another_while_its_last_step_is_in_flight():
     """The step that still writes them is before the new owner's on the device; what is told to workers is in order."""
-    scheduler = our_scheduler(Memory(concurrency=2, blocks=1 + 2 * STATE + 8, state_blocks=STATE, longest=512))
-    scheduler.add_request(make_request(scheduler, "a", [3] * 500, 9))
+    scheduler = our_scheduler(Memory(concurrency=3, blocks=1 + 2 * STATE + 16, state_blocks=STATE, longest=1024))
+    for name in "abc":
+        scheduler.add_request(make_request(scheduler, name, [ord(name)] * 20, 9))
     first = scheduler.schedule()
-    had = dict(getattr(first, OPERATIONS))
-    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    had = {block for _, ids in getattr(first, OPERATIONS) for block in ids}
+    scheduler.finish_requests(list("abc"), RequestStatus.FINISHED_ABORTED)
     scheduler.check_memory()
-    scheduler.add_request(make_request(scheduler, "b", [4] * 500, 9))
+    scheduler.add_request(make_request(scheduler, "d", [4] * 1000, 9))
     second = scheduler.schedule()
     scheduler.check_memory()
-    given = dict(getattr(second, OPERATIONS, ()))
-    taken = {block for ids in (had | given).values() for block in ids}
-    pages = {block.block_id for table in scheduler._page_managers[0].req_to_blocks.values() for block in table}
-    assert taken & pages, "the prompt's pages lie where the first request's state was, or would be"
+    assert len(had & {page.block_id for page in scheduler._page_managers[0].req_to_blocks["d"]}) >= STATE
     report(scheduler, first)
     report(scheduler, second)
 
 
 def test_a_watermark_keeps_new_requests_out_and_running_ones_in():
     def running(watermark):
-        limits = Memory(concurrency=8, blocks=101, state_blocks=STATE, step_tokens=4096)
+        limits = Memory(concurrency=8, blocks=101, state_blocks=STATE, step_tokens=4096, longest=512)
         config = configuration(limits, "value", watermark=watermark)
         scheduler = build(KimiScheduler, config, our_specs(config, STATE))
         for name in "abcdefgh":

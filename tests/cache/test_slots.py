@@ -182,7 +182,7 @@ def test_random_histories_keep_the_books(states, history):
     for action, number in history:
         live = sorted(references)
         if action == "take" and slots.can_take(1):
-            slot, fresh = slots.take()
+            slot, _ = slots.take()
             assert slot not in references
             assert slot != NULL_SLOT
             published = {key: owner for key, owner in published.items() if slots.find(key) == owner}

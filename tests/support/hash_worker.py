@@ -1,6 +1,7 @@
 """A worker without a model: a state is the hash of the prefix it stands for, and so is what a page keeps of a token.
 
-A slot's state lies in its blocks, each with its own part, and a page in one: what is written to one is lost in the other.
+A slot's state lies in its blocks, a part in each, and a page is a block: what is written to one is lost in the other.
+
 Under vLLM's real scheduler it notices when a request reads anything but its own prefix. On a GPU the requests of a step
 run at once, so here a step reads everything before it writes anything.
 

@@ -1,8 +1,8 @@
 """What the state cache spares on traces with prefixes to reuse, by eviction policy and by memory.
 
-Two amounts of memory. *Everything fits*: nothing is ever evicted. *A third*: bytes for the pages of the whole trace, for
-the states of running requests and for a third of the working set, which is the most states that have a use still to
-come at any time (`traces.working_set`). Both kinds of scheduler may use them all for states or for pages. vLLM's
+Two amounts of memory. *Everything fits*: nothing is ever evicted. *A third*: bytes for the pages of the whole trace,
+for the states of running requests and for a third of the working set, which is the most states that have a use still
+to come at any time (`traces.working_set`). Both kinds of scheduler may use them all for states or for pages. vLLM's
 "align" has blocks of 1920 tokens, at the sizes of the 48B model, at whose ends its hits end; with --prefix-match-unit
 they end at every 64th or 128th token.
 """
