@@ -102,7 +102,8 @@ class ArenaPool(BlockPool):
 
     def get_num_free_blocks(self) -> int:
         """Blocks that a request could get, whatever they hold now."""
-        return self._num_idle() + self.states.num_reclaimable * self.states.state_blocks
+        idle = self.free_block_queue.num_free_blocks + self._loose.num_free_blocks + self._kept.num_free_blocks
+        return int(idle + self.states.num_reclaimable * self.states.state_blocks)
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """Blocks with one reference each, made clean if need be."""
@@ -204,10 +205,6 @@ class ArenaPool(BlockPool):
 
     # Inside.
 
-    def _num_idle(self) -> int:
-        idle = self.free_block_queue.num_free_blocks + self._loose.num_free_blocks + self._kept.num_free_blocks
-        return int(idle)
-
     def _queue(self, block: KVCacheBlock) -> FreeKVCacheBlockQueue:
         return (self.free_block_queue, self._loose, self._kept)[self._kinds[block.block_id] - 1]
 
@@ -290,29 +287,21 @@ class ArenaPool(BlockPool):
             (Kind.KEPT, self._kept),
         ):
             members = queue.get_all_free_blocks()
-            assert len(members) == queue.num_free_blocks, (
-                f"{kind.name}: {len(members)} blocks are not counted"
-            )
+            assert len(members) == queue.num_free_blocks, f"{kind.name}: {len(members)} blocks are not counted"
             for block in members:
                 own(block.block_id, kind)
                 assert block.ref_cnt == 0, f"block {block.block_id} is {kind.name} and referenced"
-                assert (block.block_hash is None) == (kind == Kind.CLEAN), (
-                    f"{kind.name}: block {block.block_id}"
-                )
+                assert (block.block_hash is None) == (kind == Kind.CLEAN), f"{kind.name}: block {block.block_id}"
         references = Counter(block.block_id for table in tables for block in table if not block.is_null)
         for block_id, count in references.items():
             own(block_id, Kind.PAGE)
-            assert self.blocks[block_id].ref_cnt == count, (
-                f"page {block_id} has {count} references"
-            )
+            assert self.blocks[block_id].ref_cnt == count, f"page {block_id} has {count} references"
         for slot, ids in self.states.backing.items():
             assert len(ids) == self.states.state_blocks, f"slot {slot} has {len(ids)} blocks"
             for block_id in ids:
                 own(block_id, Kind.STATE)
                 block = self.blocks[block_id]
-                assert (block.ref_cnt, block.block_hash) == (1, None), (
-                    f"block {block_id} is slot {slot}'s and a page"
-                )
+                assert (block.ref_cnt, block.block_hash) == (1, None), f"block {block_id} is slot {slot}'s and a page"
         lost = set(range(self.num_gpu_blocks)) - owner.keys()
         assert not lost, f"nobody owns the blocks {sorted(lost)}"
         wrong = [block_id for block_id, kind in owner.items() if self._kinds[block_id] != kind]
@@ -329,9 +318,7 @@ class ArenaPool(BlockPool):
         for key, kinds in cached.items():
             kept = kinds.count(Kind.KEPT)
             if get_block_hash(key) in self._needed:
-                assert kept == 1 or (kept == 0 and Kind.PAGE in kinds), (
-                    f"{kept} copies kept of a page that is needed"
-                )
+                assert kept == 1 or (kept == 0 and Kind.PAGE in kinds), f"{kept} copies kept of a page that is needed"
             else:
                 assert not kept, "a page is kept that no state needs"
 

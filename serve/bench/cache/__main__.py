@@ -1,4 +1,4 @@
-"""``python -m serve.bench.cache reuse``, ``concurrency`` or ``scheduler``: what the state cache spares, and costs."""
+"""``python -m serve.bench.cache reuse``, ``concurrency``, ``fragmentation`` or ``scheduler``: what the cache spares."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,6 +74,26 @@ def concurrency(
 
     ours, in_tree = (int((cache_gib if own is None else own) * 2**30) for own in (ours_gib, in_tree_gib))
     _measure(bench, "concurrency", bench.rows(prompts, ours, in_tree), json)
+
+
+@app.command()
+def fragmentation(
+    traces: Annotated[
+        list[str] | None, typer.Option(help="lognormal, by-turns, reasoning, alike-1024 ...; repeat for several.")
+    ] = None,
+    ticks: Annotated[int | None, typer.Option(help="Decode steps of a trace; default: as many as it is long.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the traces.")] = 0,
+    json: Json = None,
+) -> None:
+    """Count the requests that run at once where states and pages share a memory and requests come and go.
+
+    Beside exact fit by bytes: ours, vLLM's own, and a memory divided at start. Pure counting, under a minute.
+    """
+    from serve.bench.cache import fragmentation as bench
+
+    chosen = traces or list(bench.TRACES)
+    refuse_unknown("--traces", chosen, bench.TRACES)
+    _measure(bench, "fragmentation", bench.rows(chosen, ticks, seed), json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ import torch
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.metrics.stats import PrefixCacheStats
 
+from kimi_vllm.cache.arena import ArenaPool
 from kimi_vllm.cache.host_tier import HostTier
 from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 from serve.bench.cache.overhead import Overhead, quantiles
@@ -46,7 +47,7 @@ Prepared = Callable[[int], Callable[[], Any]]
 
 
 def _statistics() -> Prepared:
-    scheduler = our_scheduler(Memory(4, 200, 12))
+    scheduler = our_scheduler(Memory(4, 1400))
     request = make_request(scheduler, "a", [3] * 64, 2)
     scheduler.log_stats = scheduler.kv_cache_manager.log_stats = True
     scheduler.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
@@ -97,7 +98,7 @@ def _publication() -> Prepared:
 
     def next_prompt(number: int) -> Callable[[], Any]:
         slot, _ = slots.take()
-        for held in range(1, slots.num_slots):
+        for held in slots.slots():
             slots.withdraw(held)
         return lambda: slots.publish(slot, keys[number % 2], LONG // BLOCK)
 
@@ -106,10 +107,12 @@ def _publication() -> Prepared:
 
 def _manager(interval: int = 0) -> KDAStateManager:
     spec = KDAStateSpec(
-        block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, num_slots=200, checkpoint_interval=interval
+        block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, state_blocks=1, checkpoint_interval=interval
     )
-    pages = BlockPool(100, True, BLOCK)
-    return KDAStateManager(spec, pages, enable_caching=True, kv_cache_group_id=1, scheduler_block_size=BLOCK)
+    arena = ArenaPool.like(BlockPool(200, True, BLOCK), page_group=0)
+    manager = KDAStateManager(spec, arena, enable_caching=True, kv_cache_group_id=1, scheduler_block_size=BLOCK)
+    manager.share(arena)
+    return manager
 
 
 def _keys(name: int, length: int, shared: int = 0) -> list[Any]:
