@@ -112,7 +112,7 @@ class ArenaPool(BlockPool):
         if num_blocks > self.free_block_queue.num_free_blocks:
             self._make_clean(num_blocks)
         kinds = self._kinds
-        blocks = super().get_new_blocks(num_blocks)
+        blocks: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
         for block in blocks:
             kinds[block.block_id] = Kind.PAGE
         return blocks

@@ -74,7 +74,7 @@ class KDAStateSpec(AttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """A state for one request, and with prefix caching the one that it resumes from."""
         states = 2 if vllm_config.cache_config.enable_prefix_caching else 1
-        return states * self.state_blocks * self.page_size_bytes
+        return int(states * self.state_blocks * self.page_size_bytes)
 
 
 class KDAStateManager(SingleTypeKVCacheManager):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -139,8 +139,11 @@ def _run(steps: int, every: int) -> list[tuple[dict[str, int], int]]:
 
 def metadata_rows(steps: int = 1000) -> Iterator[Overhead]:
     """The metadata of a step with 256 requests, on CPU tensors."""
-    spec = KDAStateSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, num_slots=4 * REQUESTS)
-    builder = KDAMetadataBuilder(spec, ["model.layers.0.kda_state"], None, torch.device("cpu"))  # type: ignore[arg-type]
+    spec = KDAStateSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    name = "model.layers.0.kda_state"
+    member = SimpleNamespace(home=SimpleNamespace(pool=SimpleNamespace(num_slots=1 + 4 * REQUESTS)))
+    config: Any = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={name: member}))
+    builder = KDAMetadataBuilder(spec, [name], config, torch.device("cpu"))
     for case, lengths in (
         ("256 decoding", [1] * REQUESTS),
         ("252 decoding, 4 prompts", [1] * (REQUESTS - 4) + [2048] * 4),
