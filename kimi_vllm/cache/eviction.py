@@ -13,11 +13,11 @@ Eviction = Literal["value", "lru"]
 class EvictionQueue:
     """Idle checkpoints in the order in which they are evicted: least value first, least recently used among equals.
 
-    The value of a checkpoint is what keeping it is expected to save, blocks that need not be recomputed times uses, for
-    what it occupies. By value alone, a long document that nobody asks for again
-    would stay for ever. So a checkpoint is parked at its own value plus that of the last one evicted (GreedyDual: N.
-    Young, "The k-server dual and loose competitiveness for paging", Algorithmica 1994; with uses in the value it is
-    GDSF, Cherkasova, HPL-98-69R1): unused, it is overtaken.
+    The value of a checkpoint is what keeping it is expected to save, blocks that need not be recomputed times uses, per
+    block that it occupies. By value alone, a long document that nobody asks for again would stay for ever. So a
+    checkpoint is parked at its own value plus that of the last one evicted (GreedyDual: N. Young, "The k-server dual
+    and loose competitiveness for paging", Algorithmica 1994; with uses in the value it is GDSF, Cherkasova,
+    HPL-98-69R1): unused, it is overtaken.
 
     Args:
         eviction: "value"; or "lru", which is the same order with all values equal.

@@ -75,9 +75,7 @@ def test_memory_is_let_go_after_profiling():
     before = [layer.memory.data_ptr() for layer in pool.layers]
     pool.release()
     assert pool.num_slots == 1
-    assert all(
-        layer.memory.untyped_storage().data_ptr() != storage.untyped_storage().data_ptr() for layer in pool.layers
-    )
+    assert all(layer.memory.untyped_storage().data_ptr() != storage.untyped_storage().data_ptr() for layer in pool.layers)
     pool.bind(storage.view(B, -1))
     assert [layer.memory.data_ptr() for layer in pool.layers] == before
 

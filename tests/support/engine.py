@@ -13,6 +13,7 @@ from serve.common import engine as common
 from support.memory import Watch
 from serve.common.paths import RECALL as RECALL
 
+
 STATE_BLOCKS = 8
 """Blocks of 64 tokens that a state of the recall model takes, in float32 on a CPU."""
 
