@@ -20,7 +20,7 @@ from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.quantization import as_written
 from kimi_vllm.refusals import OUR_OPERATIONS, refuse_unserved
-from kimi_vllm.sizing import divide_memory
+from kimi_vllm.sizing import settle_memory
 
 logger = init_logger("vllm.kimi_vllm")
 
@@ -35,7 +35,7 @@ _WORKER = "kimi_vllm.cache.worker.KimiWorker"
 
 
 class KimiLinearConfigHook(VerifyAndUpdateConfig):
-    """Checks model and options, divides memory, and sets what vLLM must do differently for this model."""
+    """Checks model and options, and sets what vLLM must do differently for this model."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
@@ -60,12 +60,12 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse options that the state cache does not support, and divide memory.
+        """Refuse options that the state cache does not support, and a memory in which no request fits.
 
         Raises:
             ValueError: An unsupported combination of vLLM's options, or a device without KDA kernels.
-            OptionsError: See `KimiOptions.of` and `divide_memory`.
-            PlanError: See `divide_memory`.
+            OptionsError: See `KimiOptions.of`.
+            PlanError: See `settle_memory`.
         """
         options = KimiOptions.of(vllm_config)
         _refuse_device()
@@ -78,7 +78,7 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         if any(geometry_of(vllm_config.model_config).kda):
             _refuse_stages(vllm_config)
             _bring_our_own(vllm_config)
-        divide_memory(vllm_config, options)
+        settle_memory(vllm_config, options)
         logger.info("kimi-vllm serves KimiLinearForCausalLM (KIMI_VLLM_DISABLE=1 leaves it to vLLM).")
 
 
