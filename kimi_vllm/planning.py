@@ -218,10 +218,11 @@ def check_one_fits(sizing: Sizing, demand: Demand, block_bytes: int, remedy: str
         PlanError: It does not.
     """
     if sizing.blocks < (least := demand.least(sizing.state_blocks)):
+        needed, there = _gib(least * block_bytes), _gib(sizing.blocks * block_bytes)
         beside = "" if weights is None else f" beside weights of {_gib(weights)}"
         raise PlanError(
             f"--max-model-len {demand.max_model_len}: one request with its state needs {least:,} blocks "
-            f"({_gib(least * block_bytes)}), and there are {sizing.blocks:,} ({_gib(sizing.blocks * block_bytes)}){beside}. "
+            f"({needed}), and there are {sizing.blocks:,} ({there}){beside}. "
             f"Lower --max-model-len, or {remedy}."
         )
 

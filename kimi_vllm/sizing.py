@@ -51,9 +51,9 @@ def settle_memory(vllm_config: VllmConfig, options: KimiOptions) -> None:
         memory -= int(options.host_memory_gib * 2**30)  # the host's memory is the device's
         left = [cache_bytes(memory, cache.gpu_memory_utilization, costs.weights) for costs in stages]
         sizing = Sizing.of(stages, left, cache.block_size)
-        heaviest = max(costs.weights for costs in stages)
-        remedy = "raise --gpu-memory-utilization or --tensor-parallel-size, or set --kv-cache-memory-bytes if this estimate is wrong"
-        check_one_fits(sizing, demand, largest, remedy, heaviest)
+        remedy = "raise --gpu-memory-utilization or --tensor-parallel-size"
+        remedy += ", or set --kv-cache-memory-bytes if this estimate is wrong"
+        check_one_fits(sizing, demand, largest, remedy, max(costs.weights for costs in stages))
         most = replace(demand, max_model_len=model.max_model_len).most(sizing.state_blocks)
         cache.kv_cache_memory_bytes = min(sizing.blocks, most) * largest
 

@@ -58,7 +58,10 @@ def test_errors(values, message):
 @pytest.mark.parametrize(
     ("option", "instead"),
     [
-        ("state_slots", "replaced. --max-num-seqs limits running requests; --kv-cache-memory-bytes and --num-gpu-blocks"),
+        (
+            "state_slots",
+            "replaced. --max-num-seqs limits running requests; --kv-cache-memory-bytes and --num-gpu-blocks",
+        ),
         ("typical_tokens", "nothing to set: states and KV cache share one memory. Drop the option."),
         ("checkpoint_share", "nothing to set: states and KV cache share one memory. Drop the option."),
     ],
