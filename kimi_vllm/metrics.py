@@ -20,8 +20,8 @@ _LABELS = ("model_name", "engine")
 _HIT_BUCKETS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)
 _GAUGES = {
     "slots": "KDA states: of running requests, kept as checkpoints, and in host memory.",
-    "blocks": "Blocks of memory: clean (hold nothing), loose (cached pages that no kept state needs), kept (cached pages "
-    "that a kept state needs), page (in use), state (of requests, kept, or spare).",
+    "blocks": "Blocks of memory: clean (hold nothing), loose (cached pages that no kept state needs), kept (cached "
+    "pages that a kept state needs), page (in use), state (of requests, kept, or spare).",
 }
 _KINDS = {"slots": ("live", "checkpoint", "host"), "blocks": ("clean", "loose", "kept", "page", "state")}
 _COUNTERS = {
