@@ -59,7 +59,7 @@ class StateCacheMetrics(AggregateStatLoggerBase):
         def by_engine(metric: Any, *more: str) -> dict[int, Any]:
             return {engine: metric.labels(self._model, str(engine), *more) for engine in engine_indexes}
 
-        self._gauges = {}
+        self._gauges: dict[str, dict[int, Any]] = {}
         for name, text in _GAUGES.items():
             gauge = Gauge(f"{PREFIX}{name}", text, (*_LABELS, "kind"), multiprocess_mode="mostrecent")
             self._gauges |= {f"{name}_{kind}": by_engine(gauge, kind) for kind in _KINDS[name]}

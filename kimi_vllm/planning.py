@@ -108,6 +108,32 @@ class Costs:
         )
 
 
+def least_block_size(
+    geometry: KimiGeometry,
+    natural: int,
+    cache_itemsize: int,
+    state_dtype: torch.dtype = torch.float32,
+    gpu_dtype: torch.dtype | None = None,
+) -> int:
+    """Tokens per block: `natural`, doubled until a block holds the smallest part of a KDA head.
+
+    Only tiny models need more than `natural`, because their latents are small beside a head.
+
+    Args:
+        geometry: A model, or one pipeline stage with layers of both kinds.
+        cache_itemsize, state_dtype, gpu_dtype: See `Costs.of`.
+    """
+    device, dtype = ("cpu", torch.float32) if gpu_dtype is None else ("cuda", gpu_dtype)
+    vectors, size = 3 * geometry.conv_width, geometry.linear_head_dim
+    pieces = min(size, vectors & -vectors)
+    shape = (geometry.linear_num_heads, size, geometry.conv_width)
+    part = Cut(*shape, state_dtype, conv_dtype(device, dtype), pieces, block_bytes=0).unit_bytes
+    token = (geometry.num_layers - sum(geometry.kda)) * geometry.latent_dim * cache_itemsize
+    while natural * token < part:
+        natural *= 2
+    return natural
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What the engine is asked to serve.
@@ -218,8 +244,8 @@ def check_one_fits(sizing: Sizing, demand: Demand, block_bytes: int, remedy: str
         PlanError: It does not.
     """
     if sizing.blocks < (least := demand.least(sizing.state_blocks)):
-        needed, there = _gib(least * block_bytes), _gib(sizing.blocks * block_bytes)
-        beside = "" if weights is None else f" beside weights of {_gib(weights)}"
+        needed, there = _size(least * block_bytes), _size(sizing.blocks * block_bytes)
+        beside = "" if weights is None else f" beside weights of {_size(weights)}"
         raise PlanError(
             f"--max-model-len {demand.max_model_len}: one request with its state needs {least:,} blocks "
             f"({needed}), and there are {sizing.blocks:,} ({there}){beside}. "
@@ -234,5 +260,5 @@ def memory_needed(costs: Costs, demand: Demand, utilization: float) -> int:
     return round(small if allowance(int(small)) < _ALLOWANCE else (used + _ALLOWANCE) / utilization)
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -15,9 +15,9 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from kimi_vllm.geometry import geometry_of, stages_of
+from kimi_vllm.geometry import KimiGeometry, geometry_of, stages_of
 from kimi_vllm.options import KimiOptions
-from kimi_vllm.planning import Costs, Demand, Sizing, cache_bytes, check_one_fits
+from kimi_vllm.planning import Costs, Demand, Sizing, cache_bytes, check_one_fits, least_block_size
 from kimi_vllm.quantization import QuantizationError, WeightFormat
 
 logger = init_logger("vllm.kimi_vllm")
@@ -58,6 +58,19 @@ def settle_memory(vllm_config: VllmConfig, options: KimiOptions) -> None:
         cache.kv_cache_memory_bytes = min(sizing.blocks, most) * largest
 
 
+def natural_block_size(vllm_config: VllmConfig, options: KimiOptions, least: int) -> int:
+    """Tokens per block where the user set none: `least`, or what `least_block_size` says of any pipeline stage."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    sizes = [least]
+    for stage in _parts(vllm_config).values():
+        # A stage with layers of one kind is refused later, by name.
+        if len(set(stage.kda)) == 2:
+            itemsize = STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype).itemsize
+            gpu_dtype = None if current_platform.is_cpu() else model.dtype
+            sizes.append(least_block_size(stage, least, itemsize, getattr(torch, options.state_dtype), gpu_dtype))
+    return max(sizes)
+
+
 def planned_costs(vllm_config: VllmConfig, options: KimiOptions) -> list[Costs]:
     """What a worker of each pipeline stage needs; weights as the checkpoint stores them.
 
@@ -80,12 +93,11 @@ def planned_costs(vllm_config: VllmConfig, options: KimiOptions) -> list[Costs]:
 
 def _stages(vllm_config: VllmConfig, options: KimiOptions, quantization: WeightFormat | None) -> list[Costs]:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    geometry, ranks = geometry_of(model), parallel.tensor_parallel_size
+    ranks = parallel.tensor_parallel_size
     stages = []
-    for stage in stages_of(geometry, vllm_config):
-        layers = slice(stage.start, stage.stop)
+    for first_layer, part in _parts(vllm_config).items():
         costs = Costs.of(
-            replace(geometry, kda=geometry.kda[layers], sparse=geometry.sparse[layers]),
+            part,
             model.dtype.itemsize,
             cache.block_size,
             ranks=ranks,
@@ -95,10 +107,20 @@ def _stages(vllm_config: VllmConfig, options: KimiOptions, quantization: WeightF
             cache_itemsize=STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype).itemsize,
             gpu_dtype=None if current_platform.is_cpu() else model.dtype,
             quantization=quantization,
-            first_layer=stage.start,
+            first_layer=first_layer,
         )
         stages.append(costs)
     return stages
+
+
+def _parts(vllm_config: VllmConfig) -> dict[int, KimiGeometry]:
+    """The pipeline stages, each as a geometry of fewer layers, by the number of its first."""
+    geometry = geometry_of(vllm_config.model_config)
+    parts = {}
+    for stage in stages_of(geometry, vllm_config):
+        layers = slice(stage.start, stage.stop)
+        parts[stage.start] = replace(geometry, kda=geometry.kda[layers], sparse=geometry.sparse[layers])
+    return parts
 
 
 def weight_format(vllm_config: VllmConfig) -> WeightFormat | None:

@@ -19,6 +19,7 @@ from kimi_vllm.planning import (
     allowance,
     cache_bytes,
     check_one_fits,
+    least_block_size,
     memory_needed,
     table,
 )
@@ -110,6 +111,17 @@ def test_blocks_of_a_state_are_hardly_more_than_its_bytes(block_size, cache_item
     costs = Costs.of(GEOMETRY, 2, block_size, gpu_dtype=torch.bfloat16, **shape)
     assert costs.block == block_size * 7 * 576 * cache_itemsize
     assert costs.state <= costs.state_blocks * costs.block < 1.01 * costs.state + costs.block
+
+
+@pytest.mark.parametrize("model", ["48b-a3b", "recall", "synthetic/needle", "synthetic/mqar"])
+def test_a_block_of_the_least_size_holds_a_part_of_a_head_and_no_smaller_one_does(model):
+    config = ROOT / "configs" / "models" / model / "config.json"
+    geometry = KimiGeometry.from_config(json.loads(config.read_text()))
+    assert least_block_size(GEOMETRY, 64, 2, gpu_dtype=torch.bfloat16) == 64
+    least = least_block_size(geometry, 1, 4)
+    assert Costs.of(geometry, 4, least).state_blocks > 0
+    with pytest.raises(ValueError, match="holds no part of a KDA head: use a larger --block-size"):
+        Costs.of(geometry, 4, least // 2)
 
 
 def test_a_model_without_kda_has_no_states():
