@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 
+from kimi_vllm.cache.layout import StateLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.kernels.contract import Cut
 from kimi_vllm.precision import conv_dtype, router_dtype
@@ -78,19 +79,27 @@ class Costs:
         """
         if gpu_dtype is None and state_dtype != torch.float32:
             raise PlanError(f"kimi.state_dtype: on CPUs states are float32, not {state_dtype}. Drop the option.")
-        num_kda, heads = sum(geometry.kda), geometry.linear_num_heads
-        if num_kda == geometry.num_layers:
+        num_kda = sum(geometry.kda)
+        num_mla = geometry.num_layers - num_kda
+        if not num_mla:
             raise PlanError(
                 "a pipeline stage with KDA layers needs at least one MLA layer. Use fewer --pipeline-parallel-size "
                 "stages, or set VLLM_PP_LAYER_PARTITION."
             )
-        if heads % ranks:
-            raise ValueError(f"--tensor-parallel-size {ranks}: the model's {heads} KDA heads do not divide by it.")
         device, dtype = ("cpu", torch.float32) if gpu_dtype is None else ("cuda", gpu_dtype)
-        latent = geometry.latent_dim * (cache_itemsize or itemsize)
-        block = (geometry.num_layers - num_kda) * latent * block_size
-        shape = (num_kda, heads // ranks, geometry.linear_head_dim, geometry.conv_width)
-        cut = Cut.fewest_blocks(*shape, state_dtype, conv_dtype(device, dtype), block) if num_kda else None
+        cache_itemsize = cache_itemsize or itemsize
+        layout = None
+        if num_kda:
+            layout = StateLayout.of(
+                geometry,
+                num_kda,
+                num_mla,
+                tensor_parallel_size=ranks,
+                block_size=block_size,
+                cache_itemsize=cache_itemsize,
+                state_dtype=state_dtype,
+                conv_dtype=conv_dtype(device, dtype),
+            )
         return cls(
             weights=weight_bytes(
                 geometry,
@@ -102,9 +111,9 @@ class Costs:
                 first_layer,
                 absorbed=gpu_dtype in (torch.bfloat16, torch.float16),
             ),
-            block=block,
-            state_blocks=cut.blocks(num_kda) if cut else 0,
-            state=num_kda * cut.H * cut.pieces * cut.unit_bytes if cut else 0,
+            block=num_mla * block_size * geometry.latent_dim * cache_itemsize,
+            state_blocks=layout.blocks if layout else 0,
+            state=layout.state_bytes if layout else 0,
         )
 
 
