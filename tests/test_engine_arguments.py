@@ -1,6 +1,6 @@
 """Every argument of a vLLM engine: a test serves with it, it cannot touch the states, or it is refused by name.
 
-State slots stand beside vLLM's pages and know only what the scheduler's steps tell them. So each argument that a
+States lie in vLLM's memory beside its pages and know only what the scheduler's steps tell them. So each argument that a
 release brings has to be thought about; here is where the thought is kept, and a new argument fails the first test.
 """
 

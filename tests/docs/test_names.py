@@ -22,7 +22,7 @@ def test_files_exist() -> None:
 
 def test_options_exist() -> None:
     named = {option for piece in SPANS for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", piece.text)}
-    # Typer makes options of parameters: `--typical-tokens` of `typical_tokens`.
+    # Typer makes options of parameters: `--block-size` of `block_size`.
     others = "\n".join((*_texts(), *((ROOT / name).read_text() for name in ("Makefile", "Dockerfile"))))
     missing = {name for name in named - _of_vllm() if name not in others and name[2:].replace("-", "_") not in others}
     assert missing <= {"--extra-index-url"}
