@@ -186,7 +186,7 @@ def test_least_that_a_request_holds_in_tree():
 
 def test_in_tree_runs_as_many_as_vllms_scheduler_admits():
     in_tree = InTree.of(GEOMETRY, 2, 2, 1)
-    rows = [row for row in map(json.loads, COUNTED.read_text().splitlines()) if row["variant"] == "in-tree"]
+    rows = [row for row in map(json.loads, COUNTED.read_text().splitlines()) if row["provider"] == "in-tree"]
     assert len(rows) > 8
     for row in rows:
         fit = (row["cache_bytes"] - in_tree.page) // in_tree.request_bytes(row["prompt"])
