@@ -5,12 +5,13 @@ a request holds blocks for its tokens and as many for its state as `Cut` says. A
 Pure: no vLLM, and torch only for the sizes of its dtypes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 
+from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.cache.layout import StateLayout
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.kernels.contract import Cut
@@ -20,8 +21,6 @@ from kimi_vllm.weight_bytes import weight_bytes
 
 _ALLOWANCE = 9 * 2**29
 _ALLOWANCE_SHARE = 18
-_SHOWN = (2**10, 2**12, 2**15, 2**17, 2**20)
-"""Lengths of requests in the engine's log."""
 
 
 class PlanError(ValueError):
@@ -171,60 +170,14 @@ class Demand:
         return (1 + self.prefix_caching) * state_blocks + -(-self.max_model_len // self.block_size)
 
 
-@dataclass(frozen=True, slots=True)
-class Sizing:
-    """Blocks, and what they serve.
+def afforded(stages: Sequence[Costs], left: Sequence[int], block_size: int) -> Capacity:
+    """The blocks that pipeline stages afford that have `left` bytes each beside their weights.
 
-    Attributes:
-        blocks: Blocks of every worker, vLLM's null block included.
-        block_size: Tokens per block.
-        state_blocks: Blocks of one state.
+    A block's number is the same on all stages, so there are as many as on the poorest, and a state has as many
+    everywhere as where it needs most.
     """
-
-    blocks: int
-    block_size: int
-    state_blocks: int
-
-    @classmethod
-    def of(cls, stages: Sequence[Costs], left: Sequence[int], block_size: int) -> Self:
-        """What pipeline stages afford that have `left` bytes each beside their weights.
-
-        A block's number is the same on all stages, so there are as many as on the poorest, and a state has as many
-        everywhere as where it needs most.
-        """
-        blocks = min(count // costs.block for costs, count in zip(stages, left, strict=True))
-        return cls(max(0, blocks), block_size, max(costs.state_blocks for costs in stages))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that all blocks hold, without a state."""
-        return max(0, self.blocks - 1) * self.block_size
-
-    def held(self, tokens: int) -> int:
-        """Blocks of one request of `tokens` tokens."""
-        return self.state_blocks + -(-tokens // self.block_size)
-
-    def concurrency(self, tokens: int) -> int:
-        """Requests of `tokens` tokens that run at once without preemption."""
-        return max(0, self.blocks - 1) // self.held(tokens)
-
-    def average(self, lengths: Mapping[int, float]) -> float:
-        """Requests that run at once on average, if those that run have these lengths in these shares."""
-        return max(0, self.blocks - 1) / sum(share * self.held(tokens) for tokens, share in lengths.items())
-
-    def longest(self, requests: int) -> int:
-        """Tokens that each of so many concurrent requests can have."""
-        return max(0, max(0, self.blocks - 1) // requests - self.state_blocks) * self.block_size
-
-
-def table(sizing: Sizing, max_num_seqs: int, max_model_len: int) -> str:
-    """The log message of the engine at start, once vLLM has counted the blocks."""
-    lengths = sorted({tokens for tokens in _SHOWN if tokens < max_model_len} | {max_model_len})
-    fits = ", ".join(f"{min(max_num_seqs, sizing.concurrency(tokens)):,} of {tokens:,}" for tokens in lengths)
-    return f"""kimi-vllm: states and KV cache share {sizing.blocks:,} blocks:
-  tokens   {sizing.tokens:,} in blocks of {sizing.block_size}
-  state    {sizing.state_blocks:,} blocks per request
-  at once  {fits} tokens (--max-num-seqs {max_num_seqs:,})"""
+    blocks = min(count // costs.block for costs, count in zip(stages, left, strict=True))
+    return Capacity(max(0, blocks), block_size, max(costs.state_blocks for costs in stages))
 
 
 def allowance(memory: int) -> int:
@@ -241,7 +194,9 @@ def cache_bytes(memory: int, utilization: float, weights: int) -> int:
     return int(memory * utilization) - allowance(memory) - weights
 
 
-def check_one_fits(sizing: Sizing, demand: Demand, block_bytes: int, remedy: str, weights: int | None = None) -> None:
+def check_one_fits(
+    capacity: Capacity, demand: Demand, block_bytes: int, remedy: str, weights: int | None = None
+) -> None:
     """Refuse a memory that does not hold one request of `max_model_len`.
 
     Args:
@@ -252,12 +207,12 @@ def check_one_fits(sizing: Sizing, demand: Demand, block_bytes: int, remedy: str
     Raises:
         PlanError: It does not.
     """
-    if sizing.blocks < (least := demand.least(sizing.state_blocks)):
-        needed, there = _size(least * block_bytes), _size(sizing.blocks * block_bytes)
+    if capacity.blocks < (least := demand.least(capacity.state_blocks)):
+        needed, there = _size(least * block_bytes), _size(capacity.blocks * block_bytes)
         beside = "" if weights is None else f" beside weights of {_size(weights)}"
         raise PlanError(
             f"--max-model-len {demand.max_model_len}: one request with its state needs {least:,} blocks "
-            f"({needed}), and there are {sizing.blocks:,} ({there}){beside}. "
+            f"({needed}), and there are {capacity.blocks:,} ({there}){beside}. "
             f"Lower --max-model-len, or {remedy}."
         )
 

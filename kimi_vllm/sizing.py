@@ -15,9 +15,10 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
+from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.geometry import KimiGeometry, geometry_of, stages_of
 from kimi_vllm.options import KimiOptions
-from kimi_vllm.planning import Costs, Demand, Sizing, cache_bytes, check_one_fits, least_block_size
+from kimi_vllm.planning import Costs, Demand, afforded, cache_bytes, check_one_fits, least_block_size
 from kimi_vllm.quantization import QuantizationError, WeightFormat
 
 logger = init_logger("vllm.kimi_vllm")
@@ -43,19 +44,19 @@ def settle_memory(vllm_config: VllmConfig, options: KimiOptions) -> None:
     largest = max(costs.block for costs in stages)
     if (asked := _asked(vllm_config, largest)) is not None:
         blocks, option = asked
-        sizing = Sizing(blocks, cache.block_size, max(costs.state_blocks for costs in stages))
-        check_one_fits(sizing, demand, largest, f"raise {option}")
+        capacity = Capacity(blocks, cache.block_size, max(costs.state_blocks for costs in stages))
+        check_one_fits(capacity, demand, largest, f"raise {option}")
     elif on_cpu:
         stages = planned_costs(vllm_config, options)
         memory = psutil.virtual_memory().available // vllm_config.parallel_config.world_size
         memory -= int(options.host_memory_gib * 2**30)  # the host's memory is the device's
         left = [cache_bytes(memory, cache.gpu_memory_utilization, costs.weights) for costs in stages]
-        sizing = Sizing.of(stages, left, cache.block_size)
+        capacity = afforded(stages, left, cache.block_size)
         remedy = "raise --gpu-memory-utilization or --tensor-parallel-size"
         remedy += ", or set --kv-cache-memory-bytes if this estimate is wrong"
-        check_one_fits(sizing, demand, largest, remedy, max(costs.weights for costs in stages))
-        most = replace(demand, max_model_len=model.max_model_len).most(sizing.state_blocks)
-        cache.kv_cache_memory_bytes = min(sizing.blocks, most) * largest
+        check_one_fits(capacity, demand, largest, remedy, max(costs.weights for costs in stages))
+        most = replace(demand, max_model_len=model.max_model_len).most(capacity.state_blocks)
+        cache.kv_cache_memory_bytes = min(capacity.blocks, most) * largest
 
 
 def natural_block_size(vllm_config: VllmConfig, options: KimiOptions, least: int) -> int:

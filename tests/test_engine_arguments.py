@@ -41,12 +41,12 @@ SERVED = {
     "engine/test_prefix_cache.py": "enable_prefix_caching kv_events_config",
     "engine/test_quantized.py": "quantization_config skip_tokenizer_init",
     "engine/test_random_schedules.py": "scheduling_policy",
-    "engine/test_sizing.py": "max_num_active_seqs",
     "engine/test_slot_pressure.py": "additional_config",
     "engine/test_state_cache.py": "block_size",
     "engine/test_weight_updates.py": "enable_ep_weight_filter weight_transfer_config",
     "../serve/common/engine.py": "disable_log_stats dtype seed",
     "../serve/common/server.py": "served_model_name",
+    "test_sizing.py": "max_num_active_seqs",
     "test_serve_profiles.py": "override_generation_config performance_mode reasoning_parser shutdown_timeout tokenizer",
 }
 """Files, seen from tests/, to the arguments that they serve with."""

@@ -1,4 +1,4 @@
-"""Sizing is arithmetic: held against numbers published, computed by hand, or counted with vLLM's real scheduler."""
+"""Capacity is arithmetic: held against numbers published, computed by hand, or counted with vLLM's real scheduler."""
 
 import json
 from dataclasses import replace
@@ -9,19 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.cli.plan_data import InTree, Plan
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.planning import (
     Costs,
     Demand,
     PlanError,
-    Sizing,
+    afforded,
     allowance,
     cache_bytes,
     check_one_fits,
     least_block_size,
     memory_needed,
-    table,
 )
 from kimi_vllm.weight_bytes import num_parameters
 
@@ -128,7 +128,7 @@ def test_a_model_without_kda_has_no_states():
     plain = replace(GEOMETRY, kda=(False,) * GEOMETRY.num_layers)
     costs = Costs.of(plain, 2, 64)
     assert (costs.state_blocks, costs.state) == (0, 0)
-    assert Sizing(11, 64, 0).concurrency(128) == 5
+    assert Capacity(11, 64, 0).concurrency(128) == 5
 
 
 @pytest.mark.parametrize(("dtype", "mebibytes"), [(torch.float32, 41.41), (torch.bfloat16, 21.41)])
@@ -198,29 +198,29 @@ def test_an_h200_by_hand():
     made = plan()
     left = 129_720_000_000 - 9 * GIB // 2 - 98_306_233_344
     assert made.available == left
-    assert made.sizing == Sizing(left // BLOCK, 64, 86)
-    assert made.sizing.tokens == (left // BLOCK - 1) * 64
-    assert made.sizing.concurrency(4096) == made.row(4096)["concurrency"]["ours"] == (left // BLOCK - 1) // (86 + 64)
+    assert made.capacity == Capacity(left // BLOCK, 64, 86)
+    assert made.capacity.tokens == (left // BLOCK - 1) * 64
+    assert made.capacity.concurrency(4096) == made.row(4096)["concurrency"]["ours"] == (left // BLOCK - 1) // (86 + 64)
     assert made.state_fill == 43_909_120 / (86 * BLOCK)
 
 
 def test_requests_at_once_are_what_blocks_hold():
-    sizing = Sizing(blocks=101, block_size=64, state_blocks=3)
-    assert [sizing.held(tokens) for tokens in (1, 64, 65, 640)] == [4, 4, 5, 13]
-    assert [sizing.concurrency(tokens) for tokens in (64, 65, 640, 97 * 64, 97 * 64 + 1)] == [25, 20, 7, 1, 0]
-    assert [sizing.longest(requests) for requests in (1, 2, 25, 34)] == [97 * 64, 47 * 64, 64, 0]
-    assert Sizing(0, 64, 3).concurrency(64) == Sizing(0, 64, 3).longest(1) == Sizing(0, 64, 3).tokens == 0
+    capacity = Capacity(blocks=101, block_size=64, state_blocks=3)
+    assert [capacity.held(tokens) for tokens in (1, 64, 65, 640)] == [4, 4, 5, 13]
+    assert [capacity.concurrency(tokens) for tokens in (64, 65, 640, 97 * 64, 97 * 64 + 1)] == [25, 20, 7, 1, 0]
+    assert [capacity.longest(requests) for requests in (1, 2, 25, 34)] == [97 * 64, 47 * 64, 64, 0]
+    assert Capacity(0, 64, 3).concurrency(64) == Capacity(0, 64, 3).longest(1) == Capacity(0, 64, 3).tokens == 0
 
 
 def test_a_mixture_runs_as_many_as_the_mean_request_allows():
-    sizing = Sizing(blocks=101, block_size=64, state_blocks=3)
-    assert sizing.average({64: 1.0}) == 25
-    assert sizing.average({64: 0.5, 1024: 0.5}) == 100 / (0.5 * 4 + 0.5 * 19)
+    capacity = Capacity(blocks=101, block_size=64, state_blocks=3)
+    assert capacity.average({64: 1.0}) == 25
+    assert capacity.average({64: 0.5, 1024: 0.5}) == 100 / (0.5 * 4 + 0.5 * 19)
     mixed = plan(lengths={64: 0.5, 2**20: 0.5})
     in_tree = mixed.in_tree
     mean = (in_tree.request_bytes(64) + in_tree.request_bytes(2**20)) / 2
     assert mixed.average == {
-        "ours": mixed.sizing.average(mixed.lengths),
+        "ours": mixed.capacity.average(mixed.lengths),
         "in_tree": (mixed.available - in_tree.page) / mean,
     }
 
@@ -236,8 +236,8 @@ def test_on_a_cpu_there_are_no_more_blocks_than_sequences_fill():
     caching = replace(demand, prefix_caching=True)
     assert (caching.least(5), caching.most(5)) == (1 + 16 + 10, 1 + 8 * (16 + 10))
     on_cpu = plan(gpu_dtype=None, itemsize=4, cache_itemsize=4, memory=2**40, demand=caching)
-    assert on_cpu.sizing.blocks == caching.most(on_cpu.costs.state_blocks)
-    assert plan(memory=2**40, demand=caching).sizing.blocks > caching.most(86)
+    assert on_cpu.capacity.blocks == caching.most(on_cpu.costs.state_blocks)
+    assert plan(memory=2**40, demand=caching).capacity.blocks > caching.most(86)
 
 
 @given(
@@ -249,33 +249,33 @@ def test_on_a_cpu_there_are_no_more_blocks_than_sequences_fill():
 )
 def test_whatever_is_not_refused_serves(block, state_blocks, left, max_model_len, prefix_caching):
     demand = Demand(300, max_model_len, 64, prefix_caching)
-    sizing = Sizing.of([Costs(0, block, state_blocks, 0)], [left], 64)
-    assert sizing.blocks * block <= max(0, left)
+    capacity = afforded([Costs(0, block, state_blocks, 0)], [left], 64)
+    assert capacity.blocks * block <= max(0, left)
     try:
-        check_one_fits(sizing, demand, block, "raise --num-gpu-blocks-override")
+        check_one_fits(capacity, demand, block, "raise --num-gpu-blocks-override")
     except PlanError:
-        assert sizing.blocks < demand.least(state_blocks)
+        assert capacity.blocks < demand.least(state_blocks)
         return
-    assert sizing.concurrency(max_model_len) >= 1
-    assert sizing.longest(1) >= max_model_len
-    running = sizing.concurrency(max_model_len)
-    assert running * sizing.held(max_model_len) < sizing.blocks <= (running + 1) * sizing.held(max_model_len)
-    assert sizing.longest(running) >= max_model_len
+    assert capacity.concurrency(max_model_len) >= 1
+    assert capacity.longest(1) >= max_model_len
+    running = capacity.concurrency(max_model_len)
+    assert running * capacity.held(max_model_len) < capacity.blocks <= (running + 1) * capacity.held(max_model_len)
+    assert capacity.longest(running) >= max_model_len
 
 
 def test_what_does_not_fit_names_what_is_there_and_what_to_change():
     demand = Demand(8, 1024, 64, prefix_caching=True)
-    sizing = Sizing(22, 64, 3)
+    capacity = Capacity(22, 64, 3)
     with pytest.raises(PlanError) as error:
-        check_one_fits(sizing, demand, 2**30, "raise --num-gpu-blocks-override")
+        check_one_fits(capacity, demand, 2**30, "raise --num-gpu-blocks-override")
     assert str(error.value) == (
         "--max-model-len 1024: one request with its state needs 23 blocks (23.00 GiB), and there are 22 (22.00 GiB). "
         "Lower --max-model-len, or raise --num-gpu-blocks-override."
     )
     with pytest.raises(PlanError, match=r"there are 22 \(22.00 GiB\) beside weights of 2.00 GiB\."):
-        check_one_fits(sizing, demand, 2**30, "raise --gpu-memory-utilization", 2 * 2**30)
-    check_one_fits(replace(sizing, blocks=23), demand, 2**30, "")
-    check_one_fits(sizing, replace(demand, prefix_caching=False), 2**30, "")
+        check_one_fits(capacity, demand, 2**30, "raise --gpu-memory-utilization", 2 * 2**30)
+    check_one_fits(replace(capacity, blocks=23), demand, 2**30, "")
+    check_one_fits(capacity, replace(demand, prefix_caching=False), 2**30, "")
 
 
 def test_out_of_memory_begins_where_it_says():
@@ -288,7 +288,7 @@ def test_out_of_memory_begins_where_it_says():
 
 
 def test_the_log_says_how_many_run():
-    shown = table(Sizing(67_745, 64, 86), max_num_seqs=256, max_model_len=40_000)
+    shown = Capacity(67_745, 64, 86).table(max_num_seqs=256, max_model_len=40_000)
     assert shown.splitlines() == [
         "kimi-vllm: states and KV cache share 67,745 blocks:",
         "  tokens   4,335,616 in blocks of 64",
@@ -310,6 +310,6 @@ def test_a_stage_without_mla_is_refused():
 
 def test_the_poorest_stage_decides_on_blocks_and_the_one_with_most_kda_on_states():
     stages = [Costs(100, 10, 7, 0), Costs(50, 20, 4, 0)]
-    assert Sizing.of(stages, [905, 1500], 64) == Sizing(75, 64, 7)
-    assert Sizing.of(stages, [305, 1500], 64) == Sizing(30, 64, 7)
-    assert Sizing.of(stages, [905, -1], 64).blocks == 0
+    assert afforded(stages, [905, 1500], 64) == Capacity(75, 64, 7)
+    assert afforded(stages, [305, 1500], 64) == Capacity(30, 64, 7)
+    assert afforded(stages, [905, -1], 64).blocks == 0

@@ -159,11 +159,11 @@ def planned(path: Path) -> Plan:
 def test_one_request_of_full_length_fits_and_all_that_may_run_do_if_they_are_short(path: Path) -> None:
     plan = planned(path)
     plan.check()
-    assert plan.sizing.concurrency(4096) >= plan.demand.max_num_seqs
+    assert plan.capacity.concurrency(4096) >= plan.demand.max_num_seqs
 
 
 def test_numbers_in_the_comments_are_those_of_the_planner() -> None:
-    fits = {path.stem: planned(path).sizing.concurrency for path in ON_GPUS}
+    fits = {path.stem: planned(path).capacity.concurrency for path in ON_GPUS}
     assert [min(128, fits["h100-4gpu"](tokens)) for tokens in (MILLION, 131072, 32768)] == [5, 45, 128]
     assert fits["h100-4gpu"](4096) >= 1024
     assert fits["throughput"](4096) == 451

@@ -36,7 +36,8 @@ def test_on_a_cpu_vllm_takes_what_sequences_can_fill(create):
     assert (cache.block_size, cache.kv_cache_memory_bytes) == (64, (1 + 4 * FULL) * BLOCK)
     plain = create(enable_prefix_caching=False).cache_config
     assert plain.kv_cache_memory_bytes == (1 + 4 * (FULL - STATE_BLOCKS)) * BLOCK
-    assert create(max_num_seqs=9).scheduler_config.max_num_seqs == 9
+    scheduler = create(max_num_seqs=9, max_num_active_seqs=7).scheduler_config
+    assert (scheduler.max_num_seqs, scheduler.max_num_active_seqs) == (9, 7)
 
 
 def test_on_a_cpu_vllm_takes_no_more_than_is_left(create):

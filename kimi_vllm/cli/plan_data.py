@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.geometry import GeometryError, KimiGeometry
-from kimi_vllm.planning import Costs, Demand, PlanError, Sizing, cache_bytes, check_one_fits, memory_needed
+from kimi_vllm.planning import Costs, Demand, PlanError, afforded, cache_bytes, check_one_fits, memory_needed
 from kimi_vllm.quantization import WeightFormat
 from kimi_vllm.weight_bytes import num_parameters
 
@@ -53,7 +54,7 @@ class InTree:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sizing and its alternatives, all for one worker."""
+    """What fits, and the alternatives, all for one worker."""
 
     model: str
     geometry: KimiGeometry
@@ -89,11 +90,11 @@ class Plan:
         return cache_bytes(self.memory, self.utilization, self.costs.weights)
 
     @cached_property
-    def sizing(self) -> Sizing:
+    def capacity(self) -> Capacity:
         """The blocks that the engine would have; on a CPU no more than the sequences can fill."""
-        sizing = Sizing.of([self.costs], [self.available], self.demand.block_size)
+        capacity = afforded([self.costs], [self.available], self.demand.block_size)
         most = self.demand.most(self.costs.state_blocks)
-        return sizing if self.gpu_dtype is not None else replace(sizing, blocks=min(sizing.blocks, most))
+        return capacity if self.gpu_dtype is not None else replace(capacity, blocks=min(capacity.blocks, most))
 
     @cached_property
     def in_tree(self) -> InTree:
@@ -107,7 +108,7 @@ class Plan:
                 "--kv-cache-dtype fp8: kimi-vllm on CPUs and in float32 keeps latents in the model's dtype."
             )
         remedy = "raise --gpu-memory-utilization or --tensor-parallel-size"
-        check_one_fits(self.sizing, self.demand, self.costs.block, remedy, self.costs.weights)
+        check_one_fits(self.capacity, self.demand, self.costs.block, remedy, self.costs.weights)
 
     @property
     def state_fill(self) -> float:
@@ -126,22 +127,22 @@ class Plan:
         """Requests that run at once on average, if those that run have the lengths in the shares that were given."""
         in_tree = sum(share * self.in_tree.request_bytes(tokens) for tokens, share in self.lengths.items())
         fits = {
-            "ours": self.sizing.average(self.lengths),
+            "ours": self.capacity.average(self.lengths),
             "in_tree": max(0, self.available - self.in_tree.page) / in_tree,
         }
         return {name: min(self.demand.max_num_seqs, count) for name, count in fits.items()}
 
     def row(self, tokens: int) -> dict[str, Any]:
         """Bytes of one request of `tokens` tokens, and how many fit at once, for each alternative."""
-        sizing, block_size = self.sizing, self.demand.block_size
+        capacity, block_size = self.capacity, self.demand.block_size
         mla_page = self.geometry.num_layers * self.geometry.latent_dim * self.cache_itemsize * block_size
         held = {
-            "ours": sizing.held(tokens) * self.costs.block,
+            "ours": capacity.held(tokens) * self.costs.block,
             "all_mla": -(-tokens // block_size) * mla_page,
             "in_tree": self.in_tree.request_bytes(tokens),
         }
         fits = {
-            "ours": sizing.concurrency(tokens),
+            "ours": capacity.concurrency(tokens),
             "all_mla": max(0, self.available - mla_page) // held["all_mla"],
             "in_tree": max(0, self.available - self.in_tree.page) // held["in_tree"],
         }
@@ -160,7 +161,7 @@ class Plan:
             "available": self.available,
             "costs": asdict(self.costs),
             "state_fill": self.state_fill,
-            "sizing": asdict(self.sizing) | {"tokens": self.sizing.tokens},
+            "capacity": asdict(self.capacity) | {"tokens": self.capacity.tokens},
             "contexts": [self.row(tokens) for tokens in self.contexts],
             "lengths": {str(tokens): share for tokens, share in self.lengths.items()},
             "average_concurrency": self.average if self.lengths else None,

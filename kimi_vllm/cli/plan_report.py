@@ -26,10 +26,10 @@ def show(plan: Plan) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("weights", f"{_gib(plan.costs.weights)} GiB")
     facts.add_row("memory left", f"{_gib(plan.available)} GiB, shared by states and KV cache")
-    facts.add_row("blocks", f"{plan.sizing.blocks:,} of {plan.costs.block:,} B, each {demand.block_size} tokens")
+    facts.add_row("blocks", f"{plan.capacity.blocks:,} of {plan.costs.block:,} B, each {demand.block_size} tokens")
     filled = f"{plan.costs.state / 2**20:.2f} MiB, {plan.state_fill:.1%} of its blocks"
     facts.add_row("state", f"{plan.costs.state_blocks} blocks a request: {filled}")
-    facts.add_row("tokens", f"{plan.sizing.tokens:,} in all blocks, if there were no states")
+    facts.add_row("tokens", f"{plan.capacity.tokens:,} in all blocks, if there were no states")
     console.print(facts)
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("\ncontext", no_wrap=True)

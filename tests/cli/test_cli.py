@@ -224,7 +224,7 @@ def test_plan_of_the_48b_model() -> None:
     assert (report["costs"]["state"], report["costs"]["state_blocks"]) == (43_909_120, 86)
     assert (report["lengths"], report["average_concurrency"]) == ({}, None)
     assert report["out_of_memory"]["longest_context"] == 2**20
-    blocks = report["sizing"]["blocks"]
+    blocks = report["capacity"]["blocks"]
     assert blocks * 64 * 8064 <= report["available"] < 0.92 * report["memory"] - 98_245_363_456
     assert report["contexts"][0]["concurrency"]["ours"] == (blocks - 1) // (86 + 64)
 
@@ -234,7 +234,7 @@ def test_plan_of_a_mixture_of_lengths() -> None:
     assert report["lengths"] == {"1024": 0.5, "8192": 0.4, "131072": 0.1}
     held = 86 + 0.5 * 16 + 0.4 * 128 + 0.1 * 2048
     ours, in_tree = report["average_concurrency"].values()
-    assert ours == pytest.approx((report["sizing"]["blocks"] - 1) / held)
+    assert ours == pytest.approx((report["capacity"]["blocks"] - 1) / held)
     _, text = run_plan("--lengths", "1K:0.5,8K:0.4,128K:0.1")
     assert f"50% of 1K, 40% of 8K, 10% of 128K: {ours:,.1f} run at once on average, in-tree {in_tree:,.1f}." in text
 
@@ -256,10 +256,10 @@ def test_plan_on_two_devices_halves_the_state_but_not_the_latents() -> None:
 def test_plan_table_says_what_the_json_says() -> None:
     report = plan_json("--max-num-seqs", "400")
     _, text = run_plan("--max-num-seqs", "400")
-    assert f"{report['sizing']['blocks']:,} of 516,096 B, each 64 tokens" in text
+    assert f"{report['capacity']['blocks']:,} of 516,096 B, each 64 tokens" in text
     assert "86 blocks a request: 41.88 MiB, 98.9% of its blocks" in text
     assert round(report["state_fill"], 3) == 0.989
-    assert f"{report['sizing']['tokens']:,} in all blocks" in text
+    assert f"{report['capacity']['tokens']:,} in all blocks" in text
     row = next(line.split() for line in text.splitlines() if line.strip().startswith("4K "))
     assert row[-3:] == [str(count) for count in report["contexts"][1]["concurrency"].values()]
     assert report["contexts"][1]["concurrency"]["ours"] == 400, "no more than --max-num-seqs"
@@ -281,7 +281,7 @@ def test_plan_of_quantised_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": written}))
     for option in ((), ("--quantization", "fp8")):
         status, output = run_plan("--json", *option, model=tmp_path, memory="80GB")
-        assert json.loads(output)["sizing"] == fp8["sizing"]
+        assert json.loads(output)["capacity"] == fp8["capacity"]
     status, output = run_plan("--quantization", "fp8_per_block", model=tmp_path, memory="80GB")
     assert "--quantization fp8_per_block: the checkpoint is quantised by fp8. Drop the option." in output
 

@@ -68,7 +68,9 @@ def _exists(text: str) -> bool:
         return any(text.removesuffix("_total").removeprefix("kimi_state_") in some for some in _texts("kimi_vllm"))
     longest = max(text.split("…"), key=len).strip()
     # aiohttp is the client of vLLM's load generator.
-    places = (SITE / name for name in ("vllm/renderers", "vllm/entrypoints", "vllm/v1/core", "vllm/v1/engine", "aiohttp"))
+    places = (
+        SITE / name for name in ("vllm/renderers", "vllm/entrypoints", "vllm/v1/core", "vllm/v1/engine", "aiohttp")
+    )
     return any(longest in path.read_text() for place in places for path in place.glob("*.py"))
 
 

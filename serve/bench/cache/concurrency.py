@@ -25,7 +25,7 @@ from vllm.v1.request import RequestStatus
 
 from kimi_vllm.cache.scheduler import KimiScheduler
 from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.planning import Costs, Sizing
+from kimi_vllm.planning import Costs, afforded
 from serve.bench.cache.replay import build, engine_config, in_tree_scheduler, make_request, our_specs, step
 from serve.bench.cache.traces import BLOCK, VOCABULARY
 from serve.bench.engine.plan import IN_TREE, OURS
@@ -81,7 +81,7 @@ def costs() -> Costs:
 
 def fits(num_bytes: int, tokens: int) -> int:
     """Requests of so many tokens that bytes allow, if states and pages are where they fit."""
-    return Sizing.of([costs()], [num_bytes], BLOCK).concurrency(tokens)
+    return afforded([costs()], [num_bytes], BLOCK).concurrency(tokens)
 
 
 def run_ours(num_bytes: int, max_num_seqs: int, prompt: int, longest: int, caching: bool) -> Admission:
