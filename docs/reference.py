@@ -20,8 +20,7 @@ def options() -> str:
     """The options of ``--additional-config``."""
     cells = []
     for name, field in KimiOptions.model_json_schema()["properties"].items():
-        default = "by memory" if field["default"] is None else f"`{json.dumps(field['default'])}`"
-        cells.append([f"`{name}`", default, field["description"]])
+        cells.append([f"`{name}`", f"`{json.dumps(field['default'])}`", field["description"]])
     return table(["option", "default", "description"], cells, left=None)
 
 

@@ -105,16 +105,17 @@ def long_requests() -> str:
 
 def concurrency() -> str:
     """Requests that run at once in 34 GiB."""
-    found: dict[tuple[bool, int], dict[tuple[str, str], list[int]]] = {}
+    found: dict[tuple[bool, int], dict[str, dict[int, int]]] = {}
     for row in plain.read(ENGINE / "concurrency.jsonl"):
         point = found.setdefault((row["prefix_caching"], row["prompt"]), {})
-        point.setdefault((row["variant"], row["division"]), []).append(row["running"])
-    kinds = ((OURS, "default"), (OURS, "best"), (IN_TREE, "shared"))
+        point.setdefault(row["provider"], {})[row["max_num_seqs"]] = row["running"]
     cells = []
     for (caching, prompt), point in sorted(found.items()):
-        running = [" / ".join(map(str, dict.fromkeys(point[kind]))) for kind in kinds]
-        cells.append([tokens(prompt), "on" if caching else "off", *running])
-    return table(["prompt", "prefix caching", "default", "divided for the length", "in-tree"], cells)
+        running = [" / ".join(map(str, dict.fromkeys(point[name].values()))) for name in (OURS, IN_TREE)]
+        most = max(point[OURS])
+        ratio = f"{point[OURS][most] / point[IN_TREE][most]:.2f}×"
+        cells.append([tokens(prompt), "on" if caching else "off", *running, ratio])
+    return table(["prompt", "prefix caching", "kimi-vllm", "in-tree", "ratio"], cells)
 
 
 def cpu_kernels() -> str:

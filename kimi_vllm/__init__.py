@@ -1,4 +1,4 @@
-"""kimi-vllm: a vLLM plugin that serves Kimi Linear with KDA state in exact slots beside the paged KV cache."""
+"""kimi-vllm: a vLLM plugin that serves Kimi Linear with KDA state and KV cache in one memory."""
 
 import logging
 import os

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import CacheConfig, CompilationConfig, ModelConfig, VllmConfig
+from vllm.config import CompilationConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -20,7 +20,7 @@ from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.quantization import as_written
 from kimi_vllm.refusals import OUR_OPERATIONS, refuse_unserved
-from kimi_vllm.sizing import divide_memory
+from kimi_vllm.sizing import natural_block_size, settle_memory
 
 logger = init_logger("vllm.kimi_vllm")
 
@@ -28,14 +28,14 @@ MOE_CONFIGS = Path(__file__).parent / "moe_configs"
 """Launch parameters for vLLM's fused experts in shapes for which vLLM ships none, made by `serve.bench.moe`."""
 
 NATURAL_BLOCK_SIZE = 64
-"""Default tokens per MLA page, and so the spacing of boundaries at which prefixes can be resumed."""
+"""Default tokens per block, the spacing of boundaries at which prefixes can be resumed. Tiny models need more."""
 
 _SCHEDULER = "kimi_vllm.cache.scheduler.KimiScheduler"
 _WORKER = "kimi_vllm.cache.worker.KimiWorker"
 
 
 class KimiLinearConfigHook(VerifyAndUpdateConfig):
-    """Checks model and options, divides memory, and sets what vLLM must do differently for this model."""
+    """Checks model and options, and sets what vLLM must do differently for this model."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
@@ -60,16 +60,16 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse options that the state cache does not support, and divide memory.
+        """Refuse options that the state cache does not support, and a memory in which no request fits.
 
         Raises:
             ValueError: An unsupported combination of vLLM's options, or a device without KDA kernels.
-            OptionsError: See `KimiOptions.of` and `divide_memory`.
-            PlanError: See `divide_memory`.
+            OptionsError: See `KimiOptions.of`.
+            PlanError: See `settle_memory`.
         """
         options = KimiOptions.of(vllm_config)
         _refuse_device()
-        _settle_block_size(vllm_config.cache_config)
+        _settle_block_size(vllm_config, options)
         refuse_unserved(vllm_config)
         _split_compiled_graphs(vllm_config.compilation_config)
         if current_platform.is_cpu():
@@ -78,7 +78,7 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         if any(geometry_of(vllm_config.model_config).kda):
             _refuse_stages(vllm_config)
             _bring_our_own(vllm_config)
-        divide_memory(vllm_config, options)
+        settle_memory(vllm_config, options)
         logger.info("kimi-vllm serves KimiLinearForCausalLM (KIMI_VLLM_DISABLE=1 leaves it to vLLM).")
 
 
@@ -92,14 +92,15 @@ def _config_as_written(model_config: ModelConfig) -> dict[str, Any]:
     return {**written, **overrides} if isinstance(overrides, dict) else written
 
 
-def _settle_block_size(cache_config: CacheConfig) -> None:
+def _settle_block_size(vllm_config: VllmConfig, options: KimiOptions) -> None:
     """Set our block size unless the user set one.
 
     Raises:
         ValueError: The user's block size is not a multiple of ours, on a GPU.
     """
+    cache_config = vllm_config.cache_config
     if not cache_config.user_specified_block_size:
-        cache_config.block_size = NATURAL_BLOCK_SIZE
+        cache_config.block_size = natural_block_size(vllm_config, options, NATURAL_BLOCK_SIZE)
         # vLLM replaces block sizes that nobody asked for.
         cache_config.user_specified_block_size = True
     if not current_platform.is_cpu() and cache_config.block_size % NATURAL_BLOCK_SIZE:

@@ -104,20 +104,18 @@ INTRUSIONS = (
         "the first is decided by platform, the second an engine option, the third merged upstream",
     ),
     Intrusion(
-        "set block size, number of sequences, KV cache (on CPUs), scheduler and worker classes in vLLM's configuration",
+        "set block size, size of the KV cache (on CPUs), scheduler and worker classes in vLLM's configuration",
         (
             f"{_CACHE_CONFIG}.block_size",
             f"{_CACHE_CONFIG}.user_specified_block_size",
             f"{_CACHE_CONFIG}.kv_cache_memory_bytes",
-            f"{_SCHEDULER_CONFIG}.max_num_seqs",
-            f"{_SCHEDULER_CONFIG}.max_num_active_seqs",
             f"{_SCHEDULER_CONFIG}.scheduler_cls",
             "vllm.config.parallel:ParallelConfig.worker_cls",
         ),
-        "vLLM replaces a block size that nobody asked for, knows nothing of slots, which bound running requests, and "
-        "takes nearly all free memory on CPUs. Scheduler and worker swap and guard states.",
-        "tests/engine/test_sizing.py, test_state_cache.py and test_guard.py fail without them",
-        "a model may declare its block size, a cache spec a limit of requests, and a plugin hooks around a step",
+        "vLLM replaces a block size that nobody asked for, and takes nearly all free memory on CPUs. Scheduler and "
+        "worker swap and guard states.",
+        "tests/test_sizing.py, tests/engine/test_state_cache.py and test_guard.py fail without them",
+        "a model may declare its block size, and a plugin hooks around a step",
     ),
     Intrusion(
         "add KDA and MLA to the operators that split compiled graphs",
@@ -136,7 +134,7 @@ INTRUSIONS = (
             "vllm.v1.core.sched.output:SchedulerOutput",
             "vllm.v1.outputs:ModelRunnerOutput",
         ),
-        "Geometry, the division of memory, copies between slots and slots that are not finite have no other way there.",
+        "Geometry, copies between slots and slots that are not finite have no other way there.",
         "the three classes have no field for plugins",
         "they have one",
     ),

@@ -18,11 +18,18 @@ from kimi_vllm.cache.exchange import STATS
 PREFIX = "kimi_state_"
 _LABELS = ("model_name", "engine")
 _HIT_BUCKETS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)
-_SLOT_KINDS = {"slots_live": "live", "slots_checkpoint": "checkpoint", "slots_free": "free", "slots_host": "host"}
+_GAUGES = {
+    "slots": "KDA states: of running requests, kept as checkpoints, and in host memory.",
+    "blocks": "Blocks of memory: clean (hold nothing), loose (cached pages that no kept state needs), kept (cached "
+    "pages that a kept state needs), page (in use), state (of requests, kept, or spare).",
+}
+_KINDS = {"slots": ("live", "checkpoint", "host"), "blocks": ("clean", "loose", "kept", "page", "state")}
 _COUNTERS = {
     "hit_tokens": "Prompt tokens that were skipped because a request resumed from a checkpoint.",
     "miss_tokens": "Prompt tokens that were computed.",
-    "evictions": "Checkpoints that were evicted to free a slot.",
+    "evictions": "Checkpoints that were evicted to free their blocks.",
+    "page_evictions": "Cached pages that were evicted to free their blocks.",
+    "value_lost": "Blocks of tokens to compute again, of all checkpoints that were given up.",
     "swaps_out": "States copied to host memory.",
     "swaps_in": "States copied back from host memory.",
     "swap_bytes": "Bytes copied to and from host memory, on a worker of the stage with the most KDA layers.",
@@ -42,12 +49,6 @@ class StateCacheMetrics(AggregateStatLoggerBase):
             if getattr(collector, "_name", "").startswith(PREFIX):
                 REGISTRY.unregister(collector)
         self._model: Any = vllm_config.model_config.served_model_name
-        slots = Gauge(
-            f"{PREFIX}slots",
-            "KDA state slots: of live requests, idle checkpoints, free; and states in host memory.",
-            (*_LABELS, "kind"),
-            multiprocess_mode="mostrecent",
-        )
         hits = Histogram(
             f"{PREFIX}hit_length_tokens",
             "Prompt tokens per request that were skipped by resuming from a checkpoint, 0 for none.",
@@ -58,7 +59,10 @@ class StateCacheMetrics(AggregateStatLoggerBase):
         def by_engine(metric: Any, *more: str) -> dict[int, Any]:
             return {engine: metric.labels(self._model, str(engine), *more) for engine in engine_indexes}
 
-        self._slots = {name: by_engine(slots, kind) for name, kind in _SLOT_KINDS.items()}
+        self._gauges: dict[str, dict[int, Any]] = {}
+        for name, text in _GAUGES.items():
+            gauge = Gauge(f"{PREFIX}{name}", text, (*_LABELS, "kind"), multiprocess_mode="mostrecent")
+            self._gauges |= {f"{name}_{kind}": by_engine(gauge, kind) for kind in _KINDS[name]}
         self._counters = {
             name: by_engine(Counter(f"{PREFIX}{name}", text, _LABELS)) for name, text in _COUNTERS.items()
         }
@@ -76,8 +80,8 @@ class StateCacheMetrics(AggregateStatLoggerBase):
             return
         for key, value in scheduler_stats.running_lora_adapters.items():
             name = key.removeprefix(STATS)
-            if name in self._slots:
-                self._slots[name][engine_idx].set(value)
+            if name in self._gauges:
+                self._gauges[name][engine_idx].set(value)
             elif name in self._counters:
                 self._counters[name][engine_idx].inc(value)
             elif name.startswith("hit_length:"):

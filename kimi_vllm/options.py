@@ -1,11 +1,20 @@
 """The plugin's options: ``--additional-config '{"kimi": {...}}'`` as a validated, immutable object."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kimi_vllm.cache.eviction import Eviction
+
+_SHARED = "states and KV cache share one memory. Drop the option."
+_REPLACED = {
+    "state_slots": "replaced. --max-num-seqs limits running requests; --kv-cache-memory-bytes and "
+    "--num-gpu-blocks-override set the memory that states and KV cache share.",
+    "typical_tokens": f"nothing to set: {_SHARED}",
+    "checkpoint_share": f"nothing to set: {_SHARED}",
+}
+"""Options of earlier versions, and what to do instead."""
 
 
 class OptionsError(ValueError):
@@ -17,19 +26,6 @@ class KimiOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    state_slots: Annotated[int | None, Field(ge=2)] = Field(
-        default=None,
-        description="Slots of the KDA state pool, shared by requests and checkpoints. At least 2: a request that "
-        "resumes from a checkpoint reads one slot and writes another. Default: sized from free memory, at most one "
-        "per sequence (`--max-num-seqs`) plus those for checkpoints.",
-    )
-    typical_tokens: int = Field(
-        default=8192,
-        ge=1,
-        description="Expected prompt + output tokens per request. Where memory does not allow a slot per sequence, "
-        "`state_slots` is chosen so that every running request has KV cache for this many tokens; 8192 splits memory "
-        "about evenly between state and KV cache for the 48B model.",
-    )
     state_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="Dtype of KDA's recurrent state. `float32` is what the checkpoint was trained with. `bfloat16` "
@@ -40,14 +36,6 @@ class KimiOptions(BaseModel):
         ge=0,
         description="With prefix caching, also keep the state every N tokens of a prompt, rounded up to the attention "
         "block. 0 keeps only the boundaries at which a later request is likely to resume.",
-    )
-    checkpoint_share: float = Field(
-        default=0.1,
-        ge=0,
-        lt=1,
-        description="Maximum share of the memory for state and KV cache that goes to slots for checkpoints, on top of "
-        "one slot per running sequence. Idle slots hold checkpoints too, so this is what is left for them at full "
-        "load; a larger share costs KV cache, without which a checkpoint cannot be resumed.",
     )
     eviction: Eviction = Field(
         default="value",
@@ -94,6 +82,8 @@ class KimiOptions(BaseModel):
         except ValidationError as invalid:
             error = invalid.errors()[0]
             name = str(error["loc"][0])
+            if name in _REPLACED:
+                raise OptionsError(f"kimi.{name}: {_REPLACED[name]}") from None
             if name not in cls.model_fields:
                 raise OptionsError(f"kimi.{name}: no such option. Known: {', '.join(cls.model_fields)}.") from None
             requirement = error["msg"].replace("Input should be", "must be")

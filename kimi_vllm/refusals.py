@@ -13,7 +13,6 @@ from vllm.config import MambaConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from kimi_vllm import ARCHITECTURE
-from kimi_vllm.options import KimiOptions
 
 OUR_OPERATIONS = ("vllm::kimi_delta_attention", "vllm::kimi_latent_attention")
 """The operators at which vLLM's compiler must split graphs, as at its own attention."""
@@ -24,8 +23,6 @@ _DTYPE = "Drop it; kimi.state_dtype in --additional-config sets the dtype of sta
 _HALVES = "it splits a step inside a prompt, and the second half needs the state after the first."
 _KERNELS = "it selects one of vLLM's kernels, and kimi-vllm has its own."
 _UNTRIED = "it moves weights while requests run, which is untested with kimi-vllm."
-_OWN_SLOTS = "processes that are started separately would each size their state slots from the memory they find."
-_GIVE_SLOTS = "Set kimi.state_slots in --additional-config to the same number everywhere."
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +55,6 @@ def _above_one(path: str) -> Callable[[VllmConfig], bool]:
 
 def _additional(name: str) -> Callable[[VllmConfig], bool]:
     return lambda config: isinstance(config.additional_config, dict) and name in config.additional_config
-
-
-def _without_slots(asked: Callable[[VllmConfig], object]) -> Callable[[VllmConfig], object]:
-    return lambda config: asked(config) and KimiOptions.of(config).state_slots is None
 
 
 _MAMBA_UNSET = (None, "none", "auto")
@@ -188,13 +181,6 @@ REFUSALS = (
         lambda config: callable(config.model_config.hf_overrides),
         "the geometry is read from config.json, which a function cannot change.",
         "Give a dictionary.",
-    ),
-    Refusal("--nnodes", _without_slots(_above_one("parallel_config.nnodes")), _OWN_SLOTS, _GIVE_SLOTS),
-    Refusal(
-        "--distributed-executor-backend external_launcher",
-        _without_slots(lambda config: config.parallel_config.distributed_executor_backend == "external_launcher"),
-        _OWN_SLOTS,
-        _GIVE_SLOTS,
     ),
     Refusal(
         "--data-parallel-size",

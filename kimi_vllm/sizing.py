@@ -1,4 +1,8 @@
-"""The memory of one engine: what vLLM's configuration asks for, and `planning.size`'s answer, written where it acts."""
+"""The memory of one engine: what can be known of it before anything is loaded.
+
+On a GPU vLLM measures what is left after loading and makes blocks of all of it. On a CPU it would take nearly all free
+memory and zero it before it is ready, a minute for 20 GiB; there it is told to take no more than sequences can fill.
+"""
 
 import os
 from dataclasses import replace
@@ -11,97 +15,113 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from kimi_vllm.cache.exchange import PlannedMemory
-from kimi_vllm.geometry import geometry_of, stages_of
-from kimi_vllm.options import KimiOptions, OptionsError
-from kimi_vllm.planning import Costs, Demand, cache_bytes, size
+from kimi_vllm.cache.capacity import Capacity
+from kimi_vllm.geometry import KimiGeometry, geometry_of, stages_of
+from kimi_vllm.options import KimiOptions
+from kimi_vllm.planning import Costs, Demand, afforded, cache_bytes, check_one_fits, least_block_size
 from kimi_vllm.quantization import QuantizationError, WeightFormat
 
 logger = init_logger("vllm.kimi_vllm")
 
 
-def divide_memory(vllm_config: VllmConfig, options: KimiOptions) -> None:
-    """Choose state slots and KV cache before anything is loaded, lower ``--max-num-seqs`` if needed, and log it.
+def settle_memory(vllm_config: VllmConfig, options: KimiOptions) -> None:
+    """Check before anything is loaded that one request fits, where that can be known; on CPUs, set the cache's size.
 
     Raises:
-        OptionsError: More state slots were asked for than fit.
-        PlanError: See `planning.size`.
+        PlanError: It does not fit, or see `Costs.of`.
+        ValueError: See `Costs.of`.
     """
-    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    costs = planned_costs(vllm_config, options)
-    memory = _memory(vllm_config)
-    if current_platform.is_cpu():
-        memory -= int(options.host_memory_gib * 2**30)  # the host's memory is the device's
-    if options.state_slots is not None:
-        _check_slots(options.state_slots, costs.slot, memory)
+    cache, model = vllm_config.cache_config, vllm_config.model_config
     demand = Demand(
-        max_num_seqs=scheduler.max_num_seqs,
-        max_model_len=vllm_config.model_config.max_model_len,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        # With --max-model-len auto, vLLM lowers it to what fits.
+        max_model_len=1 if model.original_max_model_len == -1 else model.max_model_len,
         block_size=cache.block_size,
         prefix_caching=bool(cache.enable_prefix_caching),
-        checkpoint_share=options.checkpoint_share,
-        state_slots=options.state_slots,
-        typical_tokens=options.typical_tokens,
-        num_pages=_pages_asked(vllm_config, costs.page),
-        fill=not current_platform.is_cpu(),
-        any_length=vllm_config.model_config.original_max_model_len == -1,
     )
-    sizing = size(costs, demand, cache_bytes(memory, cache.gpu_memory_utilization, costs))
-    if sizing.live < scheduler.max_num_seqs:
-        logger.warning(
-            "kimi-vllm: --max-num-seqs %d lowered to %d, the number of KDA state slots for running requests. "
-            "Set kimi.state_slots in --additional-config to change it.",
-            scheduler.max_num_seqs,
-            sizing.live,
-        )
-        scheduler.max_num_seqs = sizing.live
-        if scheduler.max_num_active_seqs is not None:
-            scheduler.max_num_active_seqs = min(scheduler.max_num_active_seqs, sizing.live)
-    kv_bytes = sizing.kv_bytes if demand.num_pages is None else None
-    if current_platform.is_cpu() and kv_bytes is not None:
-        # vLLM would take nearly all free memory and zero it before it is ready: a minute for 20 GiB, whatever the
-        # model's size.
-        cache.kv_cache_memory_bytes, kv_bytes = kv_bytes, None
-    PlannedMemory(sizing.state_slots, kv_bytes).attach(vllm_config.model_config)
-    logger.info("%s", sizing.table())
+    on_cpu = current_platform.is_cpu()
+    stages = _stages(vllm_config, options, None)
+    largest = max(costs.block for costs in stages)
+    if (asked := _asked(vllm_config, largest)) is not None:
+        blocks, option = asked
+        capacity = Capacity(blocks, cache.block_size, max(costs.state_blocks for costs in stages))
+        check_one_fits(capacity, demand, largest, f"raise {option}")
+    elif on_cpu:
+        stages = planned_costs(vllm_config, options)
+        memory = psutil.virtual_memory().available // vllm_config.parallel_config.world_size
+        memory -= int(options.host_memory_gib * 2**30)  # the host's memory is the device's
+        left = [cache_bytes(memory, cache.gpu_memory_utilization, costs.weights) for costs in stages]
+        capacity = afforded(stages, left, cache.block_size)
+        remedy = "raise --gpu-memory-utilization or --tensor-parallel-size"
+        remedy += ", or set --kv-cache-memory-bytes if this estimate is wrong"
+        check_one_fits(capacity, demand, largest, remedy, max(costs.weights for costs in stages))
+        most = replace(demand, max_model_len=model.max_model_len).most(capacity.state_blocks)
+        cache.kv_cache_memory_bytes = min(capacity.blocks, most) * largest
 
 
-def planned_costs(vllm_config: VllmConfig, options: KimiOptions) -> Costs:
-    """Bytes of weights, a state slot and a page on the heaviest worker.
+def natural_block_size(vllm_config: VllmConfig, options: KimiOptions, least: int) -> int:
+    """Tokens per block where the user set none: `least`, or what `least_block_size` says of any pipeline stage."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    sizes = [least]
+    for stage in _parts(vllm_config).values():
+        # A stage with layers of one kind is refused later, by name.
+        if len(set(stage.kda)) == 2:
+            itemsize = STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype).itemsize
+            gpu_dtype = None if current_platform.is_cpu() else model.dtype
+            sizes.append(least_block_size(stage, least, itemsize, getattr(torch, options.state_dtype), gpu_dtype))
+    return max(sizes)
+
+
+def planned_costs(vllm_config: VllmConfig, options: KimiOptions) -> list[Costs]:
+    """What a worker of each pipeline stage needs; weights as the checkpoint stores them.
 
     Raises:
         PlanError: See `Costs.of`.
+        ValueError: See `Costs.of`.
     """
-    state_dtype = getattr(torch, options.state_dtype)
-    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    geometry, ranks = geometry_of(model), parallel.tensor_parallel_size
-    cached = STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype)
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     quantization = _known_format(vllm_config)
+    stages = _stages(vllm_config, options, quantization)
+    if model.quantization is None or quantization is not None:
+        return stages
+    index = get_hf_file_to_dict("model.safetensors.index.json", model.model, model.revision) or {}
+    total = index.get("metadata", {}).get("total_size")
+    if total is None:
+        return stages
+    most = int(total) // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    return [replace(costs, weights=min(costs.weights, most)) for costs in stages]
+
+
+def _stages(vllm_config: VllmConfig, options: KimiOptions, quantization: WeightFormat | None) -> list[Costs]:
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size
     stages = []
-    for stage in stages_of(geometry, vllm_config):
-        layers = slice(stage.start, stage.stop)
-        part = replace(geometry, kda=geometry.kda[layers], sparse=geometry.sparse[layers])
-        # vLLM splits experts over data-parallel ranks too.
+    for first_layer, part in _parts(vllm_config).items():
         costs = Costs.of(
             part,
             model.dtype.itemsize,
             cache.block_size,
             ranks=ranks,
+            # vLLM splits experts over data-parallel ranks too.
             expert_ranks=ranks * parallel.data_parallel_size,
-            state_dtype=state_dtype,
-            cache_itemsize=cached.itemsize,
+            state_dtype=getattr(torch, options.state_dtype),
+            cache_itemsize=STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype).itemsize,
             gpu_dtype=None if current_platform.is_cpu() else model.dtype,
             quantization=quantization,
-            first_layer=stage.start,
+            first_layer=first_layer,
         )
         stages.append(costs)
-    heaviest = Costs.heaviest(stages)
-    if model.quantization is None or quantization is not None:
-        return heaviest
-    index = get_hf_file_to_dict("model.safetensors.index.json", model.model, model.revision) or {}
-    total = index.get("metadata", {}).get("total_size")
-    workers = ranks * parallel.pipeline_parallel_size
-    return heaviest if total is None else replace(heaviest, weights=min(heaviest.weights, int(total) // workers))
+    return stages
+
+
+def _parts(vllm_config: VllmConfig) -> dict[int, KimiGeometry]:
+    """The pipeline stages, each as a geometry of fewer layers, by the number of its first."""
+    geometry = geometry_of(vllm_config.model_config)
+    parts = {}
+    for stage in stages_of(geometry, vllm_config):
+        layers = slice(stage.start, stage.stop)
+        parts[stage.start] = replace(geometry, kda=geometry.kda[layers], sparse=geometry.sparse[layers])
+    return parts
 
 
 def weight_format(vllm_config: VllmConfig) -> WeightFormat | None:
@@ -130,54 +150,19 @@ def _known_format(vllm_config: VllmConfig) -> WeightFormat | None:
     except QuantizationError as error:
         logger.warning(
             "kimi-vllm: %s Memory is planned for unquantised weights, or by the size of the checkpoint's files. Set "
-            "kimi.state_slots and --kv-cache-memory-bytes to override the plan.",
+            "--kv-cache-memory-bytes to override the plan.",
             error,
         )
         return None
 
 
-def _memory(vllm_config: VllmConfig) -> int:
-    """Bytes of memory per worker, of which `gpu_memory_utilization` may be used."""
-    if current_platform.is_cpu():
-        available: int = psutil.virtual_memory().available
-        return available // int(vllm_config.parallel_config.world_size)
-    return int(current_platform.get_device_total_memory()) - _reserved_by_driver()
-
-
-def _reserved_by_driver() -> int:
-    """Bytes of device memory that NVML counts in its total although CUDA never hands them out."""
-    from vllm.platforms.cuda import NvmlCudaPlatform, with_nvml_context
-    from vllm.third_party import pynvml
-
-    if not isinstance(current_platform, NvmlCudaPlatform):
-        return 0  # then the total is CUDA's own
-
-    @with_nvml_context
-    def reserved() -> int:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(current_platform.device_id_to_physical_device_id(0))
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).reserved)
-
-    try:
-        count: int = reserved()
-    except pynvml.NVMLError:
-        return 0  # integrated GPUs, which share the host's memory: vLLM takes CUDA's total there
-    return count
-
-
-def _pages_asked(vllm_config: VllmConfig, page_bytes: int) -> int | None:
+def _asked(vllm_config: VllmConfig, block_bytes: int) -> tuple[int, str] | None:
+    """Blocks that the user has asked for, and by which option."""
     cache = vllm_config.cache_config
     if cache.num_gpu_blocks_override is not None:
-        return int(cache.num_gpu_blocks_override)
+        return int(cache.num_gpu_blocks_override), "--num-gpu-blocks-override"
     space = os.environ.get("VLLM_CPU_KVCACHE_SPACE") if current_platform.is_cpu() else None
-    asked = int(space) * 2**30 if space else cache.kv_cache_memory_bytes
-    return int(asked) // page_bytes if asked else None
-
-
-def _check_slots(asked: int, slot_bytes: int, memory: int) -> None:
-    # On CPUs memory is handed out on first touch: a pool too large would get the process killed, long after "ready".
-    needed = (1 + asked) * slot_bytes
-    if needed > memory:
-        raise OptionsError(
-            f"kimi.state_slots: {asked} KDA state slots of {slot_bytes / 2**20:.1f} MiB need {needed / 2**30:.1f} GiB, "
-            f"and there are {memory / 2**30:.1f} GiB. Lower it, or leave it out to have it sized from memory."
-        )
+    if space:
+        return int(space) * 2**30 // block_bytes, "VLLM_CPU_KVCACHE_SPACE"
+    asked = cache.kv_cache_memory_bytes
+    return (int(asked) // block_bytes, "--kv-cache-memory-bytes") if asked else None

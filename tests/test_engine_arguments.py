@@ -1,6 +1,6 @@
 """Every argument of a vLLM engine: a test serves with it, it cannot touch the states, or it is refused by name.
 
-State slots stand beside vLLM's pages and know only what the scheduler's steps tell them. So each argument that a
+States lie in vLLM's memory beside its pages and know only what the scheduler's steps tell them. So each argument that a
 release brings has to be thought about; here is where the thought is kept, and a new argument fails the first test.
 """
 
@@ -41,12 +41,12 @@ SERVED = {
     "engine/test_prefix_cache.py": "enable_prefix_caching kv_events_config",
     "engine/test_quantized.py": "quantization_config skip_tokenizer_init",
     "engine/test_random_schedules.py": "scheduling_policy",
-    "engine/test_sizing.py": "max_num_active_seqs",
     "engine/test_slot_pressure.py": "additional_config",
     "engine/test_state_cache.py": "block_size",
     "engine/test_weight_updates.py": "enable_ep_weight_filter weight_transfer_config",
     "../serve/common/engine.py": "disable_log_stats dtype seed",
     "../serve/common/server.py": "served_model_name",
+    "test_sizing.py": "max_num_active_seqs",
     "test_serve_profiles.py": "override_generation_config performance_mode reasoning_parser shutdown_timeout tokenizer",
 }
 """Files, seen from tests/, to the arguments that they serve with."""
@@ -85,8 +85,8 @@ HARMLESS = {
         "data_parallel_external_lb data_parallel_hybrid_lb data_parallel_multi_port_external_lb "
         "data_parallel_rank data_parallel_rpc_port data_parallel_size_local data_parallel_start_rank device_ids "
         "disable_custom_all_reduce disable_nccl_for_dp_synchronization distributed_timeout_seconds "
-        "dp_sync_interval enable_shm_tensor_arena expert_placement_strategy master_addr master_port "
-        "max_parallel_loading_workers node_rank numa_bind numa_bind_cpus numa_bind_nodes"
+        "distributed_executor_backend dp_sync_interval enable_shm_tensor_arena expert_placement_strategy master_addr "
+        "master_port max_parallel_loading_workers nnodes node_rank numa_bind numa_bind_cpus numa_bind_nodes"
     ),
     "an allocator below torch's": "enable_cumem_allocator",
     "inputs other than text, of which the model has none": (
@@ -129,7 +129,6 @@ WITHOUT_EFFECT_ALONE = {
 }
 """A refused argument to those that only say how."""
 
-NODES = {"nnodes": 2, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 LOOKS_AHEAD = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 IN_TREE = {"KimiLinearForCausalLM": "vllm.model_executor.models.kimi_linear:KimiLinearForCausalLM"}
 ASKS_FOR = {
@@ -138,7 +137,6 @@ ASKS_FOR = {
     "cpu_offload_gb": 1,
     "decode_context_parallel_size": {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
     "diffusion_config": {"diffusion_config": {"canvas_length": 4}},
-    "distributed_executor_backend": "external_launcher",
     "ec_transfer_config": {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
     "enable_dbo": True,
     "enable_lora": True,
@@ -157,7 +155,6 @@ ASKS_FOR = {
     "mamba_cache_philox_rounds": 3,
     "mamba_ssm_cache_dtype": "float32",
     "mamba_ssu_algorithm": {"mamba_backend": "flashinfer", "mamba_ssu_algorithm": "simple"},
-    "nnodes": NODES,
     "offload_group_size": 2,
     "prefill_context_parallel_size": 2,
     "prefix_cache_retention_interval": 64,
@@ -295,10 +292,6 @@ def test_what_vllm_checks_first_is_refused_where_it_passes(name, create, monkeyp
     monkeypatch.setattr(reduce(getattr, owners, config), last, value)
     with pytest.raises(ValueError, match=rf"^{option}: .* Drop"):
         refuse_unserved(config)
-
-
-def test_processes_started_apart_need_a_number_of_slots(create):
-    assert create(**NODES, additional_config={"kimi": {"state_slots": 20}}).parallel_config.nnodes == 2
 
 
 def test_a_match_unit_of_one_block_is_what_states_have(create):

@@ -1,4 +1,4 @@
-"""configs/serve: vLLM's own parser reads each profile, each value arrives, and memory is divided as it says."""
+"""configs/serve: vLLM's own parser reads each profile, each value arrives, and as many requests fit as it says."""
 
 import json
 import re
@@ -11,9 +11,8 @@ import torch
 import yaml
 
 from kimi_vllm.cli.plan import parse_memory
-from kimi_vllm.cli.plan_data import read_model
-from kimi_vllm.options import KimiOptions
-from kimi_vllm.planning import Costs, Demand, Sizing, cache_bytes, size
+from kimi_vllm.cli.plan_data import Plan, read_model
+from kimi_vllm.planning import Demand
 from kimi_vllm.quantization import WeightFormat
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +53,6 @@ INTENDED: dict[str, dict[str, Any]] = {
         "max_model_len": 32768,
         "max_num_batched_tokens": 16384,
         "shutdown_timeout": 120,
-        "additional_config": {"kimi": {"state_slots": 400}},
     },
     "latency": {
         "max_num_seqs": 8,
@@ -62,7 +60,6 @@ INTENDED: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 2048,
         "performance_mode": "interactivity",
         "shutdown_timeout": 60,
-        "additional_config": {"kimi": {"checkpoint_share": 0.25}},
     },
 }
 
@@ -137,45 +134,46 @@ def test_tool_calls_are_parsed_and_reasoning_is_not(path: Path) -> None:
     assert not args.reasoning_parser
 
 
-def division(path: Path, gibibytes: float | None = None) -> Sizing:
-    """Memory as the engine would divide it: of the profile's GPUs by plan, or so much for state and KV cache."""
+def planned(path: Path) -> Plan:
+    """What `kimi-vllm plan` says for the profile's GPUs."""
     args = engine_args(path)
     geometry, dtype, *_ = read_model(ROOT / "configs" / "models" / "48b-a3b")
-    stored = WeightFormat.online(args.quantization) if args.quantization else None
-    options = KimiOptions.of(args)
-    ranks = args.tensor_parallel_size
-    costs = Costs.of(geometry, dtype.itemsize, 64, ranks=ranks, gpu_dtype=torch.bfloat16, quantization=stored)
-    memory = parse_memory("80GB" if path.stem.startswith("h100") else "141GB")
-    demand = Demand(
-        max_num_seqs=args.max_num_seqs,
-        max_model_len=args.max_model_len,
-        block_size=64,
-        prefix_caching=bool(args.enable_prefix_caching),
-        checkpoint_share=options.checkpoint_share,
-        state_slots=options.state_slots,
+    return Plan(
+        model=args.model,
+        geometry=geometry,
+        itemsize=dtype.itemsize,
+        gpu_dtype=torch.bfloat16,
+        quantization=WeightFormat.online(args.quantization) if args.quantization else None,
+        cache_itemsize=dtype.itemsize,
+        ranks=args.tensor_parallel_size,
+        state_dtype=torch.float32,
+        memory=parse_memory("80GB" if path.stem.startswith("h100") else "141GB"),
+        utilization=args.gpu_memory_utilization,
+        demand=Demand(args.max_num_seqs, args.max_model_len, 64, bool(args.enable_prefix_caching)),
+        contexts=(args.max_model_len,),
+        lengths={},
     )
-    available = cache_bytes(memory, args.gpu_memory_utilization, costs) if gibibytes is None else gibibytes * 2**30
-    return size(costs, demand, int(available))
 
 
 @pytest.mark.parametrize("path", ON_GPUS, ids=lambda path: path.stem)
-def test_the_engine_would_not_lower_max_num_seqs(path: Path) -> None:
-    assert division(path).live == engine_args(path).max_num_seqs
-    assert division(path).longest(1) == engine_args(path).max_model_len
+def test_one_request_of_full_length_fits_and_all_that_may_run_do_if_they_are_short(path: Path) -> None:
+    plan = planned(path)
+    plan.check()
+    assert plan.capacity.concurrency(4096) >= plan.demand.max_num_seqs
 
 
 def test_numbers_in_the_comments_are_those_of_the_planner() -> None:
-    tp4 = division(ROOT / "configs" / "serve" / "h100-4gpu.yaml")
-    assert [tp4.concurrency(tokens) for tokens in (MILLION, 131072, 32768)] == [5, 40, 128]
-    assert round(tp4.costs.slot / 2**20, 1) == 10.5
-    assert round(128 * tp4.costs.slot / 2**30, 1) == 1.3
-    throughput = division(ROOT / "configs" / "serve" / "throughput.yaml", gibibytes=34)
-    assert (throughput.live, throughput.checkpoints) == (384, 16)
-    assert 4096 < throughput.longest(384) < 8192
-    longest = division(ROOT / "configs" / "serve" / "h200-1gpu-1m.yaml")
-    assert round(longest.costs.slot / 2**20, 1) == 41.9
-    assert round(16 * longest.costs.slot / 2**30, 1) == 0.7
-    assert round(longest.costs.weights / 2**30, 1) == 91.6
+    fits = {path.stem: planned(path).capacity.concurrency for path in ON_GPUS}
+    assert [min(128, fits["h100-4gpu"](tokens)) for tokens in (MILLION, 131072, 32768)] == [5, 45, 128]
+    assert fits["h100-4gpu"](4096) >= 1024
+    assert fits["throughput"](4096) == 451
+    assert fits["h200-1gpu-1m"](131072) == 31
+    assert fits["h100-1gpu-fp8"](8192) == 212
+    costs = {path.stem: planned(path).costs for path in ON_GPUS}
+    assert round(costs["h100-4gpu"].state / 2**20, 1) == 10.5
+    assert round(16 * costs["h200-1gpu-1m"].state / 2**30, 1) == 0.7
+    assert round(costs["h200-1gpu-1m"].weights / 2**30, 1) == 91.6
+    assert round(costs["h100-1gpu-fp8"].weights / 2**30, 1) == 46.5
 
 
 @pytest.fixture(scope="module")

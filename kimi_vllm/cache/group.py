@@ -111,9 +111,7 @@ class StateHome:
         return StateGroupMember(vllm_config, beside, self, self.member_name(mla_layer))
 
 
-def _layout(
-    geometry: KimiGeometry, vllm_config: VllmConfig, stage: range, options: KimiOptions
-) -> StateLayout | None:
+def _layout(geometry: KimiGeometry, vllm_config: VllmConfig, stage: range, options: KimiOptions) -> StateLayout | None:
     num_kda = sum(geometry.kda[layer] for layer in stage)
     if not num_kda or num_kda == len(stage):
         return None

@@ -17,8 +17,8 @@ from kimi_vllm.cli.plan import plan
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="vLLM plugin that serves Kimi Linear models with their recurrent state in exact slots beside the paged KV "
-    "cache. To serve, run `vllm serve MODEL` as usual; vLLM loads the plugin. These commands check an installation, "
+    help="vLLM plugin that serves Kimi Linear models with recurrent state and paged KV cache in one "
+    "memory. To serve, run `vllm serve MODEL` as usual; vLLM loads the plugin. These commands check an installation, "
     "size a deployment and inspect a checkpoint.",
 )
 

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from kimi_vllm.options import KimiOptions
 from kimi_vllm.quantization import ONLINE, WeightFormat
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -15,7 +14,6 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _CARDS = {"80GB": 85_017_493_504, "141GB": 150_109_880_320}
 """Bytes that CUDA can hand out on an H100 and on an H200, by nominal size; read with driver 580.159."""
 _FACTORS = {"": 1, "K": 2**10, "M": 2**20}
-_DEFAULTS = KimiOptions()
 
 
 def parse_memory(text: str) -> int:
@@ -27,6 +25,21 @@ def parse_memory(text: str) -> int:
 def parse_tokens(text: str) -> int:
     """Tokens in "4k" (4,096), "1M" or "1000"."""
     return _parse(str(text), _FACTORS, "4k, 1M or a number of tokens")
+
+
+def parse_lengths(text: str) -> dict[int, float]:
+    """Shares by tokens in "1K:0.5,8K:0.4,128K:0.1"; scaled so that they add up to 1."""
+    shares = {}
+    for part in text.split(","):
+        tokens, _, share = part.partition(":")
+        try:
+            shares[parse_tokens(tokens)] = float(share)
+        except ValueError:
+            raise typer.BadParameter(f"{part!r}: expected a length and its share, as 8K:0.4.") from None
+    total = sum(shares.values())
+    if not 0 < total < float("inf") or min(shares.values()) < 0:
+        raise typer.BadParameter(f"{text!r}: expected shares above 0.")
+    return {tokens: share / total for tokens, share in shares.items()}
 
 
 def _parse(text: str, units: dict[str, int], examples: str) -> int:
@@ -51,7 +64,11 @@ _StateDtype = Annotated[
     Literal["float32", "bfloat16", "float16"], typer.Option(help="kimi.state_dtype; float32 only on CPUs.")
 ]
 _Device = Annotated[
-    Literal["cuda", "cpu"], typer.Option(help="On a CPU the KV cache is no larger than the sequences can fill.")
+    Literal["cuda", "cpu"], typer.Option(help="On a CPU there are no more blocks than the sequences can fill.")
+]
+_Lengths = Annotated[
+    dict[int, float] | None,
+    typer.Option(parser=parse_lengths, help="Lengths of those that run, in shares: 1K:0.5,8K:0.4,128K:0.1."),
 ]
 _Plot = Annotated[Path | None, typer.Option(help="Also draw this file (.png, .svg, .pdf); needs matplotlib.")]
 _AS_VLLM = "As for `vllm serve`."
@@ -65,13 +82,11 @@ def plan(
     dtype: _Dtype = "auto",
     quantization: _Quantization = None,
     kv_cache_dtype: Annotated[Literal["auto", "fp8"], typer.Option(help=_AS_VLLM)] = "auto",
-    contexts: Annotated[str, typer.Option(help="Tokens per request, a table row each.")] = "4k,32k,128k,1M",
-    max_num_seqs: Annotated[int, typer.Option(min=1, help=_AS_VLLM)] = 256,
+    contexts: Annotated[str, typer.Option(help="Tokens per request, a table row each.")] = "1k,4k,32k,128k,1M",
+    lengths: _Lengths = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help=_AS_VLLM)] = 1024,
     max_model_len: Annotated[int | None, typer.Option(parser=parse_tokens, help=_AS_VLLM)] = None,
     prefix_caching: Annotated[bool, typer.Option(help=_AS_VLLM)] = True,
-    checkpoint_share: Annotated[float, typer.Option(help="kimi.checkpoint_share")] = _DEFAULTS.checkpoint_share,
-    state_slots: Annotated[int | None, typer.Option(help="kimi.state_slots; default: sized from memory.")] = None,
-    typical_tokens: Annotated[int, typer.Option(parser=parse_tokens, help="kimi.typical_tokens, as 32k")] = 8192,
     gpu_memory_utilization: Annotated[float, typer.Option(min=0.1, max=1, help=_AS_VLLM)] = 0.92,
     block_size: Annotated[int, typer.Option(min=1, help=_AS_VLLM)] = 64,
     device: _Device = "cuda",
@@ -80,8 +95,9 @@ def plan(
 ) -> None:
     """Size a deployment from config.json: how many requests of which length fit into memory.
 
-    Divides memory exactly as the engine does at start (weights, KDA state slots, KV cache). Compares one request with
-    the same model made of MLA layers only, and with vLLM's own hybrid cache, whose blocks are padded.
+    Counts the blocks that are left beside weights and activations, which the engine measures instead, and what a state
+    and the KV cache take of them. Compares with the same model made of MLA layers only, and with vLLM's own hybrid
+    cache, whose blocks are padded.
 
     Example: kimi-vllm plan --model configs/models/48b-a3b --memory 141GB
     """
@@ -91,9 +107,6 @@ def plan(
     from kimi_vllm.planning import Demand
 
     try:
-        options = KimiOptions.checked(
-            {"state_slots": state_slots, "typical_tokens": typical_tokens, "checkpoint_share": checkpoint_share}
-        )
         geometry, written, longest, stored = plan_data.read_model(model)
         weights: torch.dtype = written if dtype == "auto" else getattr(torch, dtype)
         shown = tuple(map(parse_tokens, contexts.split(",")))
@@ -113,12 +126,9 @@ def plan(
                 max_model_len=max_model_len or longest or max(shown),
                 block_size=block_size,
                 prefix_caching=prefix_caching,
-                checkpoint_share=options.checkpoint_share,
-                state_slots=options.state_slots,
-                typical_tokens=options.typical_tokens,
-                fill=device == "cuda",
             ),
             contexts=shown,
+            lengths=lengths or {},
         )
         made.check()
     except ValueError as error:

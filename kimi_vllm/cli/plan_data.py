@@ -1,15 +1,17 @@
-"""What fits: our division of memory, an all-MLA model in the same memory, and vLLM's own padded cache."""
+"""What fits: states and KV cache in one memory, an all-MLA model in the same memory, and vLLM's own padded cache."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.geometry import GeometryError, KimiGeometry
-from kimi_vllm.planning import Costs, Demand, PlanError, Sizing, best_concurrency, cache_bytes, memory_needed, size
+from kimi_vllm.planning import Costs, Demand, PlanError, afforded, cache_bytes, check_one_fits, memory_needed
 from kimi_vllm.quantization import WeightFormat
 from kimi_vllm.weight_bytes import num_parameters
 
@@ -19,25 +21,22 @@ class InTree:
     """The same model in vLLM's own hybrid cache, which pads a state to a page of attention.
 
     As `_align_hybrid_block_size` and the grouping of layers in vLLM 0.32 do: the attention block grows in steps of 128
-    tokens until a page is as large as a state, and KDA layers form groups as large as the MLA group.
+    tokens until a page is as large as a state, and KDA layers form groups as large as the MLA group. A running request
+    holds a block of each KDA group, and with prefix caching a second one while its prompt crosses a block.
 
     Attributes:
         block_size: Tokens per block.
         page: Bytes of one block of one group.
         mla_groups, kda_groups: Groups of layers.
-        states: Blocks per request and KDA group: two with prefix caching, else one.
     """
 
     block_size: int
     page: int
     mla_groups: int
     kda_groups: int
-    states: int
 
     @classmethod
-    def of(
-        cls, geometry: KimiGeometry, itemsize: int, cache_itemsize: int, ranks: int, *, prefix_caching: bool
-    ) -> "InTree":
+    def of(cls, geometry: KimiGeometry, itemsize: int, cache_itemsize: int, ranks: int) -> "InTree":
         """Sizes for one worker. States are float32 there; convs have the model's dtype and one column less."""
         num_kda, heads = sum(geometry.kda), geometry.linear_num_heads // ranks
         num_mla, dim = geometry.num_layers - num_kda, geometry.linear_head_dim
@@ -46,18 +45,16 @@ class InTree:
         block_size = 128 * -(-state // (128 * token))
         few, many = sorted((num_kda, num_mla))
         group = many if many < 1.5 * few else few
-        return cls(
-            block_size, group * block_size * token, -(-num_mla // group), -(-num_kda // group), 1 + prefix_caching
-        )
+        return cls(block_size, group * block_size * token, -(-num_mla // group), -(-num_kda // group))
 
     def request_bytes(self, tokens: int) -> int:
         """Bytes held by a request of `tokens` tokens."""
-        return (self.mla_groups * -(-tokens // self.block_size) + self.kda_groups * self.states) * self.page
+        return (self.mla_groups * -(-tokens // self.block_size) + self.kda_groups) * self.page
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sizing and its alternatives, all for one worker."""
+    """What fits, and the alternatives, all for one worker."""
 
     model: str
     geometry: KimiGeometry
@@ -71,10 +68,11 @@ class Plan:
     utilization: float
     demand: Demand
     contexts: tuple[int, ...]
+    lengths: Mapping[int, float]
 
     @cached_property
     def costs(self) -> Costs:
-        """Bytes of weights, a slot and a page."""
+        """Bytes of weights and of a block, and the blocks of a state."""
         return Costs.of(
             self.geometry,
             self.itemsize,
@@ -89,48 +87,67 @@ class Plan:
     @cached_property
     def available(self) -> int:
         """Bytes for state and KV cache."""
-        return cache_bytes(self.memory, self.utilization, self.costs)
+        return cache_bytes(self.memory, self.utilization, self.costs.weights)
 
     @cached_property
-    def sizing(self) -> Sizing:
-        """The engine's division of memory. Raises PlanError if nothing fits."""
-        return size(self.costs, self.demand, self.available)
+    def capacity(self) -> Capacity:
+        """The blocks that the engine would have; on a CPU no more than the sequences can fill."""
+        capacity = afforded([self.costs], [self.available], self.demand.block_size)
+        most = self.demand.most(self.costs.state_blocks)
+        return capacity if self.gpu_dtype is not None else replace(capacity, blocks=min(capacity.blocks, most))
 
     @cached_property
     def in_tree(self) -> InTree:
         """The same model in vLLM's own cache."""
-        caching = self.demand.prefix_caching
-        return InTree.of(self.geometry, self.itemsize, self.cache_itemsize, self.ranks, prefix_caching=caching)
+        return InTree.of(self.geometry, self.itemsize, self.cache_itemsize, self.ranks)
 
     def check(self) -> None:
-        """Compute the sizing now. Raises PlanError if nothing fits, or the KV cache has a dtype that is not served."""
+        """Raise PlanError if no request of full length fits, or the KV cache has a dtype that is not served."""
         if self.cache_itemsize != self.itemsize and self.gpu_dtype in (None, torch.float32):
             raise PlanError(
                 "--kv-cache-dtype fp8: kimi-vllm on CPUs and in float32 keeps latents in the model's dtype."
             )
-        _ = self.sizing
+        remedy = "raise --gpu-memory-utilization or --tensor-parallel-size"
+        check_one_fits(self.capacity, self.demand, self.costs.block, remedy, self.costs.weights)
+
+    @property
+    def state_fill(self) -> float:
+        """Share of a state's blocks that it fills; 1 for a model without states."""
+        blocks = self.costs.state_blocks
+        return self.costs.state / (blocks * self.costs.block) if blocks else 1.0
 
     @property
     def break_even(self) -> int:
         """Tokens below which the KDA state is larger than MLA latents in its place."""
-        return self.costs.slot // (sum(self.geometry.kda) * self.geometry.latent_dim * self.cache_itemsize)
+        held = self.costs.state_blocks * self.costs.block
+        return held // (sum(self.geometry.kda) * self.geometry.latent_dim * self.cache_itemsize)
+
+    @property
+    def average(self) -> dict[str, float]:
+        """Requests that run at once on average, if those that run have the lengths in the shares that were given."""
+        in_tree = sum(share * self.in_tree.request_bytes(tokens) for tokens, share in self.lengths.items())
+        fits = {
+            "ours": self.capacity.average(self.lengths),
+            "in_tree": max(0, self.available - self.in_tree.page) / in_tree,
+        }
+        return {name: min(self.demand.max_num_seqs, count) for name, count in fits.items()}
 
     def row(self, tokens: int) -> dict[str, Any]:
         """Bytes of one request of `tokens` tokens, and how many fit at once, for each alternative."""
-        sizing, costs, demand = self.sizing, self.costs, self.demand
-        pages = demand.blocks(tokens)
-        mla_page = self.geometry.num_layers * self.geometry.latent_dim * self.cache_itemsize * demand.block_size
-        ours, all_mla, in_tree = costs.slot + pages * costs.page, pages * mla_page, self.in_tree.request_bytes(tokens)
-        return {
-            "tokens": tokens,
-            "bytes": {"ours": ours, "all_mla": all_mla, "in_tree": in_tree},
-            "concurrency": {
-                "as_started": sizing.concurrency(tokens),
-                "best": best_concurrency(costs, demand, self.available, tokens),
-                "all_mla": max(0, self.available - mla_page) // all_mla,
-                "in_tree": max(0, self.available - self.in_tree.page) // in_tree,
-            },
+        capacity, block_size = self.capacity, self.demand.block_size
+        mla_page = self.geometry.num_layers * self.geometry.latent_dim * self.cache_itemsize * block_size
+        held = {
+            "ours": capacity.held(tokens) * self.costs.block,
+            "all_mla": -(-tokens // block_size) * mla_page,
+            "in_tree": self.in_tree.request_bytes(tokens),
         }
+        fits = {
+            "ours": capacity.concurrency(tokens),
+            "all_mla": max(0, self.available - mla_page) // held["all_mla"],
+            "in_tree": max(0, self.available - self.in_tree.page) // held["in_tree"],
+        }
+        concurrency = {name: min(self.demand.max_num_seqs, count) for name, count in fits.items()}
+        return {"tokens": tokens, "bytes": held, "concurrency": concurrency}
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -142,12 +159,16 @@ class Plan:
             "state_dtype": str(self.state_dtype).removeprefix("torch."),
             "memory": self.memory,
             "available": self.available,
-            "sizing": self.sizing.to_dict(),
+            "costs": asdict(self.costs),
+            "state_fill": self.state_fill,
+            "capacity": asdict(self.capacity) | {"tokens": self.capacity.tokens},
             "contexts": [self.row(tokens) for tokens in self.contexts],
+            "lengths": {str(tokens): share for tokens, share in self.lengths.items()},
+            "average_concurrency": self.average if self.lengths else None,
             "break_even_tokens": self.break_even,
             "in_tree_block_size": self.in_tree.block_size,
             "out_of_memory": {
-                "longest_context": self.sizing.longest(1),
+                "longest_context": self.demand.max_model_len,
                 "least_memory": memory_needed(self.costs, self.demand, self.utilization),
             },
         }

@@ -19,19 +19,22 @@ def show(plan: Plan) -> None:
     console.print(
         f"{plan.model}: {num_parameters(plan.geometry):,} parameters on {devices} of {plan.memory / 1e9:.1f} GB "
         f"({_gib(plan.memory)} GiB), of which {plan.utilization:.0%} are used.\n"
-        f"Per device, {_gib(allowance(plan.memory))} GiB are reserved for activations and CUDA graphs (an estimate); "
-        f"{_gib(plan.available)} GiB remain for state and KV cache.\n",
+        f"Per device, {_gib(allowance(plan.memory))} GiB are reserved for activations and CUDA graphs (an estimate; "
+        "the engine measures).\n",
         markup=False,
     )
-    console.print(plan.sizing.table(), markup=False)
-    if plan.sizing.live < demand.max_num_seqs:
-        console.print(
-            f"  --max-num-seqs {demand.max_num_seqs} does not fit; the engine lowers it to {plan.sizing.live}."
-        )
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("weights", f"{_gib(plan.costs.weights)} GiB")
+    facts.add_row("memory left", f"{_gib(plan.available)} GiB, shared by states and KV cache")
+    facts.add_row("blocks", f"{plan.capacity.blocks:,} of {plan.costs.block:,} B, each {demand.block_size} tokens")
+    filled = f"{plan.costs.state / 2**20:.2f} MiB, {plan.state_fill:.1%} of its blocks"
+    facts.add_row("state", f"{plan.costs.state_blocks} blocks a request: {filled}")
+    facts.add_row("tokens", f"{plan.capacity.tokens:,} in all blocks, if there were no states")
+    console.print(facts)
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("\ncontext", no_wrap=True)
-    sizes, counts = ("ours\nGiB", "all-MLA\nGiB", "\nsaved", "in-tree\nGiB"), ("now", "at best", "all-MLA", "in-tree")
-    for title in (*sizes, *(f"fit\n{count}" for count in counts)):
+    sizes, counts = ("ours\nGiB", "all-MLA\nGiB", "\nsaved", "in-tree\nGiB"), ("ours", "all-MLA", "in-tree")
+    for title in (*sizes, *(f"at once\n{count}" for count in counts)):
         table.add_column(title, justify="right", no_wrap=True)
     for tokens in plan.contexts:
         row = plan.row(tokens)
@@ -40,12 +43,19 @@ def show(plan: Plan) -> None:
         fit = (f"{count:,}" for count in row["concurrency"].values())
         table.add_row(_tokens(tokens), _gib(ours), _gib(all_mla), saved, _gib(in_tree), *fit)
     console.print(table)
+    if plan.lengths:
+        mixture = ", ".join(f"{share:.0%} of {_tokens(tokens)}" for tokens, share in plan.lengths.items())
+        average = plan.average
+        console.print(
+            f"{mixture}: {average['ours']:,.1f} run at once on average, in-tree {average['in_tree']:,.1f}.\n",
+            markup=False,
+        )
     console.print(
-        "GiB: state and KV cache of one request. fit: concurrent requests, now: with memory divided as above; at best: "
-        "with --max-num-seqs set to that number and no checkpoints.\n"
+        "GiB: state and KV cache of one request. at once: requests that run, no more than --max-num-seqs "
+        f"{demand.max_num_seqs:,}.\n"
         f"all-MLA: all {plan.geometry.num_layers} layers MLA, which is smaller below {plan.break_even:,} tokens. "
         f"in-tree: vLLM's own cache, whose blocks have {plan.in_tree.block_size:,} tokens here.\n"
-        f"Limits: a request beyond {plan.sizing.longest(1):,} tokens is refused; more requests than fit wait, or are "
+        f"Limits: a request beyond {demand.max_model_len:,} tokens is refused; more requests than fit wait, or are "
         f"preempted as others grow; below {least / 1e9:.1f} GB the engine does not start.",
         markup=False,
     )
@@ -58,8 +68,7 @@ def draw(plan: Plan, file: Path) -> None:
     rows = [plan.row(tokens) for tokens in plan.contexts]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    labels = ["kimi-vllm, at best", "kimi-vllm, now", "in-tree", "all-MLA"]
-    for key, label in zip(("best", "as_started", "in_tree", "all_mla"), labels, strict=True):
+    for key, label in (("ours", "kimi-vllm"), ("in_tree", "in-tree"), ("all_mla", "all-MLA")):
         axes.plot(plan.contexts, [row["concurrency"][key] for row in rows], marker="o", label=label)
     axes.set(
         xscale="log",

@@ -12,7 +12,7 @@ from serve.load.record import Measured, Record
 
 LATENCIES = {"ttft": "TTFT: time to first token", "tpot": "TPOT: time per output token", "itl": "ITL: between tokens"}
 STYLES = {50: "-o", 90: "--s", 99: ":^"}
-SLOTS = {"live": "C0", "checkpoint": "C1", "free": "0.85"}
+BLOCKS = {"state": "C0", "page": "C2", "kept": "C1", "loose": "0.7", "clean": "0.9"}
 MARKERS = "osD^vP*X"  # for those who see no difference between the colours
 WIDTH = 11  # inches
 HIT_WINDOW = 20  # samples
@@ -181,7 +181,7 @@ def _over_time(record: Record) -> str:
     memory = [(sample["t"], sample["rss_bytes"] / 2**20) for sample in samples if "rss_bytes" in sample]
     count = 4 if memory else 3
     figure, column = panels(count, 1, figsize=(WIDTH, 2.3 * count), sharex=True)
-    caches, slots, requests, *resident = (axes for [axes] in column)
+    caches, blocks, requests, *resident = (axes for [axes] in column)
     for hits, queries, look in (
         ("prefix_hits", ["prefix_queries"], {"label": "prefix cache\n(pages and states)", "lw": 3, "alpha": 0.4}),
         ("state_hit_tokens", ["state_hit_tokens", "state_miss_tokens"], {"label": "state cache", "ls": "--"}),
@@ -190,11 +190,11 @@ def _over_time(record: Record) -> str:
             caches.plot(*zip(*line, strict=True), **look)
     window = HIT_WINDOW * (times[-1] - times[0]) / (len(times) - 1)
     tidy(caches, f"share of prompt tokens found in the cache, last {window:.0f} s", "", "share").set_ylim(0, 1)
-    kinds = [kind for kind in SLOTS if any(f"slots_{kind}" in sample for sample in samples)]
+    kinds = [kind for kind in BLOCKS if any(f"blocks_{kind}" in sample for sample in samples)]
     if kinds:
-        heights = [[sample.get(f"slots_{kind}", 0.0) for sample in samples] for kind in kinds]
-        slots.stackplot(times, *heights, labels=kinds, colors=[SLOTS[kind] for kind in kinds], step="post")
-    tidy(slots, "state slots", "", "slots")
+        heights = [[sample.get(f"blocks_{kind}", 0.0) for sample in samples] for kind in kinds]
+        blocks.stackplot(times, *heights, labels=kinds, colors=[BLOCKS[kind] for kind in kinds], step="post")
+    tidy(blocks, "what blocks hold", "", "blocks")
     for name in ("running", "waiting"):
         requests.plot(times, [sample.get(name, 0.0) for sample in samples], label=name)
     tidy(requests, "requests in the server", "", "requests").set_ylim(bottom=0)

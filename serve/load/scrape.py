@@ -1,4 +1,4 @@
-"""Samples a server's `/metrics` beside a load test: requests, tokens, cache hits, state slots; and its memory."""
+"""Samples a server's `/metrics` beside a load test: requests, tokens, cache hits, states and blocks; and its memory."""
 
 import threading
 import time
@@ -25,15 +25,17 @@ WANTED = {
     "kimi_state_miss_tokens_total": "state_miss_tokens",
     "kimi_state_evictions_total": "evictions",
 }
-SLOTS = "kimi_state_slots"
+BY_KIND = {"kimi_state_slots": "slots", "kimi_state_blocks": "blocks"}
 
 
 def parse(text: str) -> Sample:
-    """The wanted numbers of one scrape, by short names; state slots as `slots_live`, `slots_checkpoint` and so on."""
+    """The wanted numbers of one scrape, by short names; states and blocks as `slots_live`, `blocks_page` and so on."""
     found: Sample = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            name = f"slots_{sample.labels['kind']}" if sample.name == SLOTS else WANTED.get(sample.name)
+            name = WANTED.get(sample.name)
+            if sample.name in BY_KIND:
+                name = f"{BY_KIND[sample.name]}_{sample.labels['kind']}"
             if name:
                 found[name] = found.get(name, 0.0) + sample.value
     return found

@@ -10,38 +10,39 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import MultipleOf
 
-from kimi_vllm.planning import Demand, size
 from serve.bench.cache import concurrency
-from serve.bench.cache.concurrency import best_sizing, default_sizing, run_in_tree, run_ours
+from serve.bench.cache.concurrency import fits, run_in_tree, run_ours
 from serve.bench.cache.replay import ALIGN_BLOCK, in_tree_scheduler
 
 LONGEST = 4096
-SLOT, PAGE, IN_TREE_PAGE = 43_909_120, 516_096, 7 * 1920 * 576 * 2
+STATE, BLOCK, IN_TREE_PAGE = 86, 516_096, 7 * 1920 * 576 * 2
 
 
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize(
-    ("slots", "pages", "running", "preempts"),
+    ("max_num_seqs", "blocks", "running"),
     [
-        (4, 300, 4, False),  # as many as slots
-        (20, 8 * 17, 8, False),  # 1024 tokens are 16 pages, and the answer begins the 17th
-        (20, 7 * 16, 6, True),  # seven prompts fit, and not one token more of each
+        (4, 1000, 4),  # as many as may run
+        (20, 9 * (STATE + 17) - 1, 8),  # 1024 tokens are 16 blocks, and the answer begins the 17th
+        (20, 7 * (STATE + 16), 6),  # seven prompts fit, and not one token more of each
     ],
 )
-def test_ours_runs_what_slots_and_pages_allow(caching, slots, pages, running, preempts):
-    num_bytes = (1 + slots) * SLOT + (1 + pages) * PAGE
-    demand = Demand(slots, 1024 + concurrency._ROOM_TO_DECODE, 64, caching, 0.1, slots)
-    row = run_ours(size(concurrency.costs(), demand, num_bytes), 1024, num_bytes, "best")
-    assert (row.slots, row.pages, row.page_tokens) == (slots, 1 + pages, 64)
-    assert row.running == running
-    assert (row.preemptions > 0) == preempts
+def test_ours_runs_what_blocks_allow(caching, max_num_seqs, blocks, running):
+    row = run_ours((1 + blocks) * BLOCK, max_num_seqs, 1024, 1024, caching)
+    assert (row.blocks, row.block_tokens) == (1 + blocks, 64)
+    assert (row.running, row.preemptions) == (running, 0)
+
+
+def test_what_fits_is_what_bytes_allow():
+    assert fits((1 + 8 * (STATE + 17)) * BLOCK, 17 * 64) == 8
+    assert fits((8 * (STATE + 17)) * BLOCK, 17 * 64) == 7
 
 
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize(("prompt", "each"), [(1024, 1 + 3), (4096, 3 + 3)])
 def test_in_tree_holds_a_page_per_group_of_states_beside_those_of_attention(caching, prompt, each):
     row = run_in_tree(16 * IN_TREE_PAGE, 64, prompt, LONGEST, caching)
-    assert (row.pages, row.page_tokens) == (16, 1920)
+    assert (row.blocks, row.block_tokens) == (16, 1920)
     assert row.running == 15 // each
 
 
@@ -51,14 +52,6 @@ def test_with_caching_in_tree_needs_two_states_while_a_prompt_crosses_a_block():
 
 def test_max_num_seqs_is_the_most_that_runs():
     assert run_in_tree(13 * IN_TREE_PAGE, 2, 1024, LONGEST, caching=False).running == 2
-
-
-def test_the_default_division_is_the_plugins_and_the_best_has_a_slot_for_each_request_that_fits():
-    default = default_sizing(34 * 2**30, 256, 131_072, caching=True)
-    assert (default.live, default.checkpoints, default.num_pages) == (256, 83, 41_810)
-    best = best_sizing(34 * 2**30, 32_768, 131_072, caching=True, growth=64)
-    assert (best.live, best.checkpoints) == (118, 0)
-    assert best.concurrency(32_768 + 64) == 118
 
 
 @pytest.mark.parametrize("caching", [True, False])

@@ -217,14 +217,26 @@ def test_plan_of_the_48b_model() -> None:
     assert report["memory"] == 150_109_880_320, "what CUDA hands out on a card sold as 141 GB"
     assert [row["tokens"] for row in report["contexts"]] == [4096, 2**20, 1000]
     assert report["contexts"][1]["bytes"] == {
-        "ours": 43_909_120 + 2**20 * 8064,
+        "ours": 86 * 64 * 8064 + 2**20 * 8064,
         "all_mla": 2**20 * 31_104,
-        "in_tree": (547 + 6) * 7 * 1920 * 1152,
+        "in_tree": (547 + 3) * 7 * 1920 * 1152,
     }
-    assert report["sizing"]["costs"]["slot"] == 43_909_120
+    assert (report["costs"]["state"], report["costs"]["state_blocks"]) == (43_909_120, 86)
+    assert (report["lengths"], report["average_concurrency"]) == ({}, None)
     assert report["out_of_memory"]["longest_context"] == 2**20
-    sizing = report["sizing"]
-    assert sizing["state_bytes"] + sizing["kv_bytes"] <= report["available"] < 0.92 * report["memory"] - 98_245_363_456
+    blocks = report["capacity"]["blocks"]
+    assert blocks * 64 * 8064 <= report["available"] < 0.92 * report["memory"] - 98_245_363_456
+    assert report["contexts"][0]["concurrency"]["ours"] == (blocks - 1) // (86 + 64)
+
+
+def test_plan_of_a_mixture_of_lengths() -> None:
+    report = plan_json("--lengths", "1K:5,8k:4,128K:1")
+    assert report["lengths"] == {"1024": 0.5, "8192": 0.4, "131072": 0.1}
+    held = 86 + 0.5 * 16 + 0.4 * 128 + 0.1 * 2048
+    ours, in_tree = report["average_concurrency"].values()
+    assert ours == pytest.approx((report["capacity"]["blocks"] - 1) / held)
+    _, text = run_plan("--lengths", "1K:0.5,8K:0.4,128K:0.1")
+    assert f"50% of 1K, 40% of 8K, 10% of 128K: {ours:,.1f} run at once on average, in-tree {in_tree:,.1f}." in text
 
 
 def test_plan_takes_a_file_half_the_state_and_a_binary_size() -> None:
@@ -232,22 +244,25 @@ def test_plan_takes_a_file_half_the_state_and_a_binary_size() -> None:
     report = json.loads(output)
     assert status == 0
     assert report["memory"] == 131 * 2**30
-    assert report["sizing"]["costs"]["slot"] == 20 * (2**20 + 4 * 12_288 * 2)
+    assert report["costs"]["state"] == 20 * (2**20 + 4 * 12_288 * 2)
     assert report["in_tree_block_size"] == 1920, "vLLM's own model keeps float32 states whatever is asked"
 
 
 def test_plan_on_two_devices_halves_the_state_but_not_the_latents() -> None:
-    costs = plan_json("--tp", "2")["sizing"]["costs"]
-    assert (costs["slot"], costs["page"]) == (43_909_120 // 2, 64 * 8064)
+    costs = plan_json("--tp", "2")["costs"]
+    assert (costs["state"], costs["block"]) == (43_909_120 // 2, 64 * 8064)
 
 
 def test_plan_table_says_what_the_json_says() -> None:
-    sizing = plan_json("--max-num-seqs", "400")["sizing"]
+    report = plan_json("--max-num-seqs", "400")
     _, text = run_plan("--max-num-seqs", "400")
-    assert f"state slots       43,909,120 B (41.88 MiB) each, {sizing['state_bytes']:,} B" in text
-    assert f"{sizing['kv_tokens']:,} tokens in blocks of 64" in text
-    assert f"--max-num-seqs 400 does not fit; the engine lowers it to {sizing['live']}." in text
-    assert "lowered" not in run_plan("--max-num-seqs", "2")[1]
+    assert f"{report['capacity']['blocks']:,} of 516,096 B, each 64 tokens" in text
+    assert "86 blocks a request: 41.88 MiB, 98.9% of its blocks" in text
+    assert round(report["state_fill"], 3) == 0.989
+    assert f"{report['capacity']['tokens']:,} in all blocks" in text
+    row = next(line.split() for line in text.splitlines() if line.strip().startswith("4K "))
+    assert row[-3:] == [str(count) for count in report["contexts"][1]["concurrency"].values()]
+    assert report["contexts"][1]["concurrency"]["ours"] == 400, "no more than --max-num-seqs"
 
 
 def test_plan_of_quantised_weights(tmp_path: Path) -> None:
@@ -257,15 +272,16 @@ def test_plan_of_quantised_weights(tmp_path: Path) -> None:
     fp8 = json.loads(output)
     assert fp8["memory"] == 85_017_493_504
     assert fp8["quantization"] == "fp8"
-    assert fp8["sizing"]["costs"]["page"] == 64 * 8064
+    assert fp8["costs"]["block"] == 64 * 8064
     status, output = run_plan("--json", "--quantization", "fp8", "--kv-cache-dtype", "fp8", memory="80GB")
-    assert json.loads(output)["sizing"]["costs"]["page"] == 64 * 4032
+    assert json.loads(output)["costs"]["block"] == 64 * 4032
+    assert json.loads(output)["costs"]["state_blocks"] == 171
     config = json.loads((CONFIG_48B / "config.json").read_text())
     written = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": written}))
     for option in ((), ("--quantization", "fp8")):
         status, output = run_plan("--json", *option, model=tmp_path, memory="80GB")
-        assert json.loads(output)["sizing"] == fp8["sizing"]
+        assert json.loads(output)["capacity"] == fp8["capacity"]
     status, output = run_plan("--quantization", "fp8_per_block", model=tmp_path, memory="80GB")
     assert "--quantization fp8_per_block: the checkpoint is quantised by fp8. Drop the option." in output
 
@@ -278,12 +294,15 @@ def test_plan_draws_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "memory", "message"),
     [
-        ((), "80GB", "--max-model-len 1048576: one request and its state slots need"),
+        ((), "80GB", "--max-model-len 1048576: one request with its state needs 16,557 blocks (7.96 GiB), and"),
         ((), "lots", "'lots': expected 141GB, 80GiB or a number of bytes"),
         ((), "141XB", "'141XB': expected 141GB"),
         (("--contexts", "4k,long"), "141GB", "'long': expected 4k, 1M or a number of tokens"),
         (("--tp", "3"), "141GB", "--tensor-parallel-size 3: the model's 32 KDA heads do not divide by it"),
-        (("--checkpoint-share", "1.5"), "141GB", "kimi.checkpoint_share=1.5: must be less than 1"),
+        (("--lengths", "4k"), "141GB", "'4k': expected a length and its share, as 8K:0.4"),
+        (("--lengths", "4k:half"), "141GB", "'4k:half': expected a length and its share"),
+        (("--lengths", "4k:0,8k:0"), "141GB", "'4k:0,8k:0': expected shares above 0"),
+        (("--lengths", "4k:2,8k:-1"), "141GB", "'4k:2,8k:-1': expected shares above 0"),
         (
             ("--kv-cache-dtype", "fp8", "--device", "cpu"),
             "80GB",

@@ -22,7 +22,7 @@ def test_files_exist() -> None:
 
 def test_options_exist() -> None:
     named = {option for piece in SPANS for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", piece.text)}
-    # Typer makes options of parameters: `--typical-tokens` of `typical_tokens`.
+    # Typer makes options of parameters: `--block-size` of `block_size`.
     others = "\n".join((*_texts(), *((ROOT / name).read_text() for name in ("Makefile", "Dockerfile"))))
     missing = {name for name in named - _of_vllm() if name not in others and name[2:].replace("-", "_") not in others}
     assert missing <= {"--extra-index-url"}
@@ -68,7 +68,9 @@ def _exists(text: str) -> bool:
         return any(text.removesuffix("_total").removeprefix("kimi_state_") in some for some in _texts("kimi_vllm"))
     longest = max(text.split("…"), key=len).strip()
     # aiohttp is the client of vLLM's load generator.
-    places = (SITE / name for name in ("vllm/renderers", "vllm/entrypoints", "vllm/v1/engine", "aiohttp"))
+    places = (
+        SITE / name for name in ("vllm/renderers", "vllm/entrypoints", "vllm/v1/core", "vllm/v1/engine", "aiohttp")
+    )
     return any(longest in path.read_text() for place in places for path in place.glob("*.py"))
 
 

@@ -138,11 +138,12 @@ vllm:prefix_cache_hits_total{engine="0"} 128.0
 vllm:prefix_cache_hits_created{engine="0"} 1.7e9
 # TYPE kimi_state_slots gauge
 kimi_state_slots{engine="0",kind="live"} 2.0
-kimi_state_slots{engine="0",kind="free"} 5.0
+# TYPE kimi_state_blocks gauge
+kimi_state_blocks{engine="0",kind="clean"} 5.0
 # TYPE other gauge
 other 9.0
 """
-    assert scrape.parse(text) == {"running": 7, "prefix_hits": 128, "slots_live": 2, "slots_free": 5}
+    assert scrape.parse(text) == {"running": 7, "prefix_hits": 128, "slots_live": 2, "blocks_clean": 5}
 
 
 def test_hit_rate_is_of_the_window_and_not_of_all_time():
@@ -173,8 +174,8 @@ parts:
             "t": t,
             "prefix_hits": t * 1.0,
             "prefix_queries": t * 2.0,
-            "slots_live": 1.0,
-            "slots_free": 3.0,
+            "blocks_state": 1.0,
+            "blocks_clean": 3.0,
             "running": 1.0,
         }
         for t in range(5)
