@@ -44,7 +44,7 @@ def walk(case: Case, slot: int = 1, first: int = 0, *, spec: bool = False) -> to
 @pytest.mark.parametrize("W", [2, 3, 4, 8], ids="W{}".format)
 @pytest.mark.parametrize(("H", "D"), HEADS, ids=HEAD_IDS)
 def test_decode_matches_spec(H: int, D: int, W: int) -> None:
-    case = triton_case(5, H, D, W=W, R=9)
+    case = triton_case(5, H, D, W=W, R=10)
     for slot, position in ((1, 40), (3, 1), (6, 7)):
         case.fill(slot, position)
     # A plain step, a padded row, a fresh sequence, a fork, a second plain step.
@@ -111,7 +111,7 @@ def test_forks_leave_the_parent_alone_and_complete_the_child() -> None:
 
 @pytest.mark.parametrize("R", [4, 5], ids="R{}".format)
 def test_ring_wraps(R: int) -> None:
-    case = triton_case(2 * R + 1, 1, 64, R=R)
+    case = triton_case(2 * R + 1, 1, 64, R=R, pieces=2 if R % 2 == 0 else 1)
     ours, gold = case.copy(), case.copy(torch.float64)
     assert relative_error(walk(ours), gold.prefill([case.T], [0], [[1]], spec=True)) <= TOLERANCE
     positions = range(case.T - 3, case.T)
