@@ -35,13 +35,13 @@ from kimi_vllm.kernels.cuda.step import (
 
 
 @triton.jit
-def _past(ring_ptr, places, conv_weight_ptr, slot, position, c, part: tl.constexpr, channel, WIDTH: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
+def _past(ring_ptr, places, conv_weight_ptr, slot, position, vector, channel, WIDTH: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
     """Convolve the W-1 projections before `position`; zeros where there is no token."""
     total = tl.zeros(channel.shape, tl.float32)  # [D]
     for tap in tl.static_range(W - 1):
         past = position - (W - 1) + tap
         x = tl.load(
-            column_ptrs(ring_ptr, places, past, D, R, PIECES, RING) + part * D + c,
+            column_ptrs(ring_ptr, places, past, D, R, PIECES, RING) + vector,
             mask=everywhere((past >= 0) & (slot > 0), channel.shape),
             other=0.0,
         )
@@ -50,20 +50,19 @@ def _past(ring_ptr, places, conv_weight_ptr, slot, position, c, part: tl.constex
 
 
 @triton.jit
-def _keep(ring_ptr, sources, targets, x, read, write, position, c, part: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
+def _keep(ring_ptr, sources, targets, x, read, write, position, vector, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
     """Write the current projection into its column; in another slot than the one read, complete the history."""
-    channel = part * D + c
-    tl.store(column_ptrs(ring_ptr, targets, position, D, R, PIECES, RING) + channel, x.to(ring_ptr.dtype.element_ty))
+    tl.store(column_ptrs(ring_ptr, targets, position, D, R, PIECES, RING) + vector, x.to(ring_ptr.dtype.element_ty))
     if read != write:
         for tap in tl.static_range(1, W - 1):
             past = position - (W - 1) + tap
             old = tl.load(
-                column_ptrs(ring_ptr, sources, past, D, R, PIECES, RING) + channel,
-                mask=everywhere((past >= 0) & (read > 0), channel.shape),
+                column_ptrs(ring_ptr, sources, past, D, R, PIECES, RING) + vector,
+                mask=everywhere((past >= 0) & (read > 0), vector.shape),
                 other=0.0,
             )
-            target_ptrs = column_ptrs(ring_ptr, targets, past, D, R, PIECES, RING) + channel
-            tl.store(target_ptrs, old, mask=everywhere(past >= 0, channel.shape))
+            target_ptrs = column_ptrs(ring_ptr, targets, past, D, R, PIECES, RING) + vector
+            tl.store(target_ptrs, old, mask=everywhere(past >= 0, vector.shape))
 
 
 # A step's tensors start anywhere: a variant for each alignment would be compiled while serving.
@@ -104,7 +103,8 @@ def _decode(
         for part in tl.static_range(3):  # q, k, v
             channels = channels + ((part * H + head) * D + c,)
         for part in tl.static_range(3):
-            past = _past(ring_ptr, sources, conv_weight_ptr, read, p, c, part, channels[part], WIDTH, D, W, R, PIECES, RING)
+            channel = channels[part]
+            past = _past(ring_ptr, sources, conv_weight_ptr, read, p, part * D + c, channel, WIDTH, D, W, R, PIECES, RING)
             pasts = pasts + (past,)
         for part in tl.static_range(3):
             taps = taps + (tl.load(last_tap_ptr + channels[part]),)
@@ -131,7 +131,7 @@ def _decode(
         d_tile, q_tile, k_tile = fold(exp2(g), FOLD, D), fold(q, FOLD, D), fold(k, FOLD, D)
         for part in tl.static_range(3):
             x = projections[part]
-            _keep(ring_ptr, sources, targets, x, read, write, p, c, part, D, W, R, PIECES, RING)
+            _keep(ring_ptr, sources, targets, x, read, write, p, part * D + c, D, W, R, PIECES, RING)
 
         # The next rows of the state are loaded while these are advanced. A row's value and its output are picked from
         # all by masks: a block cannot be indexed.
@@ -198,5 +198,5 @@ def kda_decode(
         x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), x.out_gate.stride(0), out.stride(0),
         W=weights.conv_weight.shape[0], **launch.sizes(cut),
         ROWS=config.rows, FOLD=config.fold,
-        num_warps=config.warps, num_stages=1, **launch.pdl(x.qkv.device),
+        num_warps=config.warps, num_stages=1, maxnreg=config.registers, **launch.pdl(x.qkv.device),
     )  # fmt: skip

@@ -29,7 +29,7 @@ from kimi_vllm.kernels.cuda.step import (
 
 
 @triton.jit
-def _feature(qkv_ptr, ring_ptr, places, conv_weight_ptr, row, stride, position, context, read, c, part: tl.constexpr, channel, WIDTH: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
+def _feature(qkv_ptr, ring_ptr, places, conv_weight_ptr, row, stride, position, context, read, vector, channel, WIDTH: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
     """Run the convolution and SiLU for the token at `position`, whose row is `row`; rounded as the projections are.
 
     Of the W tokens, those of this step come from the projections and earlier ones from the ring.
@@ -41,7 +41,7 @@ def _feature(qkv_ptr, ring_ptr, places, conv_weight_ptr, row, stride, position, 
         x = tl.load(qkv_ptr + (row - (W - 1) + tap) * stride + channel, mask=new, other=0.0).to(tl.float32)
         if tap < W - 1:
             old = everywhere((past < context) & (past >= 0) & (read > 0), channel.shape)
-            old_ptrs = column_ptrs(ring_ptr, places, past, D, R, PIECES, RING) + part * D + c
+            old_ptrs = column_ptrs(ring_ptr, places, past, D, R, PIECES, RING) + vector
             x += tl.load(old_ptrs, mask=old, other=0.0).to(tl.float32)
         total += x * tl.load(conv_weight_ptr + tap * WIDTH + channel)
     return silu(total).to(qkv_ptr.dtype.element_ty).to(tl.float32)
@@ -95,7 +95,7 @@ def extend(
         mixed = ()
         for part in tl.static_range(3):  # q, k, v
             channel = (part * H + head) * D + c
-            x = _feature(qkv_ptr, ring_ptr, places, conv_weight_ptr, row, qkv_stride, position, context, read, c, part, channel, WIDTH, D, W, R, PIECES, RING)  # fmt: skip  # noqa: E501
+            x = _feature(qkv_ptr, ring_ptr, places, conv_weight_ptr, row, qkv_stride, position, context, read, part * D + c, channel, WIDTH, D, W, R, PIECES, RING)  # fmt: skip  # noqa: E501
             mixed = mixed + (x,)
         gate_ptrs, strength_ptr = gate_ptr + row * gate_stride + head * D + c, beta_ptr + row * beta_stride + head
         g, b = decay_and_strength(gate_ptrs, strength_ptr, rate, bias)

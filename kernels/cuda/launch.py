@@ -32,11 +32,13 @@ class Decode:
         rows: value channels a program updates at a time.
         fold: vectors of a state row held by one thread.
         warps: warps per program.
+        registers: at most so many a thread, so that more programs share a multiprocessor; None: as many as it takes.
     """
 
     rows: int
     fold: int
     warps: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ def column_ptrs(ring_ptr, places, position, D: tl.constexpr, R: tl.constexpr, PI
     PIECES is a power of two, so that it divides R where it divides 3·R: no column is cut in two.
     """
     COLUMNS: tl.constexpr = R // PIECES
-    column = position % R
+    column = (position % R).to(tl.int32)
     place = elements(pick(places, column // COLUMNS, PIECES), ring_ptr)
     return ring_ptr + place + RING + column % COLUMNS * (3 * D)
 

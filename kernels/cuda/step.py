@@ -9,8 +9,8 @@ A tile of the state is ``[rows, FOLD, D/FOLD]``: with FOLD > 1 a thread holds FO
 is mostly additions within a thread and few shuffles between threads. Decode takes some value channels at a time,
 extend the whole head.
 
-The order of operations is part of the code: decode needs 126 registers with Triton 3.6, which lets four programs share
-a multiprocessor. With 129, which an output formed before its state is stored can cost, three do.
+The order of operations is part of the code: with at most 128 registers four programs of decode share a multiprocessor,
+and in this order nothing is spilled for it (NOTES.md).
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 
