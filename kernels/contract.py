@@ -124,7 +124,14 @@ class Cut:
 
     @classmethod
     def fewest_blocks(
-        cls, num_layers: int, H: int, D: int, R: int, state_dtype: torch.dtype, conv_dtype: torch.dtype, block_bytes: int
+        cls,
+        num_layers: int,
+        H: int,
+        D: int,
+        R: int,
+        state_dtype: torch.dtype,
+        conv_dtype: torch.dtype,
+        block_bytes: int,
     ) -> Cut:
         """Return the cut that needs the fewest blocks; of those, the one with the largest units.
 
@@ -167,7 +174,7 @@ class Pools:
     nonfinite: Tensor | None = None
 
     def units(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Return in which blocks the units of a slot lie in this layer, and as which unit of the block: ``[H·pieces]``."""
+        """Return in which blocks this layer's units of a slot lie, and as which unit of the block: ``[H·pieces]``."""
         cut = self.cut
         number = torch.arange(self.first_unit, self.first_unit + cut.H * cut.pieces, device=self.pages.device)
         return self.pages[slot].long()[number // cut.units], number % cut.units
@@ -182,7 +189,7 @@ class Pools:
         return state.view(cut.H, cut.D, cut.D), by_head.permute(1, 2, 0, 3).reshape(cut.R, -1)
 
     def store(self, slot: int, state: Tensor | None = None, ring: Tensor | None = None) -> None:
-        """Write a slot's state ``[H, V, K]``, its ring ``[R, 3·H·D]``, or both, in their dtypes; memory beside stays."""
+        """Write a slot's state ``[H, V, K]``, its ring ``[R, 3·H·D]``, or both, and nothing beside them."""
         cut, every, places = self.cut, self._every_unit(), self.units(slot)
         pieces = every[places]
         if state is not None:
@@ -200,7 +207,8 @@ class Pools:
 
     def _every_unit(self) -> Tensor:
         used = self.memory[:, : self.cut.units * self.cut.unit_bytes]
-        return used.unflatten(1, (self.cut.units, self.cut.unit_bytes))
+        every: Tensor = used.unflatten(1, (self.cut.units, self.cut.unit_bytes))
+        return every
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -379,14 +387,17 @@ def _check_layer(x: Activations, weights: Weights, pools: Pools, out: Tensor) ->
         if dtype not in kept:
             allowed = " or ".join(map(str, kept))
             raise ValueError(f"the {name} is {dtype}; it must be {allowed} on {x.qkv.device.type}: set state_dtype")
-    if cut.pieces & (cut.pieces - 1) or 3 * R % cut.pieces or cut.pieces > D:
+    if not 1 <= cut.pieces <= D or cut.pieces & (cut.pieces - 1) or 3 * R % cut.pieces:
         raise ValueError(f"a head in {cut.pieces} pieces; it must be a power of two that divides {3 * R}, at most {D}")
     if cut.unit_bytes % 16 or cut.block_bytes % 16:
         raise ValueError(f"units and blocks have {cut.unit_bytes} and {cut.block_bytes} bytes; both must divide by 16")
+    if not cut.units:
+        raise ValueError(f"a block has {cut.block_bytes} bytes; it must hold a unit of {cut.unit_bytes}")
     _expect("pools.memory", pools.memory, (pools.memory.shape[0], cut.block_bytes), (torch.uint8,))
-    last = pools.first_unit + H * cut.pieces - 1
-    if pools.pages.dim() != 2 or last // cut.units >= pools.pages.shape[1]:
-        raise ValueError(f"pools.pages has shape {list(pools.pages.shape)}; a layer needs unit {last}, {cut.units} a block")
+    first, last = pools.first_unit, pools.first_unit + H * cut.pieces - 1
+    if first < 0 or pools.pages.dim() != 2 or last // cut.units >= pools.pages.shape[1]:
+        shape = list(pools.pages.shape)
+        raise ValueError(f"pools.pages has shape {shape}; a layer needs units {first} to {last}, {cut.units} a block")
     _expect("pools.pages", pools.pages, tuple(pools.pages.shape), (torch.int32,))
     if pools.nonfinite is not None:
         _expect("pools.nonfinite", pools.nonfinite, (S,), (torch.int32,))

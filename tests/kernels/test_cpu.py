@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -312,7 +313,24 @@ def test_slots_outside_the_pools_raise(slot: int) -> None:
         case.prefill([1], [0], [[slot]])
     with pytest.raises(IndexError, match="outgrows its slot table"):
         Case(20).prefill([20], [0], [[1]], 16)
-    assert same_bits(case.state, before.state)
+    assert same_bits(case.pools.memory, before.pools.memory)
+
+
+def test_blocks_may_lie_beyond_four_gigabytes() -> None:
+    case = Case(40, S=5)
+    case.fill(1, 9)
+    near = case.copy()
+    pools = near.pools
+    beyond = (1 << 32) // pools.cut.block_bytes + 1
+    # Only what is touched becomes real memory.
+    memory = torch.from_numpy(np.zeros((beyond + len(pools.memory), pools.cut.block_bytes), dtype=np.uint8))
+    memory[beyond:] = pools.memory
+    far = replace(case, pools=replace(pools, memory=memory, pages=pools.pages + beyond))
+    outs = [
+        (each.rows(0, 2).decode([1, 0], [2, 3], [9, 0]), each.prefill([40], [10], [[2, 4]], 32)) for each in (near, far)
+    ]
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*outs, strict=True))
+    assert same_bits(memory[beyond:], near.pools.memory)
 
 
 def test_empty_steps_do_nothing() -> None:
