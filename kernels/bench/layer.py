@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kimi_vllm.kernels import reference
-from kimi_vllm.kernels.contract import Activations, Cut, DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.cut import Cut
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from kimi_vllm.kernels import contract
-from kimi_vllm.kernels.contract import Activations, Cut, DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
 from kimi_vllm.kernels.cpu.head import NUM_FIELDS, Field, scratch_bytes
 from kimi_vllm.kernels.cpu.math import BF16, FP16, FP32
 from kimi_vllm.kernels.cpu.worker import compile_worker
+from kimi_vllm.kernels.cut import Cut
 
 _DTYPES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 

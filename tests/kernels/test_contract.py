@@ -12,12 +12,13 @@ from kda_case import Case, decode_rows, prefill_rows
 from kimi_vllm import geometry
 from kimi_vllm.cache import slots
 from kimi_vllm.kernels import contract
+from kimi_vllm.kernels.cut import Cut
 from kimi_vllm.kernels.dispatch import load_backend
 
 CUT = Case(1).pools.cut
 
 
-def cut(**changes: Any) -> contract.Cut:
+def cut(**changes: Any) -> Cut:
     """Return the cut of `arguments` with other values."""
     return replace(CUT, **changes)
 

@@ -25,9 +25,9 @@ from kda_case import (
     relative_error,
     same_bits,
 )
-from numba import cfunc, njit
+from numba import cfunc
 
-from kimi_vllm.kernels.cpu import math, simd, worker
+from kimi_vllm.kernels.cpu import worker
 
 LENGTHS = (1, 3, 15, 16, 17, 63, 64, 65, 129, 200)
 HEADS = [(1, 64), (2, 128), (3, 64), (32, 128)]
@@ -336,50 +336,6 @@ def test_blocks_may_lie_beyond_four_gigabytes() -> None:
 def test_empty_steps_do_nothing() -> None:
     assert Case(0).decode([], [], []).shape == (0, 128)
     assert Case(0).prefill([], [], []).shape == (0, 128)
-
-
-@njit
-def _apply_exp(source, target, count):  # type: ignore[no-untyped-def]
-    for i in range(0, 4 * count, 64):
-        simd.store(target + i, math.exp(simd.load(source + i)))
-
-
-@njit
-def _apply_softplus(source, target, count):  # type: ignore[no-untyped-def]
-    for i in range(0, 4 * count, 64):
-        simd.store(target + i, math.softplus(simd.load(source + i)))
-
-
-@njit
-def _apply_sigmoid(source, target, count):  # type: ignore[no-untyped-def]
-    for i in range(0, 4 * count, 64):
-        simd.store(target + i, math.sigmoid(simd.load(source + i)))
-
-
-@pytest.mark.parametrize(
-    ("apply", "gold", "low", "high"),
-    [
-        (_apply_exp, np.exp, -86.9, 88.0),
-        (_apply_softplus, lambda x: np.logaddexp(0.0, x), -86.0, 100.0),
-        (_apply_sigmoid, lambda x: 1 / (1 + np.exp(-x)), -85.0, 100.0),
-    ],
-    ids=["exp", "softplus", "sigmoid"],
-)
-def test_elementary_functions_keep_seven_digits(apply, gold, low, high) -> None:  # type: ignore[no-untyped-def]
-    x = np.concatenate([np.linspace(low, high, 1 << 18), np.linspace(-1, 1, 1 << 18)]).astype(np.float32)
-    y = np.empty_like(x)
-    apply(x.ctypes.data, y.ctypes.data, x.size)
-    expected = gold(x.astype(np.float64))
-    assert (np.abs(y - expected) / expected).max() <= 4e-7
-
-
-def test_exp_saturates_and_lets_nan_through() -> None:
-    x = np.array([-np.inf, -1e30, -88, 89, np.inf, np.nan] + [0.0] * 10, dtype=np.float32)
-    y = np.empty_like(x)
-    _apply_exp(x.ctypes.data, y.ctypes.data, x.size)
-    assert y[:3].tolist() == [0, 0, 0]
-    assert np.isfinite(y[3:5]).all()
-    assert np.isnan(y[5])
 
 
 def test_kernels_run_on_the_threads_torch_already_has() -> None:

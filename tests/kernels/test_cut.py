@@ -12,7 +12,8 @@ from kda_case import same_bits
 from torch import Tensor
 
 from kimi_vllm.kernels.bench.layer import scattered
-from kimi_vllm.kernels.contract import Cut, Pools
+from kimi_vllm.kernels.contract import Pools
+from kimi_vllm.kernels.cut import Cut
 
 FP32, BF16 = torch.float32, torch.bfloat16
 BLOCK = 7 * 64 * 576 * 2
