@@ -103,8 +103,9 @@ def _decode(
         for part in tl.static_range(3):  # q, k, v
             channels = channels + ((part * H + head) * D + c,)
         for part in tl.static_range(3):
-            channel = channels[part]
-            past = _past(ring_ptr, sources, conv_weight_ptr, read, p, part * D + c, channel, WIDTH, D, W, R, PIECES, RING)
+            past = _past(
+                ring_ptr, sources, conv_weight_ptr, read, p, part * D + c, channels[part], WIDTH, D, W, R, PIECES, RING
+            )
             pasts = pasts + (past,)
         for part in tl.static_range(3):
             taps = taps + (tl.load(last_tap_ptr + channels[part]),)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_vllm.kernels.contract import Cut, Pools
+from kimi_vllm.kernels.contract import Pools
+from kimi_vllm.kernels.cut import Cut
 
 EXTEND_TOKENS = 4
 """Steps of at most this many tokens run token by token in one launch."""

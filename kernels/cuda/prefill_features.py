@@ -159,7 +159,8 @@ def chunk_features(
     none = tl.zeros((BLOCK // 4, D), tl.float32)
     histories = ((none,) * (W - 1), (none,) * (W - 1), (none,) * (W - 1))
     if has_history:
-        places = head_places(pages_ptr, read, pages_stride, first_unit + head * PIECES, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
+        unit = first_unit + head * PIECES
+        places = head_places(pages_ptr, read, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
         found = ()
         for part in tl.static_range(3):  # q, k, v
             found = found + (_load_history(ring_ptr, places, i, offset, position, part * D + c, D, W, R, PIECES, RING),)

@@ -3,8 +3,8 @@
 A slot lies in blocks of memory that its row of the page table names, cut as `contract.Cut` describes. Places are
 counted in steps of 16 bytes, of which units and blocks are multiples: so the compiler knows how pointers are aligned.
 
-Kernels take these sizes of a cut, as `launch.sizes` has them: BLOCK_STEPS and UNIT_STEPS in steps of 16 bytes, UNITS of a block,
-PIECES of a head, and RING, where a unit's ring begins, in elements of the ring.
+Kernels take these sizes of a cut, as `launch.sizes` has them: BLOCK_STEPS and UNIT_STEPS, in steps of 16 bytes, UNITS
+of a block, PIECES of a head, and RING, where a unit's ring begins, in elements of the ring.
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 # mypy: disable-error-code="assignment, misc"
