@@ -19,6 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kimi_vllm.kernels.cut import Cut
+
 HEAD_SIZES = (64, 128)
 CONV_WIDTHS = range(2, 9)
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,79 +72,6 @@ class Weights:
     norm_eps: float
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How the heads of a state are cut into units, so that a block of memory holds several whole ones.
-
-    A unit is ``D / pieces`` rows of one head's ``[V, K]`` matrix, followed by ``3·R / pieces`` vectors of its ring. A
-    ring's vectors are the D channels of q, of k and of v for column 0, then for column 1, and so on. The units of a
-    state are those of its first layer's first head, that head's second piece, ... up to the last layer's last head.
-
-    Attributes:
-        H, D, R: Heads of a layer, their size (K == V), and columns of the conv ring.
-        state_dtype, conv_dtype: Dtypes of the matrix and of the ring.
-        pieces: Units of a head; a power of two that divides ``3·R``.
-        block_bytes: Bytes of a block of memory.
-    """
-
-    H: int
-    D: int
-    R: int
-    state_dtype: torch.dtype
-    conv_dtype: torch.dtype
-    pieces: int
-    block_bytes: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the matrix in a unit."""
-        return self.D // self.pieces
-
-    @property
-    def vectors(self) -> int:
-        """Vectors of the ring in a unit."""
-        return 3 * self.R // self.pieces
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the matrix in a unit; the ring's follow."""
-        return self.rows * self.D * self.state_dtype.itemsize
-
-    @property
-    def unit_bytes(self) -> int:
-        """Bytes of a unit."""
-        return self.state_bytes + self.vectors * self.D * self.conv_dtype.itemsize
-
-    @property
-    def units(self) -> int:
-        """Units of a block."""
-        return self.block_bytes // self.unit_bytes
-
-    def blocks(self, num_layers: int) -> int:
-        """Blocks of the state of so many layers."""
-        return -(-num_layers * self.H * self.pieces // self.units)
-
-    @classmethod
-    def fewest_blocks(
-        cls, num_layers: int, H: int, D: int, R: int, state_dtype: torch.dtype, conv_dtype: torch.dtype, block_bytes: int
-    ) -> Cut:
-        """Return the cut that needs the fewest blocks; of those, the one with the largest units.
-
-        Raises:
-            ValueError: Not even a small piece of a head fits into a block.
-        """
-        fitting = []
-        pieces = 1
-        while pieces <= D and 3 * R % pieces == 0:
-            cut = cls(H, D, R, state_dtype, conv_dtype, pieces, block_bytes)
-            if cut.units:
-                fitting.append(cut)
-            pieces *= 2
-        if not fitting:
-            raise ValueError(f"a block of {block_bytes} bytes holds no part of a KDA head: use a larger --block-size")
-        return min(fitting, key=lambda cut: cut.blocks(num_layers))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Pools:
     """The slots of one layer: where each lies in memory that it shares with the KV cache.
@@ -167,7 +96,7 @@ class Pools:
     nonfinite: Tensor | None = None
 
     def units(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Return in which blocks the units of a slot lie in this layer, and as which unit of the block: ``[H·pieces]``."""
+        """Return in which blocks this layer's units of a slot lie, and as which unit of the block: ``[H·pieces]``."""
         cut = self.cut
         number = torch.arange(self.first_unit, self.first_unit + cut.H * cut.pieces, device=self.pages.device)
         return self.pages[slot].long()[number // cut.units], number % cut.units
@@ -182,7 +111,7 @@ class Pools:
         return state.view(cut.H, cut.D, cut.D), by_head.permute(1, 2, 0, 3).reshape(cut.R, -1)
 
     def store(self, slot: int, state: Tensor | None = None, ring: Tensor | None = None) -> None:
-        """Write a slot's state ``[H, V, K]``, its ring ``[R, 3·H·D]``, or both, in their dtypes; memory beside stays."""
+        """Write a slot's state ``[H, V, K]``, its ring ``[R, 3·H·D]``, or both, and nothing beside them."""
         cut, every, places = self.cut, self._every_unit(), self.units(slot)
         pieces = every[places]
         if state is not None:
@@ -200,7 +129,8 @@ class Pools:
 
     def _every_unit(self) -> Tensor:
         used = self.memory[:, : self.cut.units * self.cut.unit_bytes]
-        return used.unflatten(1, (self.cut.units, self.cut.unit_bytes))
+        every: Tensor = used.unflatten(1, (self.cut.units, self.cut.unit_bytes))
+        return every
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -379,14 +309,17 @@ def _check_layer(x: Activations, weights: Weights, pools: Pools, out: Tensor) ->
         if dtype not in kept:
             allowed = " or ".join(map(str, kept))
             raise ValueError(f"the {name} is {dtype}; it must be {allowed} on {x.qkv.device.type}: set state_dtype")
-    if cut.pieces & (cut.pieces - 1) or 3 * R % cut.pieces or cut.pieces > D:
+    if not 1 <= cut.pieces <= D or cut.pieces & (cut.pieces - 1) or 3 * R % cut.pieces:
         raise ValueError(f"a head in {cut.pieces} pieces; it must be a power of two that divides {3 * R}, at most {D}")
     if cut.unit_bytes % 16 or cut.block_bytes % 16:
         raise ValueError(f"units and blocks have {cut.unit_bytes} and {cut.block_bytes} bytes; both must divide by 16")
+    if not cut.units:
+        raise ValueError(f"a block has {cut.block_bytes} bytes; it must hold a unit of {cut.unit_bytes}")
     _expect("pools.memory", pools.memory, (pools.memory.shape[0], cut.block_bytes), (torch.uint8,))
-    last = pools.first_unit + H * cut.pieces - 1
-    if pools.pages.dim() != 2 or last // cut.units >= pools.pages.shape[1]:
-        raise ValueError(f"pools.pages has shape {list(pools.pages.shape)}; a layer needs unit {last}, {cut.units} a block")
+    first, last = pools.first_unit, pools.first_unit + H * cut.pieces - 1
+    if first < 0 or pools.pages.dim() != 2 or last // cut.units >= pools.pages.shape[1]:
+        shape = list(pools.pages.shape)
+        raise ValueError(f"pools.pages has shape {shape}; a layer needs units {first} to {last}, {cut.units} a block")
     _expect("pools.pages", pools.pages, tuple(pools.pages.shape), (torch.int32,))
     if pools.nonfinite is not None:
         _expect("pools.nonfinite", pools.nonfinite, (S,), (torch.int32,))
@@ -399,13 +332,12 @@ def _expect(
     dtypes: tuple[torch.dtype, ...],
     *,
     contiguous: bool = True,
-    advice: str = "",
 ) -> None:
     """Raise ValueError unless the tensor has this shape, one of these dtypes and unit stride at the end."""
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
     if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}{advice}")
+        raise ValueError(f"{name} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:

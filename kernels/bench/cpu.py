@@ -7,6 +7,7 @@ touches the state once, in place, and computes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -54,12 +55,12 @@ def _decode_rows(case: dict[str, int], dtype: torch.dtype) -> Iterator[Row]:
     slots, position = torch.arange(1, N + 1, dtype=torch.int32), torch.full((N,), 100)
     step, expected = plain_rows(slots, position), expected_decode(layer, slots, position)
     out = torch.empty(N, H * D, dtype=dtype)
-    providers: dict[str, Callable[..., object]] = {"numba": load_backend("cpu").kda_decode, "torch": _torch_decode}
+    dense = _Dense(*layer.pools.dense())
+    providers: dict[str, Callable[..., object]] = {"numba": load_backend("cpu").kda_decode, "torch": dense.decode}
     for name, provider in providers.items():
-        provider(*layer.copy().inputs, step, out)
+        provider(*layer.inputs, step, out)
         require(f"{name} decode {case}", largest_error(out, expected), TOLERANCE[dtype])
-    states = layer.pools.state[1:]
-    providers["floor"] = lambda *_: states.mul_(1.0)
+    providers["floor"] = lambda *_: dense.state[1:].mul_(1.0)
     for name, provider in providers.items():
         times = measure(partial(provider, *layer.inputs, step, out))
         yield Row("kda_decode", name, case, _dtypes(dtype), *times, state_bytes=8 * N * H * D * D)
@@ -70,9 +71,10 @@ def _prefill_rows(case: dict[str, int], dtype: torch.dtype) -> Iterator[Row]:
     layer, step = _random_layer(T, 1, case, dtype), fresh_rows([T])
     expected = expected_prefill(layer, step, CHECKED_HEADS)
     out = torch.empty(T, H * D, dtype=dtype)
-    providers: dict[str, Callable[..., object]] = {"numba": load_backend("cpu").kda_prefill, "torch": _torch_prefill}
+    dense = _Dense(*layer.pools.dense())
+    providers: dict[str, Callable[..., object]] = {"numba": load_backend("cpu").kda_prefill, "torch": dense.prefill}
     for name, provider in providers.items():
-        provider(*layer.copy().inputs, step, out)
+        provider(*layer.inputs, step, out)
         require(f"{name} prefill {case}", largest_error(out[:, : expected.shape[1]], expected), TOLERANCE[dtype])
     for name, provider in providers.items():
         times = measure(partial(provider, *layer.inputs, step, out))
@@ -83,30 +85,41 @@ def _dtypes(dtype: torch.dtype) -> dict[str, str]:
     return {"act": str(dtype).removeprefix("torch."), "state": "float32"}
 
 
-def _torch_decode(x: Activations, weights: Weights, pools: Pools, rows: DecodeRows, out: Tensor) -> None:
-    """Run a decode step of running sequences in torch ops, batched over the rows."""
-    N, H = x.beta.shape
-    W, R = len(weights.conv_weight), pools.conv.shape[1]
-    pools.conv[rows.write_slot, rows.position % R] = x.qkv.float()
-    columns = (rows.position[:, None] + torch.arange(1 - W, 1)) % R
-    window = pools.conv[rows.read_slot[:, None], columns]  # [N, W, 3·H·D]
-    mixed = torch.nn.functional.silu((window * weights.conv_weight).sum(1)).to(x.qkv.dtype).float()
-    q, k, v = mixed.view(N, 3, H, -1).unbind(1)
-    q, k = reference.l2_normalise(q) * q.shape[-1] ** -0.5, reference.l2_normalise(k)
-    g = reference.log_decay(x.gate.float().view(N, H, -1), weights.A_log, weights.dt_bias.view(H, -1))
-    state = pools.state[rows.read_slot] * g.exp()[:, :, None, :]
-    error = x.beta.float().sigmoid()[:, :, None] * (v - einsum("nhvk,nhk->nhv", state, k))
-    state += error[..., None] * k[:, :, None, :]
-    pools.state[rows.write_slot] = state
-    o = einsum("nhvk,nhk->nhv", state, q).to(x.qkv.dtype).float()
-    out.copy_(reference.finish(o, x, weights))
+@dataclass(frozen=True, slots=True, eq=False)
+class _Dense:
+    """The same step in torch ops, on slots that lie side by side.
 
+    Attributes:
+        conv: ``[S, R, 3·H·D]`` float32.
+        state: ``[S, H, V, K]`` float32.
+    """
 
-def _torch_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
-    """Run one new sequence, to slot 1, in torch ops: the chunk form, batched over the heads."""
-    history = x.qkv.new_zeros(len(weights.conv_weight) - 1, x.qkv.shape[1], dtype=torch.float32)
-    inputs = reference.features(x, history, weights)
-    o, pools.state[1] = reference.kda_chunk(*inputs, torch.zeros_like(pools.state[1]))
-    T = len(x.qkv)
-    reference.store_history(pools.conv, 1, T, torch.cat([history, x.qkv.float()])[T:])
-    out.copy_(reference.finish(o.to(x.qkv.dtype).float(), x, weights))
+    conv: Tensor
+    state: Tensor
+
+    def decode(self, x: Activations, weights: Weights, _: Pools, rows: DecodeRows, out: Tensor) -> None:
+        """Run a decode step of running sequences, batched over the rows."""
+        N, H = x.beta.shape
+        W, R = len(weights.conv_weight), self.conv.shape[1]
+        self.conv[rows.write_slot, rows.position % R] = x.qkv.float()
+        columns = (rows.position[:, None] + torch.arange(1 - W, 1)) % R
+        window = self.conv[rows.read_slot[:, None], columns]  # [N, W, 3·H·D]
+        mixed = torch.nn.functional.silu((window * weights.conv_weight).sum(1)).to(x.qkv.dtype).float()
+        q, k, v = mixed.view(N, 3, H, -1).unbind(1)
+        q, k = reference.l2_normalise(q) * q.shape[-1] ** -0.5, reference.l2_normalise(k)
+        g = reference.log_decay(x.gate.float().view(N, H, -1), weights.A_log, weights.dt_bias.view(H, -1))
+        state = self.state[rows.read_slot] * g.exp()[:, :, None, :]
+        error = x.beta.float().sigmoid()[:, :, None] * (v - einsum("nhvk,nhk->nhv", state, k))
+        state += error[..., None] * k[:, :, None, :]
+        self.state[rows.write_slot] = state
+        o = einsum("nhvk,nhk->nhv", state, q).to(x.qkv.dtype).float()
+        out.copy_(reference.finish(o, x, weights))
+
+    def prefill(self, x: Activations, weights: Weights, _: Pools, rows: PrefillRows, out: Tensor) -> None:
+        """Run one new sequence, to slot 1: the chunk form, batched over the heads."""
+        T, num_past, R = len(x.qkv), len(weights.conv_weight) - 1, self.conv.shape[1]
+        history = x.qkv.new_zeros(num_past, x.qkv.shape[1], dtype=torch.float32)
+        inputs = reference.features(x, history, weights)
+        o, self.state[1] = reference.kda_chunk(*inputs, torch.zeros_like(self.state[1]))
+        self.conv[1, torch.arange(T - num_past, T) % R] = x.qkv[-num_past:].float()
+        out.copy_(reference.finish(o.to(x.qkv.dtype).float(), x, weights))

@@ -3,6 +3,9 @@
 Every provider is verified against the float64 spec (of a long prefill the first 8192 tokens), then timed as CUDA-graph
 replays of steps that together touch far more memory than the second-level cache holds: decode steps on slots of their
 own, prefill steps on inputs of their own. The time is that of one step of one layer, projections left out.
+
+Our slots lie as in an engine that serves the 48B model: the layer is one of twenty, and the blocks of a slot are in
+random order among those of all slots. The peers have theirs side by side, as their own layers do.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from torch import Tensor
 
 from kimi_vllm.kernels.bench import gpu, peers
 from kimi_vllm.kernels.bench.common import Row, norm_error, require, show, words
-from kimi_vllm.kernels.bench.layer import Layer, expected_decode, expected_prefill, fresh_rows, plain_rows
+from kimi_vllm.kernels.bench.layer import Layer, expected_decode, expected_prefill, fresh_rows, plain_rows, scattered
 from kimi_vllm.kernels.contract import Pools, PrefillRows
 from kimi_vllm.kernels.cuda import decode, prefill
+from kimi_vllm.kernels.cut import Cut
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = ((64,), (128,), (256,), (512,), (2048,), (8192,), (32768,), (65536,))
@@ -30,6 +34,12 @@ FLAGGED = "kimi-vllm, flagged"
 POSITION = 100
 COLD_BYTES = 256 << 20
 """Memory that the steps of one graph touch: four times the cache of an H200."""
+BLOCK_BYTES = 516_096
+"""A block of the 48B model: 64 tokens of seven MLA layers."""
+
+LAYERS = 20
+"""KDA layers of the 48B model."""
+
 TOLERANCE = 1e-2
 """Root of the mean squared error over that of the answer, with bfloat16 activations."""
 
@@ -55,7 +65,7 @@ def decode_rows(H: int, D: int, state: str, with_peers: bool) -> Iterator[Row]:
         slots = [part.contiguous() for part in order.split(N)]
         position = torch.full((N,), POSITION, device="cuda")
         expected = expected_decode(layer, slots[0], position)
-        moved += _activation_bytes(N, H, D) + 4 * N * 3 * H * D * layer.pools.conv.element_size()
+        moved += _activation_bytes(N, H, D) + 4 * N * 3 * H * D * layer.pools.cut.conv_dtype.itemsize
         out = torch.full((N, H * D), float("nan"), dtype=torch.bfloat16, device="cuda")
         for name, check, step in _decode_providers(layer, position, slots[0], out, with_peers and state == "fp32"):
             check(slots[0])
@@ -128,9 +138,14 @@ def report(rows: Sequence[Row], env: dict[str, Any]) -> None:
 
 
 def _random_layer(T: int, num_slots: int, H: int, D: int, state: torch.dtype, seed: int = 0) -> Layer:
-    """Return one layer's step in bfloat16, with its null slot."""
+    """Return one layer's step in bfloat16, with its null slot; its slots lie as in the engine."""
     dtypes = (torch.bfloat16, torch.bfloat16, state)
-    return Layer.random(T, num_slots + 1, H, D, dtypes, ring=4, device="cuda", seed=seed)
+    layer = Layer.random(T, num_slots + 1, H, D, dtypes, ring=4, device="cuda", seed=seed)
+    cut = Cut.fewest_blocks(LAYERS, H, D, 4, state, torch.bfloat16, BLOCK_BYTES)
+    gap = cut.block_bytes - cut.units * cut.unit_bytes
+    conv, states = layer.pools.dense()
+    pools = scattered(conv, states, pieces=cut.pieces, units=cut.units, gap=gap, layer=LAYERS // 2, layers=LAYERS)
+    return replace(layer, pools=pools)
 
 
 def _decode_providers(
@@ -144,7 +159,7 @@ def _decode_providers(
 
     x, weights, pools = layer.inputs
     guarded = _guarded(pools)
-    before = pools.state[first.long()]
+    before = {slot: pools.load(slot)[0] for slot in first.tolist()}
 
     def ours(slots: Tensor, pools: Pools = pools) -> None:
         decode.kda_decode(x, weights, pools, plain_rows(slots, position), out)
@@ -159,7 +174,8 @@ def _decode_providers(
     flagged = partial(ours, pools=guarded)
 
     def flagged_once(slots: Tensor) -> None:
-        pools.state[slots.long()] = before  # ours was timed on it
+        for slot, state in before.items():
+            pools.store(slot, state)  # ours was timed on it
         flagged(slots)
 
     yield FLAGGED, flagged_once, flagged
@@ -172,7 +188,7 @@ def missing_peers() -> dict[str, str]:
 
 
 def _guarded(pools: Pools) -> Pools:
-    return replace(pools, nonfinite=torch.zeros(len(pools.state), dtype=torch.int32, device="cuda"))
+    return replace(pools, nonfinite=torch.zeros(len(pools.pages), dtype=torch.int32, device="cuda"))
 
 
 def _prefill_steps(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kimi_vllm.kernels import reference
-from kimi_vllm.kernels.contract import Activations, Cut, DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.cut import Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Layer:
     Attributes:
         x: columns of one projection, as in the layer.
         weights: gates as the released model initialises them, four taps.
-        pools: every slot in use.
+        pools: every slot in use, in blocks as the released model has them: fifteen half-heads and a gap.
     """
 
     x: Activations
@@ -53,7 +54,8 @@ class Layer:
         A_log = (torch.rand(H, generator=generator, device=device) * 15 + 1).log()
         weights = Weights(random(4, 3 * width) * 0.5, A_log, random(width) - 4, 1 + 0.1 * random(D), norm_eps=1e-5)
         conv, state = random(num_slots, ring, 3 * width).to(dtypes[1]), 0.1 * random(num_slots, H, D, D).to(dtypes[2])
-        return cls(Activations(qkv, gate, beta, out_gate), weights, Pools(conv, state))
+        pools = scattered(conv, state, units=15, layer=0, layers=1, gap=1536)
+        return cls(Activations(qkv, gate, beta, out_gate), weights, pools)
 
     @property
     def inputs(self) -> tuple[Activations, Weights, Pools]:
@@ -62,17 +64,19 @@ class Layer:
 
     def copy(self) -> Layer:
         """Return the same layer with pools of its own."""
-        return replace(self, pools=Pools(self.pools.conv.clone(), self.pools.state.clone()))
+        return replace(self, pools=replace(self.pools, memory=self.pools.memory.clone()))
 
-    def double(self, num_heads: int) -> Layer:
-        """Return the first heads of the layer in float64."""
+    def double(self, num_heads: int, slots: Sequence[int]) -> Layer:
+        """Return the first heads of the layer in float64, and of its slots these, as slots 1 and so on."""
         x, weights, pools = self.inputs
-        H = pools.state.shape[1]
+        H = pools.cut.H
 
         def part(tensor: Tensor, groups: int = 1) -> Tensor:
             some: Tensor = tensor.double().unflatten(-1, (groups, H, -1))[..., :num_heads, :]
             return some.flatten(-3)
 
+        states, rings = zip(*(pools.load(slot) for slot in slots), strict=True)
+        null_state, null_ring = torch.zeros_like(states[0]), torch.zeros_like(rings[0])
         return Layer(
             Activations(part(x.qkv, 3), part(x.gate), part(x.beta), part(x.out_gate)),
             Weights(
@@ -82,21 +86,28 @@ class Layer:
                 weights.norm_weight.double(),
                 weights.norm_eps,
             ),
-            Pools(part(pools.conv, 3), pools.state[:, :num_heads].double()),
+            scattered(
+                part(torch.stack([null_ring, *rings]), 3),
+                torch.stack([null_state, *states])[:, :num_heads].double(),
+                pieces=1,
+            ),
         )
 
 
-def scattered(conv: Tensor, state: Tensor, *, pieces: int = 2, units: int = 3, layer: int = 1, layers: int = 3) -> Pools:
+def scattered(
+    conv: Tensor, state: Tensor, *, pieces: int = 2, units: int = 3, layer: int = 1, layers: int = 3, gap: int = 16
+) -> Pools:
     """Return slots that hold these rings and states, in blocks in random order, with NaN wherever nothing is kept.
 
     Args:
         conv, state: ``[S, R, 3·H·D]`` and ``[S, H, V, K]``.
         pieces, units: Units of a head, and of a block.
         layer, layers: Which layer of a state it is, and how many there are; the others hold NaN.
+        gap: Bytes of a block behind its units; fewer than a unit.
     """
     S, H, _, D = state.shape
     cut = Cut(H, D, conv.shape[1], state.dtype, conv.dtype, pieces, block_bytes=0)
-    cut = replace(cut, block_bytes=units * cut.unit_bytes + 16)  # a gap of 16 bytes
+    cut = replace(cut, block_bytes=units * cut.unit_bytes + gap)
     P = cut.blocks(layers)
     order = torch.randperm(S * P + 3, generator=torch.Generator().manual_seed(S))[: S * P]
     memory = torch.full((S * P + 3, cut.block_bytes), 0xFF, dtype=torch.uint8, device=state.device)  # NaN in any dtype
@@ -125,10 +136,7 @@ def fresh_rows(lengths: Sequence[int], device: str = "cpu") -> PrefillRows:
 
 def expected_decode(layer: Layer, slots: Tensor, position: Tensor) -> Tensor:
     """Return what a decode step on these slots must put out, in float64; the layer's own pools are not changed."""
-    pools = layer.pools
-    # Only the slots of this step, for memory, and a null slot before them.
-    picked = (torch.cat([pool[:1], pool[slots.long()]]) for pool in (pools.conv, pools.state))
-    gold = replace(layer, pools=Pools(*picked)).double(pools.state.shape[1])
+    gold = layer.double(layer.pools.cut.H, slots.tolist())  # only the slots of this step, for memory
     own = torch.arange(1, len(slots) + 1, dtype=torch.int32, device=slots.device)
     out = torch.empty(gold.x.gate.shape, dtype=torch.float64, device=slots.device)
     reference.kda_decode(*gold.inputs, plain_rows(own, position), out)
@@ -137,7 +145,7 @@ def expected_decode(layer: Layer, slots: Tensor, position: Tensor) -> Tensor:
 
 def expected_prefill(layer: Layer, rows: PrefillRows, num_heads: int) -> Tensor:
     """Return what a prefill step must put out for the first heads, in float64: the spec walks token by token."""
-    gold = layer.double(min(num_heads, layer.pools.state.shape[1]))
+    gold = layer.double(min(num_heads, layer.pools.cut.H), range(1, len(layer.pools.pages)))
     out = torch.empty(gold.x.gate.shape, dtype=torch.float64, device=rows.cu_seqlens.device)
     reference.kda_prefill(*gold.inputs, rows, out)
     return out

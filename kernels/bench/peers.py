@@ -74,9 +74,10 @@ class InTreeDecode:
     def __init__(self, layer: Layer, position: int) -> None:
         self.kernels = self.load()
         self.x = _in_tree_inputs(layer)
-        slots = torch.arange(len(layer.pools.conv), device=self.x.qkv.device)
-        history = _history(layer, slots, torch.full_like(slots, position))
-        self.conv_state, self.recurrent_state = _pages(history.to(self.x.qkv.dtype), layer.pools.state)
+        ring, state = layer.pools.dense()
+        slots = torch.arange(len(ring), device=self.x.qkv.device)
+        history = _history(layer, ring, slots, torch.full_like(slots, position))
+        self.conv_state, self.recurrent_state = _pages(history.to(self.x.qkv.dtype), state)
 
     def step(self, slots: Tensor, out: Tensor) -> None:
         """Advance the rows, whose sequences live in `slots` (int32 ``[N]``), by one token; `out` is ``[N, H·V]``."""
@@ -116,9 +117,10 @@ class InTreePrefill:
         self.kernels = self.load()
         self.x = _in_tree_inputs(layer)
         self.cu_seqlens, self.slots, self.has_initial_state = cu_seqlens, slots, context_len > 0
-        history = torch.zeros_like(layer.pools.conv[:, : len(layer.weights.conv_weight) - 1])
-        history[slots.long()] = _history(layer, slots.long(), context_len.long())
-        self.conv_state, self.recurrent_state = _pages(history.to(self.x.qkv.dtype), layer.pools.state)
+        ring, state = layer.pools.dense()
+        history = torch.zeros_like(ring[:, : len(layer.weights.conv_weight) - 1])
+        history[slots.long()] = _history(layer, ring, slots.long(), context_len.long())
+        self.conv_state, self.recurrent_state = _pages(history.to(self.x.qkv.dtype), state)
         nums_dict, batch_ptr, token_chunk_offset_ptr = self.kernels.compute_causal_conv1d_metadata(
             cu_seqlens.cpu(), device=cu_seqlens.device
         )
@@ -179,10 +181,11 @@ class FlaDecode:
     def __init__(self, layer: Layer, position: int, slots: Tensor) -> None:
         self.kernels = self.load()
         self.x = _fla_inputs(layer, rows_are_sequences=True)
-        past = _history(layer, slots.long(), torch.full_like(slots, position, dtype=torch.int64), extra=1)
+        ring, state = layer.pools.dense()
+        past = _history(layer, ring, slots.long(), torch.full_like(slots, position, dtype=torch.int64), extra=1)
         caches = past.to(self.x.q.dtype).transpose(1, 2).chunk(3, dim=1)
         self.conv_caches = [cache.contiguous() for cache in caches]
-        self.state_pool = layer.pools.state.to(torch.float32, copy=True)
+        self.state_pool = state.float()
         self.result = torch.empty_like(self.x.v)
 
     def step(self, slots: Tensor, out: Tensor | None = None) -> None:
@@ -314,12 +317,12 @@ def _fla_inputs(layer: Layer, *, rows_are_sequences: bool) -> SimpleNamespace:
     )
 
 
-def _history(layer: Layer, slots: Tensor, position: Tensor, extra: int = 0) -> Tensor:
+def _history(layer: Layer, ring: Tensor, slots: Tensor, position: Tensor, extra: int = 0) -> Tensor:
     """Return the last W-1+extra projections before each position, oldest first; zeros before token 0."""
-    ring: Tensor = layer.pools.conv
     num_past = len(layer.weights.conv_weight) - 1 + extra
     past = position[:, None] + torch.arange(-num_past, 0, device=ring.device)
-    return ring[slots[:, None], past % ring.shape[1]].masked_fill((past < 0)[..., None], 0)
+    history: Tensor = ring[slots[:, None], past % ring.shape[1]].masked_fill((past < 0)[..., None], 0)
+    return history
 
 
 def _pages(conv_state: Tensor, state_pool: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,10 @@ from kimi_vllm.kernels.cpu.head import (
     flag_nonfinite,
     load_history,
     load_tokens,
+    locate,
     parameter,
     prepare,
     slot_or_null,
-    state_address,
     store_history,
 )
 from kimi_vllm.kernels.cpu.simd import (
@@ -57,13 +57,18 @@ def decode_task(params, n, h, D, scratch):
     q = window + (MAX_PAST + TILE) * 3 * row_bytes
     k, v, d = q + row_bytes, q + 2 * row_bytes, q + 3 * row_bytes
     p, r, o, betas = q + 4 * row_bytes, q + 5 * row_bytes, q + 6 * row_bytes, q + 7 * row_bytes
-    load_history(params, read, h, D, position, window)
+    places = kept = q + 8 * row_bytes
+    locate(params, write, h, places)
+    if read != write and read != 0:
+        kept = places + 8 * D
+        locate(params, read, h, kept)
+    load_history(params, read, kept, D, position, window)
     load_tokens(params, n, 1, h, D, window + (W - 1) * 3 * row_bytes)
     prepare(params, n, 1, h, D, window, q, betas)
     if read == write:
-        store_history(params, write, h, D, position + 1, window + (W - 1) * 3 * row_bytes, 1)
+        store_history(params, places, D, position + 1, window + (W - 1) * 3 * row_bytes, 1)
     else:
-        store_history(params, write, h, D, position + 1, window + 3 * row_bytes, W - 1)
+        store_history(params, places, D, position + 1, window + 3 * row_bytes, W - 1)
 
     kq = splat(_ZERO)
     for c in range(0, row_bytes, VECTOR_BYTES):
@@ -71,22 +76,26 @@ def decode_task(params, n, h, D, scratch):
         store(p + c, load(d + c) * load(k + c))
         store(r + c, load(d + c) * load(q + c))
     dot_kq, beta = total(kq), load_scalar(betas)
-    source, target = state_address(params, read, h), state_address(params, write, h)
-    for i in range(D):
-        in_row, out_row = source + i * row_bytes, target + i * row_bytes
-        if read == 0:
-            u = beta * load_scalar(v + 4 * i)
-            store_scalar(o + 4 * i, u * dot_kq)
-            for c in range(0, row_bytes, VECTOR_BYTES):
-                store(out_row + c, splat(u) * load(k + c))
-        else:
-            s_k, s_q = splat(_ZERO), splat(_ZERO)
-            for c in range(0, row_bytes, VECTOR_BYTES):
-                s = load(in_row + c)
-                s_k = fma(s, load(p + c), s_k)
-                s_q = fma(s, load(r + c), s_q)
-            u = beta * (load_scalar(v + 4 * i) - total(s_k))
-            store_scalar(o + 4 * i, total(s_q) + u * dot_kq)
-            for c in range(0, row_bytes, VECTOR_BYTES):
-                store(out_row + c, fma(load(in_row + c), load(d + c), splat(u) * load(k + c)))
+    pieces = parameter(params, Field.PIECES)
+    rows = D // pieces
+    for piece in range(pieces):
+        source, target = load_int64(kept + 8 * piece), load_int64(places + 8 * piece)
+        for i in range(piece * rows, (piece + 1) * rows):
+            if read == 0:
+                u = beta * load_scalar(v + 4 * i)
+                store_scalar(o + 4 * i, u * dot_kq)
+                for c in range(0, row_bytes, VECTOR_BYTES):
+                    store(target + c, splat(u) * load(k + c))
+            else:
+                s_k, s_q = splat(_ZERO), splat(_ZERO)
+                for c in range(0, row_bytes, VECTOR_BYTES):
+                    s = load(source + c)
+                    s_k = fma(s, load(p + c), s_k)
+                    s_q = fma(s, load(r + c), s_q)
+                u = beta * (load_scalar(v + 4 * i) - total(s_k))
+                store_scalar(o + 4 * i, total(s_q) + u * dot_kq)
+                for c in range(0, row_bytes, VECTOR_BYTES):
+                    store(target + c, fma(load(source + c), load(d + c), splat(u) * load(k + c)))
+            source += row_bytes
+            target += row_bytes
     flag_nonfinite(params, write, finish(params, n, h, D, o))

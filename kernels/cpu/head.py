@@ -1,7 +1,8 @@
 """One head's tokens on the CPU: from projections to q, k, v and decay, and from the output to its norm.
 
 Memory is passed as addresses in a block of int64 parameters (`Field`), which `host.py` fills. A *window* is
-the raw projections of consecutive tokens of one head, W-1 past ones first, ``3·D`` floats each.
+the raw projections of consecutive tokens of one head, W-1 past ones first, ``3·D`` floats each. The *places* of a
+head are the addresses of its units in one slot.
 """
 # mypy: disallow-untyped-defs=false
 # Compiled functions have numba's types; an address, an index and a count would all be annotated "int".
@@ -28,6 +29,7 @@ from kimi_vllm.kernels.cpu.simd import (
     first,
     fma,
     load,
+    load_int32,
     load_int64,
     load_scalar,
     splat,
@@ -52,10 +54,10 @@ class Field(IntEnum):
     QKV, QKV_STRIDE, GATE, GATE_STRIDE, BETA, BETA_STRIDE = range(6)
     OUT_GATE, OUT_GATE_STRIDE, OUT, OUT_STRIDE = range(6, 10)
     DTYPE, CONV_WEIGHT, W, A_LOG, DT_BIAS, NORM_WEIGHT, NORM_EPS, H, D, N = range(10, 20)
-    CONV_POOL, CONV_SLOT_STRIDE, CONV_COLUMN_STRIDE, R = range(20, 24)
-    STATE_POOL, STATE_SLOT_STRIDE, STATE_HEAD_STRIDE, S, NONFINITE, SCRATCH, SCRATCH_STRIDE = range(24, 31)
-    READ_SLOT, WRITE_SLOT, POSITION = range(31, 34)
-    CU_SEQLENS, CONTEXT_LEN, SLOT_TABLE, SLOT_TABLE_STRIDE, B, BLOCK_SIZE, T = range(34, 41)
+    R, PIECES, VECTORS, UNITS, UNIT_BYTES, BLOCK_BYTES, FIRST_UNIT = range(20, 27)
+    MEMORY, PAGES, PAGES_STRIDE, S, NONFINITE, SCRATCH, SCRATCH_STRIDE = range(27, 34)
+    READ_SLOT, WRITE_SLOT, POSITION = range(34, 37)
+    CU_SEQLENS, CONTEXT_LEN, SLOT_TABLE, SLOT_TABLE_STRIDE, B, BLOCK_SIZE, T = range(37, 44)
     # Written by the workers, therefore on a cache line of their own.
     NEXT_TASK, NEXT_WORKER, BAD_SLOT = range(48, 51)
 
@@ -68,7 +70,8 @@ def scratch_bytes(D: int) -> int:
     window = (MAX_PAST + TILE) * 3 * D
     features = TILE * 4 * D + TILE
     pairs = TILE // 2 * (7 * D + 6)
-    return (4 * (window + features + pairs + TILE * D + D * D) + 4095) // 4096 * 4096
+    places = 2 * D  # a head has at most as many units as rows
+    return (4 * (window + features + pairs + TILE * D + D * D + places) + 4095) // 4096 * 4096
 
 
 @njit(forceinline=True)
@@ -107,31 +110,51 @@ def fill_zero(target, num_bytes):
 
 
 @njit
-def load_history(params, slot, h, D, position, window):
+def locate(params, slot, h, places):
+    """Look up the places of head h in a slot."""
+    pieces, units = parameter(params, Field.PIECES), parameter(params, Field.UNITS)
+    pages = parameter(params, Field.PAGES) + slot * parameter(params, Field.PAGES_STRIDE)
+    first_unit = parameter(params, Field.FIRST_UNIT) + h * pieces
+    for piece in range(pieces):
+        unit = first_unit + piece
+        block = load_int32(pages + 4 * (unit // units)) * parameter(params, Field.BLOCK_BYTES)
+        within = unit % units * parameter(params, Field.UNIT_BYTES)
+        store_int64(places + 8 * piece, parameter(params, Field.MEMORY) + block + within)
+
+
+@njit(forceinline=True)
+def ring_address(params, places, D, vector):
+    """Return where a vector of a head's ring lies."""
+    vectors = parameter(params, Field.VECTORS)
+    rows = D // parameter(params, Field.PIECES)
+    return load_int64(places + 8 * (vector // vectors)) + (rows + vector % vectors) * 4 * D
+
+
+@njit
+def load_history(params, slot, places, D, position, window):
     """Put the W-1 projections before `position` into the window; zeros where there is no token."""
     num_past = parameter(params, Field.W) - 1
-    pool = parameter(params, Field.CONV_POOL) + slot * parameter(params, Field.CONV_SLOT_STRIDE)
     for row in range(num_past):
         past = position - num_past + row
+        column = past % parameter(params, Field.R)
         for part in range(3):
             target = window + (3 * row + part) * 4 * D
             if slot == 0 or past < 0:
                 fill_zero(target, 4 * D)
             else:
-                column = pool + past % parameter(params, Field.R) * parameter(params, Field.CONV_COLUMN_STRIDE)
-                copy(column + 4 * first_channel(params, h, D, part), target, 4 * D)
+                copy(ring_address(params, places, D, 3 * column + part), target, 4 * D)
 
 
 @njit
-def store_history(params, slot, h, D, position, window, num_rows):
+def store_history(params, places, D, position, window, num_rows):
     """Write `num_rows` window rows, those of the tokens before `position`, into their ring columns."""
-    pool = parameter(params, Field.CONV_POOL) + slot * parameter(params, Field.CONV_SLOT_STRIDE)
     for row in range(num_rows):
         past = position - num_rows + row
         if past >= 0:
-            column = pool + past % parameter(params, Field.R) * parameter(params, Field.CONV_COLUMN_STRIDE)
+            column = past % parameter(params, Field.R)
             for part in range(3):
-                copy(window + (3 * row + part) * 4 * D, column + 4 * first_channel(params, h, D, part), 4 * D)
+                target = ring_address(params, places, D, 3 * column + part)
+                copy(window + (3 * row + part) * 4 * D, target, 4 * D)
 
 
 @njit
@@ -222,13 +245,3 @@ def clear_output(params, row, h, D):
     out = parameter(params, Field.OUT) + row * parameter(params, Field.OUT_STRIDE)
     for c in range(0, D, LANES):
         store_as(out, h * D + c, splat(_ZERO), parameter(params, Field.DTYPE))
-
-
-@njit
-def state_address(params, slot, h):
-    """Return where the [V, K] matrix of head h of a slot begins."""
-    stride, head_stride = (
-        parameter(params, Field.STATE_SLOT_STRIDE),
-        parameter(params, Field.STATE_HEAD_STRIDE),
-    )
-    return parameter(params, Field.STATE_POOL) + slot * stride + h * head_stride

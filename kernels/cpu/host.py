@@ -22,6 +22,7 @@ from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRo
 from kimi_vllm.kernels.cpu.head import NUM_FIELDS, Field, scratch_bytes
 from kimi_vllm.kernels.cpu.math import BF16, FP16, FP32
 from kimi_vllm.kernels.cpu.worker import compile_worker
+from kimi_vllm.kernels.cut import Cut
 
 _DTYPES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
@@ -77,7 +78,8 @@ def _as_compiled(x: Activations, pools: Pools, out: Tensor) -> bool:
     dtype = x.qkv.dtype
     return bool(
         x.gate.dtype == x.beta.dtype == x.out_gate.dtype == out.dtype == dtype
-        and pools.conv.dtype == pools.state.dtype == torch.float32
+        and pools.cut.conv_dtype == pools.cut.state_dtype == torch.float32
+        and pools.pages.dtype == torch.int32
         and (pools.nonfinite is None or pools.nonfinite.dtype == torch.int32)
     )
 
@@ -85,8 +87,7 @@ def _as_compiled(x: Activations, pools: Pools, out: Tensor) -> bool:
 def _layer_fields(x: Activations, weights: Weights, pools: Pools, out: Tensor, N: int) -> tuple[int, ...]:
     """Return the parameters both operations share, in the order of `Field`."""
     size = x.qkv.element_size()
-    S, H, _, D = pools.state.shape
-    strides = (*pools.conv.stride()[:2], *pools.state.stride()[:2])
+    cut, (S, P) = pools.cut, pools.pages.shape
     return (
         x.qkv.data_ptr(), x.qkv.stride(0) * size,
         x.gate.data_ptr(), x.gate.stride(0) * size,
@@ -95,11 +96,16 @@ def _layer_fields(x: Activations, weights: Weights, pools: Pools, out: Tensor, N
         out.data_ptr(), out.stride(0) * size, _DTYPES[x.qkv.dtype],
         weights.conv_weight.data_ptr(), weights.conv_weight.shape[0], weights.A_log.data_ptr(),
         weights.dt_bias.data_ptr(), weights.norm_weight.data_ptr(), _float_bits(weights.norm_eps),
-        H, D, N,
-        pools.conv.data_ptr(), strides[0] * 4, strides[1] * 4, pools.conv.shape[1],
-        pools.state.data_ptr(), strides[2] * 4, strides[3] * 4, S,
+        cut.H, cut.D, N,
+        *_cut_fields(cut), pools.first_unit, pools.memory.data_ptr(), pools.pages.data_ptr(), 4 * P, S,
         0 if pools.nonfinite is None else pools.nonfinite.data_ptr(),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _cut_fields(cut: Cut) -> tuple[int, ...]:
+    """Return the parameters from `Field.R` to `Field.BLOCK_BYTES`."""
+    return cut.R, cut.pieces, cut.vectors, cut.units, cut.unit_bytes, cut.block_bytes
 
 
 def _launch(decode: bool, pools: Pools, fields: tuple[int, ...], tokens: int) -> None:
@@ -108,7 +114,7 @@ def _launch(decode: bool, pools: Pools, fields: tuple[int, ...], tokens: int) ->
     Raises:
         IndexError: a task met a slot outside the pools or the table.
     """
-    S, H, D, _ = pools.state.shape
+    H, D = pools.cut.H, pools.cut.D
     threads = torch.get_num_threads() if tokens * H * D * D > _SERIAL_ELEMENTS else 1
     scratch, stride = _scratch(threads, D)
     head = Field.SCRATCH.value
@@ -120,6 +126,7 @@ def _launch(decode: bool, pools: Pools, fields: tuple[int, ...], tokens: int) ->
     else:
         parallel(address, params, threads, 0)
     if params[_BAD_SLOT]:
+        S = len(pools.pages)
         raise IndexError(f"a slot is not among the {S} of the pools, or a sequence outgrows its slot table")
 
 

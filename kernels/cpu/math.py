@@ -1,6 +1,6 @@
 """Exponentials, gates and rounding on sixteen-lane vectors, for the loops of the CPU kernels.
 
-All are built from `exp`, whose relative error is below 2e-7 (`tests/kernels/test_cpu.py`), and let NaN
+All are built from `exp`, whose relative error is below 2e-7 (`tests/kernels/test_cpu_math.py`), and let NaN
 through.
 """
 # mypy: disallow-untyped-defs=false

@@ -23,10 +23,10 @@ from kimi_vllm.kernels.cpu.head import (
     flag_nonfinite,
     load_history,
     load_tokens,
+    locate,
     parameter,
     prepare,
     slot_or_null,
-    state_address,
     store_history,
 )
 from kimi_vllm.kernels.cpu.simd import (
@@ -35,6 +35,7 @@ from kimi_vllm.kernels.cpu.simd import (
     lane,
     load,
     load_int32,
+    load_int64,
     load_quad,
     load_scalar,
     quad,
@@ -144,6 +145,24 @@ def _table_slot(params, n, block):
     return slot_or_null(params, load_int32(row + 4 * block))
 
 
+@njit
+def _load_state(params, places, D, state):
+    """Gather a head's matrix from its units."""
+    pieces = parameter(params, Field.PIECES)
+    num_bytes = D // pieces * 4 * D
+    for piece in range(pieces):
+        copy(load_int64(places + 8 * piece), state + piece * num_bytes, num_bytes)
+
+
+@njit
+def _store_state(params, places, D, state):
+    """Scatter a head's matrix over its units."""
+    pieces = parameter(params, Field.PIECES)
+    num_bytes = D // pieces * 4 * D
+    for piece in range(pieces):
+        copy(state + piece * num_bytes, load_int64(places + 8 * piece), num_bytes)
+
+
 @njit(forceinline=True)
 def prefill_task(params, n, h, D, scratch):
     """Run head h of sequence n over its new tokens."""
@@ -167,15 +186,17 @@ def prefill_task(params, n, h, D, scratch):
     scalars = records + TILE // 2 * 7 * size
     outputs = scalars + TILE // 2 * 24
     state = outputs + TILE * size
+    places = state + D * size
 
     read = 0
     if position > 0:
         read = _table_slot(params, n, (position - 1) // block_size)
-    load_history(params, read, h, D, position, window)
     if read == 0:
         fill_zero(state, D * size)
     else:
-        copy(state_address(params, read, h), state, D * size)
+        locate(params, read, h, places)
+        _load_state(params, places, D, state)
+    load_history(params, read, places, D, position, window)
 
     sick = _ZERO
     while position < end:
@@ -208,6 +229,7 @@ def prefill_task(params, n, h, D, scratch):
             row += count
             position += count
         if slot != 0:
-            copy(state, state_address(params, slot, h), D * size)
-            store_history(params, slot, h, D, position, window, num_past)
+            locate(params, slot, h, places)
+            _store_state(params, places, D, state)
+            store_history(params, places, D, position, window, num_past)
             flag_nonfinite(params, slot, sick)

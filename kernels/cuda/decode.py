@@ -22,6 +22,7 @@ from torch import Tensor
 from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, Weights
 from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.kernels.cuda.math import LOG2E, everywhere, exp2, largest, silu
+from kimi_vllm.kernels.cuda.slots import column_ptrs, head_places
 from kimi_vllm.kernels.cuda.step import (
     decay_and_strength,
     decayed_products,
@@ -34,13 +35,13 @@ from kimi_vllm.kernels.cuda.step import (
 
 
 @triton.jit
-def _past(ring_ptr, conv_weight_ptr, slot, position, channel, column_stride, WIDTH: tl.constexpr, W: tl.constexpr, R: tl.constexpr):  # fmt: skip  # noqa: E501
+def _past(ring_ptr, places, conv_weight_ptr, slot, position, vector, channel, WIDTH: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
     """Convolve the W-1 projections before `position`; zeros where there is no token."""
     total = tl.zeros(channel.shape, tl.float32)  # [D]
     for tap in tl.static_range(W - 1):
         past = position - (W - 1) + tap
         x = tl.load(
-            ring_ptr + (past % R) * column_stride + channel,
+            column_ptrs(ring_ptr, places, past, D, R, PIECES, RING) + vector,
             mask=everywhere((past >= 0) & (slot > 0), channel.shape),
             other=0.0,
         )
@@ -49,29 +50,33 @@ def _past(ring_ptr, conv_weight_ptr, slot, position, channel, column_stride, WID
 
 
 @triton.jit
-def _keep(source_ptr, target_ptr, x, read, write, position, channel, column_stride, W: tl.constexpr, R: tl.constexpr):
+def _keep(ring_ptr, sources, targets, x, read, write, position, vector, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
     """Write the current projection into its column; in another slot than the one read, complete the history."""
-    tl.store(target_ptr + (position % R) * column_stride + channel, x.to(target_ptr.dtype.element_ty))
+    tl.store(column_ptrs(ring_ptr, targets, position, D, R, PIECES, RING) + vector, x.to(ring_ptr.dtype.element_ty))
     if read != write:
         for tap in tl.static_range(1, W - 1):
             past = position - (W - 1) + tap
             old = tl.load(
-                source_ptr + (past % R) * column_stride + channel,
-                mask=everywhere((past >= 0) & (read > 0), channel.shape),
+                column_ptrs(ring_ptr, sources, past, D, R, PIECES, RING) + vector,
+                mask=everywhere((past >= 0) & (read > 0), vector.shape),
                 other=0.0,
             )
-            tl.store(target_ptr + (past % R) * column_stride + channel, old, mask=everywhere(past >= 0, channel.shape))
+            target_ptrs = column_ptrs(ring_ptr, targets, past, D, R, PIECES, RING) + vector
+            tl.store(target_ptrs, old, mask=everywhere(past >= 0, vector.shape))
 
 
 # A step's tensors start anywhere: a variant for each alignment would be compiled while serving.
-@triton.jit(do_not_specialize_on_alignment=["qkv_ptr", "gate_ptr", "beta_ptr", "out_gate_ptr", "out_ptr", "read_slot_ptr", "write_slot_ptr", "position_ptr"])  # fmt: skip  # noqa: E501
+@triton.jit(
+    do_not_specialize=["first_unit"],
+    do_not_specialize_on_alignment=["qkv_ptr", "gate_ptr", "beta_ptr", "out_gate_ptr", "out_ptr", "read_slot_ptr", "write_slot_ptr", "position_ptr"],  # noqa: E501
+)  # fmt: skip
 def _decode(
     qkv_ptr, gate_ptr, beta_ptr, out_gate_ptr, out_ptr,
     conv_weight_ptr, A_log_ptr, dt_bias_ptr, norm_weight_ptr, norm_eps,
-    conv_pool_ptr, state_pool_ptr, read_slot_ptr, write_slot_ptr, position_ptr, nonfinite_ptr,
-    num_slots, qkv_stride, gate_stride, beta_stride, out_gate_stride, out_stride,
-    conv_slot_stride, conv_column_stride, state_slot_stride, state_head_stride,
+    ring_ptr, state_ptr, pages_ptr, read_slot_ptr, write_slot_ptr, position_ptr, nonfinite_ptr,
+    num_slots, pages_stride, first_unit, qkv_stride, gate_stride, beta_stride, out_gate_stride, out_stride,
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    BLOCK_STEPS: tl.constexpr, UNIT_STEPS: tl.constexpr, UNITS: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr,
     ROWS: tl.constexpr, FOLD: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Advance one head of one row; ROWS value channels of the state at a time."""
@@ -87,19 +92,20 @@ def _decode(
         # Before the wait: what an earlier kernel than the last one wrote, or nobody. The first tile of the state is on
         # its way while the kernel ahead still runs.
         own = everywhere(read > 0, (ROWS, FOLD, D // FOLD))
-        tile = state_tile(0, ROWS, FOLD, D)
-        source_ptrs = state_pool_ptr + read.to(tl.int64) * state_slot_stride + head * state_head_stride + tile
-        target_ptrs = state_pool_ptr + write.to(tl.int64) * state_slot_stride + head * state_head_stride + tile
+        unit = first_unit + head * PIECES
+        sources = head_places(pages_ptr, read, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
+        targets = head_places(pages_ptr, write, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
+        source_ptrs = state_tile(state_ptr, sources, 0, ROWS, FOLD, D, PIECES)
         loaded = tl.load(source_ptrs, mask=own, other=0.0, eviction_policy="evict_first")  # [ROWS, FOLD, D/FOLD]
-        ring_read_ptr = conv_pool_ptr + read.to(tl.int64) * conv_slot_stride
-        ring_write_ptr = conv_pool_ptr + write.to(tl.int64) * conv_slot_stride
         WIDTH: tl.constexpr = 3 * H * D
         last_tap_ptr = conv_weight_ptr + (W - 1) * WIDTH
         channels, pasts, taps = (), (), ()
         for part in tl.static_range(3):  # q, k, v
             channels = channels + ((part * H + head) * D + c,)
         for part in tl.static_range(3):
-            past = _past(ring_read_ptr, conv_weight_ptr, read, p, channels[part], conv_column_stride, WIDTH, W, R)
+            past = _past(
+                ring_ptr, sources, conv_weight_ptr, read, p, part * D + c, channels[part], WIDTH, D, W, R, PIECES, RING
+            )
             pasts = pasts + (past,)
         for part in tl.static_range(3):
             taps = taps + (tl.load(last_tap_ptr + channels[part]),)
@@ -126,7 +132,7 @@ def _decode(
         d_tile, q_tile, k_tile = fold(exp2(g), FOLD, D), fold(q, FOLD, D), fold(k, FOLD, D)
         for part in tl.static_range(3):
             x = projections[part]
-            _keep(ring_read_ptr, ring_write_ptr, x, read, write, p, channels[part], conv_column_stride, W, R)
+            _keep(ring_ptr, sources, targets, x, read, write, p, part * D + c, D, W, R, PIECES, RING)
 
         # The next rows of the state are loaded while these are advanced. A row's value and its output are picked from
         # all by masks: a block cannot be indexed.
@@ -135,17 +141,18 @@ def _decode(
         step_index = tl.arange(0, STEPS)[:, None]
         o = tl.zeros((STEPS, ROWS), tl.float32)
         size = tl.zeros((ROWS,), tl.float32)
-        WATCHED: tl.constexpr = nonfinite_ptr is not None and state_pool_ptr.dtype.element_ty == tl.float16
+        WATCHED: tl.constexpr = nonfinite_ptr is not None and state_ptr.dtype.element_ty == tl.float16
         for step in tl.static_range(STEPS):
             s = loaded.to(tl.float32)
             if step + 1 < STEPS:
-                ahead = source_ptrs + (step + 1) * ROWS * D
-                loaded = tl.load(ahead, mask=own, other=0.0, eviction_policy="evict_first")
+                source_ptrs = state_tile(state_ptr, sources, (step + 1) * ROWS, ROWS, FOLD, D, PIECES)
+                loaded = tl.load(source_ptrs, mask=own, other=0.0, eviction_policy="evict_first")
             s, e, o_rows = decayed_products(s, d_tile, q_tile, k_tile)
             v = tl.sum(tl.where(step_index == step, v_rows, 0.0), axis=0)  # [ROWS]
             s, u = delta_rule(s, k_tile, e, v, b)
-            stored = s.to(state_pool_ptr.dtype.element_ty)
-            tl.store(target_ptrs + step * ROWS * D, stored, eviction_policy="evict_first")
+            stored = s.to(state_ptr.dtype.element_ty)
+            target_ptrs = state_tile(state_ptr, targets, step * ROWS, ROWS, FOLD, D, PIECES)
+            tl.store(target_ptrs, stored, eviction_policy="evict_first")
             if WATCHED:
                 size = tl.maximum(size, largest(stored.to(tl.float32)))
             o = tl.where(step_index == step, (o_rows + u * kq)[None, :], o)
@@ -179,17 +186,18 @@ def kda_decode(
         x, weights, pools, rows, out: as there.
         config: launch parameters; from the checked-in table if None.
     """
-    N, (S, H, _, D) = x.qkv.shape[0], pools.state.shape
+    N, cut = x.qkv.shape[0], pools.cut
     if N == 0:
         return
-    config = config or launch.decode(N * H, D, pools.state.dtype)
+    H, D = cut.H, cut.D
+    config = config or launch.decode(N * H, D, cut.state_dtype)
     _decode[(N * H,)](
         x.qkv, x.gate, x.beta, x.out_gate, out,
         weights.conv_weight, weights.A_log, weights.dt_bias, weights.norm_weight, weights.norm_eps,
-        pools.conv, pools.state, rows.read_slot, rows.write_slot, rows.position, pools.nonfinite,
-        S, x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), x.out_gate.stride(0), out.stride(0),
-        *pools.conv.stride()[:2], *pools.state.stride()[:2],
-        H=H, D=D, W=weights.conv_weight.shape[0], R=pools.conv.shape[1],
+        *launch.typed(pools), pools.pages, rows.read_slot, rows.write_slot, rows.position, pools.nonfinite,
+        *pools.pages.shape, pools.first_unit,
+        x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), x.out_gate.stride(0), out.stride(0),
+        W=weights.conv_weight.shape[0], **launch.sizes(cut),
         ROWS=config.rows, FOLD=config.fold,
-        num_warps=config.warps, num_stages=1, **launch.pdl(x.qkv.device),
+        num_warps=config.warps, num_stages=1, maxnreg=config.registers, **launch.pdl(x.qkv.device),
     )  # fmt: skip

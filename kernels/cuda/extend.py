@@ -16,7 +16,7 @@ from torch import Tensor
 from kimi_vllm.kernels.contract import Activations, Pools, PrefillRows, Weights
 from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.kernels.cuda.math import LOG2E, everywhere, exp2, largest, silu
-from kimi_vllm.kernels.cuda.slots import export_history, slot_or_null
+from kimi_vllm.kernels.cuda.slots import column_ptrs, export_history, head_places, slot_or_null
 from kimi_vllm.kernels.cuda.step import (
     decay_and_strength,
     decayed_products,
@@ -29,7 +29,7 @@ from kimi_vllm.kernels.cuda.step import (
 
 
 @triton.jit
-def _feature(qkv_ptr, ring_ptr, conv_weight_ptr, row, stride, column_stride, position, context, read, channel, WIDTH: tl.constexpr, W: tl.constexpr, R: tl.constexpr):  # fmt: skip  # noqa: E501
+def _feature(qkv_ptr, ring_ptr, places, conv_weight_ptr, row, stride, position, context, read, vector, channel, WIDTH: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
     """Run the convolution and SiLU for the token at `position`, whose row is `row`; rounded as the projections are.
 
     Of the W tokens, those of this step come from the projections and earlier ones from the ring.
@@ -41,23 +41,25 @@ def _feature(qkv_ptr, ring_ptr, conv_weight_ptr, row, stride, column_stride, pos
         x = tl.load(qkv_ptr + (row - (W - 1) + tap) * stride + channel, mask=new, other=0.0).to(tl.float32)
         if tap < W - 1:
             old = everywhere((past < context) & (past >= 0) & (read > 0), channel.shape)
-            x += tl.load(ring_ptr + (past % R) * column_stride + channel, mask=old, other=0.0).to(tl.float32)
+            old_ptrs = column_ptrs(ring_ptr, places, past, D, R, PIECES, RING) + vector
+            x += tl.load(old_ptrs, mask=old, other=0.0).to(tl.float32)
         total += x * tl.load(conv_weight_ptr + tap * WIDTH + channel)
     return silu(total).to(qkv_ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit(
-    do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width"],
+    do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width", "first_unit"],
     do_not_specialize_on_alignment=["slot_table_ptr"],
 )
 def extend(
     qkv_ptr, gate_ptr, beta_ptr, out_gate_ptr, out_ptr,
     conv_weight_ptr, A_log_ptr, dt_bias_ptr, norm_weight_ptr, norm_eps,
-    conv_pool_ptr, state_pool_ptr, cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size, nonfinite_ptr,
-    num_sequences, num_tokens, num_slots, table_stride, table_width,
+    ring_ptr, state_ptr, pages_ptr, cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size, nonfinite_ptr,
+    num_sequences, num_tokens, num_slots, pages_stride, first_unit, table_stride, table_width,
     qkv_stride, gate_stride, beta_stride, out_gate_stride, out_stride,
-    conv_slot_stride, conv_column_stride, state_slot_stride, state_head_stride,
-    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, FOLD: tl.constexpr, launch_pdl: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    BLOCK_STEPS: tl.constexpr, UNIT_STEPS: tl.constexpr, UNITS: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr,
+    FOLD: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Run one head of one sequence over its new tokens; the last programs clear rows that belong to nobody."""
     program = tl.program_id(0)
@@ -78,9 +80,9 @@ def extend(
     read = tl.full((), 0, tl.int32)
     if context > 0:
         read = slot_or_null(table_ptr, (context - 1) // block_size, table_width, num_slots)
-    ring_ptr = conv_pool_ptr + read.to(tl.int64) * conv_slot_stride
-    tile = state_tile(head * state_head_stride, D, FOLD, D)
-    source_ptrs = state_pool_ptr + read.to(tl.int64) * state_slot_stride + tile
+    unit = first_unit + head * PIECES
+    places = head_places(pages_ptr, read, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
+    source_ptrs = state_tile(state_ptr, places, 0, D, FOLD, D, PIECES)
     state = tl.load(source_ptrs, mask=everywhere(read > 0, (D, FOLD, D // FOLD)), other=0.0)
     state = state.to(tl.float32)  # [D, FOLD, D/FOLD]
     rate = exp2(tl.load(A_log_ptr + head) * LOG2E)
@@ -93,7 +95,7 @@ def extend(
         mixed = ()
         for part in tl.static_range(3):  # q, k, v
             channel = (part * H + head) * D + c
-            x = _feature(qkv_ptr, ring_ptr, conv_weight_ptr, row, qkv_stride, conv_column_stride, position, context, read, channel, WIDTH, W, R)  # fmt: skip  # noqa: E501
+            x = _feature(qkv_ptr, ring_ptr, places, conv_weight_ptr, row, qkv_stride, position, context, read, part * D + c, channel, WIDTH, D, W, R, PIECES, RING)  # fmt: skip  # noqa: E501
             mixed = mixed + (x,)
         gate_ptrs, strength_ptr = gate_ptr + row * gate_stride + head * D + c, beta_ptr + row * beta_stride + head
         g, b = decay_and_strength(gate_ptrs, strength_ptr, rate, bias)
@@ -108,15 +110,16 @@ def extend(
         if (stop == end) | (stop % block_size == 0):
             slot = slot_or_null(table_ptr, position // block_size, table_width, num_slots)
             if slot > 0:
-                stored = state.to(state_pool_ptr.dtype.element_ty)
-                tl.store(state_pool_ptr + slot.to(tl.int64) * state_slot_stride + tile, stored)
+                stored = state.to(state_ptr.dtype.element_ty)
+                targets = head_places(pages_ptr, slot, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
+                tl.store(state_tile(state_ptr, targets, 0, D, FOLD, D, PIECES), stored)
                 export_history(
-                    slot, read, stop, context, row + 1, head, c,
-                    qkv_ptr, conv_pool_ptr, qkv_stride, conv_slot_stride, conv_column_stride, H, D, W, R,
+                    slot, read, stop, context, row + 1, head, c, qkv_ptr, qkv_stride, ring_ptr,
+                    pages_ptr, pages_stride, unit, H, D, W, R, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES, RING,
                 )  # fmt: skip
                 if nonfinite_ptr is not None:
                     sick = finite == 0
-                    if state_pool_ptr.dtype.element_ty == tl.float16:
+                    if state_ptr.dtype.element_ty == tl.float16:
                         sick = sick | (tl.max(largest(stored.to(tl.float32)), axis=0) == float("inf"))
                     tl.store(nonfinite_ptr + slot, 1, mask=sick)
 
@@ -124,15 +127,13 @@ def extend(
 def extend_sequences(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
     """Run every sequence over its few new tokens; see `contract.KdaPrefill`."""
     T, N = x.qkv.shape[0], rows.context_len.shape[0]
-    S, H, _, D = pools.state.shape
-    table = rows.slot_table
-    extend[((N + 1) * H,)](
+    cut, table = pools.cut, rows.slot_table
+    extend[((N + 1) * cut.H,)](
         x.qkv, x.gate, x.beta, x.out_gate, out,
         weights.conv_weight, weights.A_log, weights.dt_bias, weights.norm_weight, weights.norm_eps,
-        pools.conv, pools.state, rows.cu_seqlens, rows.context_len, table, rows.block_size, pools.nonfinite,
-        N, T, S, table.stride(0), table.shape[1],
+        *launch.typed(pools), pools.pages, rows.cu_seqlens, rows.context_len, table, rows.block_size, pools.nonfinite,
+        N, T, *pools.pages.shape, pools.first_unit, table.stride(0), table.shape[1],
         x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), x.out_gate.stride(0), out.stride(0),
-        *pools.conv.stride()[:2], *pools.state.stride()[:2],
-        H=H, D=D, W=weights.conv_weight.shape[0], R=pools.conv.shape[1], FOLD=2,
+        W=weights.conv_weight.shape[0], **launch.sizes(cut), FOLD=2,
         num_warps=4, num_stages=1, **launch.pdl(x.qkv.device),
     )  # fmt: skip

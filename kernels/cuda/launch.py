@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from kimi_vllm.kernels.contract import Pools
+from kimi_vllm.kernels.cut import Cut
 
 EXTEND_TOKENS = 4
 """Steps of at most this many tokens run token by token in one launch."""
@@ -29,11 +33,13 @@ class Decode:
         rows: value channels a program updates at a time.
         fold: vectors of a state row held by one thread.
         warps: warps per program.
+        registers: at most so many a thread, so that more programs share a multiprocessor; None: as many as it takes.
     """
 
     rows: int
     fold: int
     warps: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +126,26 @@ def _first_fit(kernel: str, heads: int, head_dim: int, state_bytes: int) -> dict
         if few_enough and head_dim == rule["head_dim"] and state_bytes == rule.get("state_bytes", state_bytes):
             return dict(rule["launch"])
     raise LookupError(f"tuned/sm90.json has no rule for {kernel}, {head_dim} channels, {state_bytes} bytes")
+
+
+@cache
+def sizes(cut: Cut) -> dict[str, int]:
+    """Return the sizes that kernels take of a cut, which slots.py describes."""
+    return {
+        "H": cut.H,
+        "D": cut.D,
+        "R": cut.R,
+        "BLOCK_STEPS": cut.block_bytes // 16,
+        "UNIT_STEPS": cut.unit_bytes // 16,
+        "UNITS": cut.units,
+        "PIECES": cut.pieces,
+        "RING": cut.state_bytes // cut.conv_dtype.itemsize,
+    }
+
+
+def typed(pools: Pools) -> tuple[Tensor, Tensor]:
+    """Return the memory as rings and as states."""
+    return pools.memory.view(pools.cut.conv_dtype), pools.memory.view(pools.cut.state_dtype)
 
 
 @cache

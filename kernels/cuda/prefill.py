@@ -26,22 +26,23 @@ from kimi_vllm.kernels.cuda.extend import extend_sequences
 from kimi_vllm.kernels.cuda.math import everywhere, gated_rms_norm
 from kimi_vllm.kernels.cuda.prefill_features import BLOCK, CHUNK, SLACK, chunk_features, first_chunk
 from kimi_vllm.kernels.cuda.prefill_intra import intra_chunk
-from kimi_vllm.kernels.cuda.slots import export_history, slot_or_null
+from kimi_vllm.kernels.cuda.slots import export_history, head_places, matrix_rows, slot_or_null
 
 _CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
 
 
 @triton.jit(
-    do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width"],
+    do_not_specialize=["num_sequences", "num_tokens", "table_stride", "table_width", "first_unit"],
     do_not_specialize_on_alignment=["slot_table_ptr"],
 )
 def inter_chunk(
-    qkv_ptr, out_gate_ptr, out_ptr, norm_weight_ptr, norm_eps, conv_pool_ptr, state_pool_ptr,
+    qkv_ptr, out_gate_ptr, out_ptr, norm_weight_ptr, norm_eps, ring_ptr, state_ptr, pages_ptr,
     cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size,
     w_in_ptr, u_in_ptr, qg_in_ptr, kg_in_ptr, qk_in_ptr, decay_in_ptr,
-    num_sequences, num_tokens, num_slots, table_stride, table_width, qkv_stride, out_gate_stride, out_stride,
-    conv_slot_stride, conv_column_stride, state_slot_stride, state_head_stride, nonfinite_ptr,
+    num_sequences, num_tokens, num_slots, pages_stride, first_unit, table_stride, table_width,
+    qkv_stride, out_gate_stride, out_stride, nonfinite_ptr,
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    BLOCK_STEPS: tl.constexpr, UNIT_STEPS: tl.constexpr, UNITS: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr,
     STAGES: tl.constexpr, EXACT: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Walk one sequence with BV value channels of one head; the last programs clear rows that belong to nobody."""
@@ -68,8 +69,10 @@ def inter_chunk(
     read = tl.full((), 0, tl.int32)
     if context > 0:
         read = slot_or_null(table_ptr, (context - 1) // block_size, table_width, num_slots)
-    matrix_ptr = state_pool_ptr + read.to(tl.int64) * state_slot_stride + head * state_head_stride
-    state = tl.load(matrix_ptr + (first + v)[None, :] * D + k[:, None], mask=everywhere(read > 0, (D, BV)), other=0.0)
+    unit = first_unit + head * PIECES
+    places = head_places(pages_ptr, read, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
+    source_ptrs = state_ptr + matrix_rows(state_ptr, places, first + v, D, PIECES)[None, :] + k[:, None]
+    state = tl.load(source_ptrs, mask=everywhere(read > 0, (D, BV)), other=0.0)
     state = state.to(tl.float32)  # [D, BV], keys first: the transposed rows of the pool
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
@@ -115,14 +118,16 @@ def inter_chunk(
         if (stop == end) | (stop % block_size == 0):
             slot = slot_or_null(table_ptr, (stop - 1) // block_size, table_width, num_slots)
             if slot > 0:
-                target_ptr = state_pool_ptr + slot.to(tl.int64) * state_slot_stride + head * state_head_stride
-                tl.store(target_ptr + (first + v)[None, :] * D + k[:, None], state.to(state_pool_ptr.dtype.element_ty))
+                targets = head_places(pages_ptr, slot, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
+                target_ptrs = state_ptr + matrix_rows(state_ptr, targets, first + v, D, PIECES)[None, :] + k[:, None]
+                tl.store(target_ptrs, state.to(state_ptr.dtype.element_ty))
                 export_history(
                     slot, read, stop, context, (begin + stop - context).to(tl.int64), head, first + v,
-                    qkv_ptr, conv_pool_ptr, qkv_stride, conv_slot_stride, conv_column_stride, H, D, W, R,
+                    qkv_ptr, qkv_stride, ring_ptr, pages_ptr, pages_stride, unit,
+                    H, D, W, R, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES, RING,
                 )  # fmt: skip
                 if nonfinite_ptr is not None:
-                    stored = state.to(state_pool_ptr.dtype.element_ty).to(tl.float32)
+                    stored = state.to(state_ptr.dtype.element_ty).to(tl.float32)
                     total = tl.sum(tl.sum(stored * 0.0, axis=0), axis=0) + tl.sum(tl.sum(spoiled, axis=0), axis=0)
                     tl.store(nonfinite_ptr + slot, 1, mask=(total == 0.0) == 0)
 
@@ -183,33 +188,33 @@ def kda_prefill(
         extend_sequences(x, weights, pools, rows, out)
         return
     exact = x.qkv.dtype == torch.float32 if exact is None else exact
-    S, H, _, D = pools.state.shape
+    H, D = pools.cut.H, pools.cut.D
     config = config or launch.prefill(N * H, D, exact)
     chunks = (T + _SLACK * N) // _CHUNK
     q, k, down, v, scores, blocks, decay = _workspace(chunks * H, D, exact, device)
     table = rows.slot_table
     index = (rows.cu_seqlens, rows.context_len, table, rows.block_size)
-    conv_strides, state_strides = pools.conv.stride()[:2], pools.state.stride()[:2]
-    shape = {"H": H, "D": D, "EXACT": exact, **launch.pdl(device)}
-    conv_shape = {"W": weights.conv_weight.shape[0], "R": pools.conv.shape[1]}
+    ring, state = launch.typed(pools)
+    slots = (*pools.pages.shape, pools.first_unit, table.stride(0), table.shape[1])
+    form = {"EXACT": exact, **launch.pdl(device)}
+    sizes = {"W": weights.conv_weight.shape[0], **launch.sizes(pools.cut), **form}
     chunk_features[(chunks * _CHUNK // _BLOCK * H,)](
-        x.qkv, x.gate, x.beta, weights.conv_weight, weights.A_log, weights.dt_bias, pools.conv,
+        x.qkv, x.gate, x.beta, weights.conv_weight, weights.A_log, weights.dt_bias, ring, pools.pages,
         *index, q, k, down, v, blocks,
-        N, S, table.stride(0), table.shape[1], x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), *conv_strides,
-        **shape, **conv_shape, num_warps=config.features_warps, num_stages=1,
+        N, *slots, x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0),
+        **sizes, num_warps=config.features_warps, num_stages=1,
     )  # fmt: skip
     intra_chunk[(chunks * H,)](
         x.beta, rows.cu_seqlens, rows.context_len, q, k, down, v, blocks, scores, decay, N, x.beta.stride(0),
-        **shape, num_warps=config.intra_warps, num_stages=1,
+        H=H, D=D, **form, num_warps=config.intra_warps, num_stages=1,
     )  # fmt: skip
     # From here on q, k, down and v hold what the second launch made of them: qg, w, kg and u.
     splits = D // config.value_block
     inter_chunk[(splits * H * (N + 1),)](
-        x.qkv, x.out_gate, out, weights.norm_weight, weights.norm_eps, pools.conv, pools.state,
+        x.qkv, x.out_gate, out, weights.norm_weight, weights.norm_eps, ring, state, pools.pages,
         *index, k, v, q, down, scores, decay,
-        N, T, S, table.stride(0), table.shape[1], x.qkv.stride(0), x.out_gate.stride(0), out.stride(0),
-        *conv_strides, *state_strides, pools.nonfinite,
-        **shape, **conv_shape, BV=config.value_block, STAGES=config.inter_stages, num_warps=config.inter_warps,
+        N, T, *slots, x.qkv.stride(0), x.out_gate.stride(0), out.stride(0), pools.nonfinite,
+        **sizes, BV=config.value_block, STAGES=config.inter_stages, num_warps=config.inter_warps,
     )  # fmt: skip
     if splits > 1:
         rows_per_program = 2048 // D

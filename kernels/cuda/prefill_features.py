@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kimi_vllm.kernels.cuda.math import LOG2E, exp2, inverse_norm, log2_decay, narrow, sigmoid, silu
-from kimi_vllm.kernels.cuda.slots import slot_or_null
+from kimi_vllm.kernels.cuda.slots import column_ptrs, head_places, slot_or_null
 
 CHUNK = tl.constexpr(64)
 BLOCK = tl.constexpr(16)
@@ -77,14 +77,14 @@ def _load_rows(qkv_ptr, stride, row, i, offset, length, channel, W: tl.constexpr
 
 
 @triton.jit
-def _load_history(ring_ptr, stride, i, offset, position, channel, W: tl.constexpr, R: tl.constexpr):
+def _load_history(ring_ptr, places, i, offset, position, channel, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
     """Load from the ring what the sequence's first rows need of those before them; W - 1 tiles."""
     rows = ()
     for m in tl.static_range(W - 1):
         back = i + (m - (W - 1))
         mask = (offset + back < 0) & (position + back >= 0)
-        column = ring_ptr + ((position + back) % R)[:, None] * stride + channel
-        rows = rows + (tl.load(column, mask=mask[:, None], other=0.0).to(tl.float32),)
+        old_ptrs = column_ptrs(ring_ptr, places, position + back, D, R, PIECES, RING)[:, None] + channel
+        rows = rows + (tl.load(old_ptrs, mask=mask[:, None], other=0.0).to(tl.float32),)
     return rows
 
 
@@ -116,16 +116,18 @@ def _convolve(rows, history, conv_weight_ptr, channel, WIDTH: tl.constexpr, W: t
 
 
 @triton.jit(
-    do_not_specialize=["num_sequences", "table_stride", "table_width"],
+    do_not_specialize=["num_sequences", "table_stride", "table_width", "first_unit"],
     do_not_specialize_on_alignment=["slot_table_ptr"],
 )
 def chunk_features(
-    qkv_ptr, gate_ptr, beta_ptr, conv_weight_ptr, A_log_ptr, dt_bias_ptr, conv_pool_ptr,
+    qkv_ptr, gate_ptr, beta_ptr, conv_weight_ptr, A_log_ptr, dt_bias_ptr, ring_ptr, pages_ptr,
     cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size,
     q_out_ptr, k_out_ptr, down_out_ptr, v_out_ptr, decay_out_ptr,
-    num_sequences, num_slots, table_stride, table_width, qkv_stride, gate_stride, beta_stride,
-    conv_slot_stride, conv_column_stride,
-    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr, launch_pdl: tl.constexpr,
+    num_sequences, num_slots, pages_stride, first_unit, table_stride, table_width,
+    qkv_stride, gate_stride, beta_stride,
+    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    BLOCK_STEPS: tl.constexpr, UNIT_STEPS: tl.constexpr, UNITS: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr,
+    EXACT: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Fill the workspace of one head of one block; leaves at once if its chunk's number is not used."""
     program = tl.program_id(0)
@@ -142,7 +144,6 @@ def chunk_features(
     if context > 0:
         table_ptr = slot_table_ptr + n.to(tl.int64) * table_stride
         read = slot_or_null(table_ptr, (context - 1) // block_size, table_width, num_slots)
-    ring_ptr = conv_pool_ptr + read.to(tl.int64) * conv_slot_stride
     has_history = (offset < W - 1) & (read > 0) & (block == 0)
     operand: tl.constexpr = q_out_ptr.dtype.element_ty
     # A block is four groups of four tokens. A tile holds one token of each group, so that a thread has the tokens of a
@@ -158,10 +159,11 @@ def chunk_features(
     none = tl.zeros((BLOCK // 4, D), tl.float32)
     histories = ((none,) * (W - 1), (none,) * (W - 1), (none,) * (W - 1))
     if has_history:
+        unit = first_unit + head * PIECES
+        places = head_places(pages_ptr, read, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
         found = ()
         for part in tl.static_range(3):  # q, k, v
-            channel = (part * H + head) * D + c
-            found = found + (_load_history(ring_ptr, conv_column_stride, i, offset, position, channel, W, R),)
+            found = found + (_load_history(ring_ptr, places, i, offset, position, part * D + c, D, W, R, PIECES, RING),)
         histories = found
     gates, strengths = (), ()
     for j in tl.static_range(4):

@@ -9,8 +9,8 @@ A tile of the state is ``[rows, FOLD, D/FOLD]``: with FOLD > 1 a thread holds FO
 is mostly additions within a thread and few shuffles between threads. Decode takes some value channels at a time,
 extend the whole head.
 
-The order of operations is part of the code: decode needs 126 registers with Triton 3.6, which lets four programs share
-a multiprocessor. With 129, which an output formed before its state is stored can cost, three do.
+The order of operations is part of the code: with at most 128 registers four programs of decode share a multiprocessor,
+and in this order nothing is spilled for it (NOTES.md).
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 
@@ -20,14 +20,21 @@ import triton
 import triton.language as tl
 
 from kimi_vllm.kernels.cuda.math import add3, gated_rms_norm, inverse_norm, log2_decay, sigmoid
+from kimi_vllm.kernels.cuda.slots import elements, matrix_rows
 
 
 @triton.jit
-def state_tile(start, ROWS: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr):
-    """Return where the elements of ROWS rows of a state lie that begins at `start`."""
-    tile = start + tl.arange(0, ROWS)[:, None, None] * D
-    tile += tl.arange(0, FOLD)[None, :, None] * (D // FOLD) + tl.arange(0, D // FOLD)[None, None, :]
-    return tile  # [ROWS, FOLD, D/FOLD]
+def state_tile(state_ptr, places, first: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Return where the elements of ROWS rows of a head's matrix lie, from row `first` on: ``[ROWS, FOLD, D/FOLD]``."""
+    column = tl.arange(0, FOLD)[None, :, None] * (D // FOLD) + tl.arange(0, D // FOLD)[None, None, :]
+    UNIT_ROWS: tl.constexpr = D // PIECES
+    if ROWS <= UNIT_ROWS:
+        # Rows of one unit: the step from one tile to the next is a constant in the instruction.
+        unit_ptr = state_ptr + elements(places[first // UNIT_ROWS], state_ptr)
+        return unit_ptr + (tl.arange(0, ROWS)[:, None, None] * D + column) + first % UNIT_ROWS * D
+    else:
+        rows = matrix_rows(state_ptr, places, first + tl.arange(0, ROWS), D, PIECES)
+        return state_ptr + rows[:, None, None] + column
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,19 +25,21 @@ from kda_case import (
     relative_error,
     same_bits,
 )
-from numba import cfunc, njit
+from numba import cfunc
 
-from kimi_vllm.kernels.cpu import math, simd, worker
+from kimi_vllm.kernels.cpu import worker
 
 LENGTHS = (1, 3, 15, 16, 17, 63, 64, 65, 129, 200)
 HEADS = [(1, 64), (2, 128), (3, 64), (32, 128)]
 HEAD_IDS = ["H1-D64", "H2-D128", "H3-D64", "H32-D128"]
+in_pieces = pytest.mark.parametrize("pieces", [1, 2, 4], ids="pieces{}".format)
 
 
+@in_pieces
 @pytest.mark.parametrize("W", [2, 3, 4, 8], ids="W{}".format)
 @pytest.mark.parametrize(("H", "D"), HEADS, ids=HEAD_IDS)
-def test_decode_matches_spec(H: int, D: int, W: int) -> None:
-    case = Case(5, H, D, W=W, R=9, S=8)
+def test_decode_matches_spec(H: int, D: int, W: int, pieces: int) -> None:
+    case = Case(5, H, D, W=W, R=12, S=8, pieces=pieces)
     for slot, position in ((1, 40), (3, 1), (6, 7)):
         case.fill(slot, position)
     # A plain step, a padded row, a fresh sequence, a fork, a second plain step.
@@ -69,8 +72,9 @@ def test_prefill_with_other_convolution_widths(W: int) -> None:
     check_prefill(case, [1, 2, 37], [5, 0, 0], [[1], [2], [3]], 1 << 20)
 
 
-def test_prefill_of_mixed_sequences() -> None:
-    case = Case(122, S=12)
+@in_pieces
+def test_prefill_of_mixed_sequences(pieces: int) -> None:
+    case = Case(122, S=12, pieces=pieces)
     case.fill(1, 16)
     case.fill(2, 29)
     lengths, context = [16, 0, 1, 65, 37], [16, 0, 0, 29, 0]
@@ -122,9 +126,14 @@ def test_prefill_then_decode_equals_one_prefill(n: int) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(cuts=st.lists(st.integers(1, 99), max_size=6, unique=True), block=st.integers(3, 120), W=st.integers(2, 8))
-def test_chunked_prefill_in_any_pieces_equals_one_shot(cuts: list[int], block: int, W: int) -> None:
-    case = Case(100, 1, 64, W=W, S=3)
+@given(
+    cuts=st.lists(st.integers(1, 99), max_size=6, unique=True),
+    block=st.integers(3, 120),
+    W=st.integers(2, 8),
+    pieces=st.sampled_from([1, 2, 4, 8]),
+)
+def test_chunked_prefill_in_any_chunks_equals_one_shot(cuts: list[int], block: int, W: int, pieces: int) -> None:
+    case = Case(100, 1, 64, W=W, S=3, pieces=pieces)
     whole, pieces = case.copy(), case.copy()
     expected = whole.prefill([100], [0], [[1]])
     bounds = [0, *sorted(cuts), 100]
@@ -135,9 +144,10 @@ def test_chunked_prefill_in_any_pieces_equals_one_shot(cuts: list[int], block: i
     assert torch.equal(pieces.history(2, 100), whole.history(1, 100))
 
 
+@in_pieces
 @pytest.mark.parametrize("end", [1, 15, 16, 17, 32, 47], ids="end{}".format)
-def test_an_export_is_the_state_of_a_shorter_prefill(end: int) -> None:
-    case = Case(48, S=5)
+def test_an_export_is_the_state_of_a_shorter_prefill(end: int, pieces: int) -> None:
+    case = Case(48, S=5, pieces=pieces)
     exporting = case.copy()
     exporting.prefill([48], [0], [[1, 2, 3]], 16)
     shorter = case.rows(0, end).copy()
@@ -174,8 +184,9 @@ def test_sequences_without_slots_still_produce_output() -> None:
     check_prefill(Case(20), [20], [0], [[0, 0]], 16)
 
 
-def test_forks_leave_the_parent_alone_and_complete_the_child() -> None:
-    case = Case(30)
+@in_pieces
+def test_forks_leave_the_parent_alone_and_complete_the_child(pieces: int) -> None:
+    case = Case(30, pieces=pieces)
     case.fill(1, 11)
     check_decode(case.rows(0, 1), [1], [2], [11])
     parent, child = case.copy(), case.copy()
@@ -188,9 +199,11 @@ def test_forks_leave_the_parent_alone_and_complete_the_child() -> None:
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("R", [4, 5, 8], ids="R{}".format)
-def test_ring_wraps(R: int) -> None:
-    case = Case(3 * R + 1, 1, 64, R=R)
+@pytest.mark.parametrize(
+    ("R", "pieces"), [(4, 4), (5, 1), (6, 2), (8, 8)], ids=["R4-pieces4", "R5-pieces1", "R6-pieces2", "R8-pieces8"]
+)
+def test_ring_wraps(R: int, pieces: int) -> None:
+    case = Case(3 * R + 1, 1, 64, R=R, pieces=pieces)
     ours, gold = case.copy(), case.copy(torch.float64)
     for t in range(3 * R + 1):
         x, expected = (
@@ -300,56 +313,29 @@ def test_slots_outside_the_pools_raise(slot: int) -> None:
         case.prefill([1], [0], [[slot]])
     with pytest.raises(IndexError, match="outgrows its slot table"):
         Case(20).prefill([20], [0], [[1]], 16)
-    assert same_bits(case.state, before.state)
+    assert same_bits(case.pools.memory, before.pools.memory)
+
+
+def test_blocks_may_lie_beyond_four_gigabytes() -> None:
+    case = Case(40, S=5)
+    case.fill(1, 9)
+    near = case.copy()
+    pools = near.pools
+    beyond = (1 << 32) // pools.cut.block_bytes + 1
+    # Only what is touched becomes real memory.
+    memory = torch.from_numpy(np.zeros((beyond + len(pools.memory), pools.cut.block_bytes), dtype=np.uint8))
+    memory[beyond:] = pools.memory
+    far = replace(case, pools=replace(pools, memory=memory, pages=pools.pages + beyond))
+    outs = [
+        (each.rows(0, 2).decode([1, 0], [2, 3], [9, 0]), each.prefill([40], [10], [[2, 4]], 32)) for each in (near, far)
+    ]
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*outs, strict=True))
+    assert same_bits(memory[beyond:], near.pools.memory)
 
 
 def test_empty_steps_do_nothing() -> None:
     assert Case(0).decode([], [], []).shape == (0, 128)
     assert Case(0).prefill([], [], []).shape == (0, 128)
-
-
-@njit
-def _apply_exp(source, target, count):  # type: ignore[no-untyped-def]
-    for i in range(0, 4 * count, 64):
-        simd.store(target + i, math.exp(simd.load(source + i)))
-
-
-@njit
-def _apply_softplus(source, target, count):  # type: ignore[no-untyped-def]
-    for i in range(0, 4 * count, 64):
-        simd.store(target + i, math.softplus(simd.load(source + i)))
-
-
-@njit
-def _apply_sigmoid(source, target, count):  # type: ignore[no-untyped-def]
-    for i in range(0, 4 * count, 64):
-        simd.store(target + i, math.sigmoid(simd.load(source + i)))
-
-
-@pytest.mark.parametrize(
-    ("apply", "gold", "low", "high"),
-    [
-        (_apply_exp, np.exp, -86.9, 88.0),
-        (_apply_softplus, lambda x: np.logaddexp(0.0, x), -86.0, 100.0),
-        (_apply_sigmoid, lambda x: 1 / (1 + np.exp(-x)), -85.0, 100.0),
-    ],
-    ids=["exp", "softplus", "sigmoid"],
-)
-def test_elementary_functions_keep_seven_digits(apply, gold, low, high) -> None:  # type: ignore[no-untyped-def]
-    x = np.concatenate([np.linspace(low, high, 1 << 18), np.linspace(-1, 1, 1 << 18)]).astype(np.float32)
-    y = np.empty_like(x)
-    apply(x.ctypes.data, y.ctypes.data, x.size)
-    expected = gold(x.astype(np.float64))
-    assert (np.abs(y - expected) / expected).max() <= 4e-7
-
-
-def test_exp_saturates_and_lets_nan_through() -> None:
-    x = np.array([-np.inf, -1e30, -88, 89, np.inf, np.nan] + [0.0] * 10, dtype=np.float32)
-    y = np.empty_like(x)
-    _apply_exp(x.ctypes.data, y.ctypes.data, x.size)
-    assert y[:3].tolist() == [0, 0, 0]
-    assert np.isfinite(y[3:5]).all()
-    assert np.isnan(y[5])
 
 
 def test_kernels_run_on_the_threads_torch_already_has() -> None:

@@ -12,6 +12,7 @@ from kda_case import (
     Case,
     check_decode,
     check_decode_flags,
+    copied,
     decode_rows,
     relative_error,
     same_bits,
@@ -23,9 +24,13 @@ from triton_case import (
     HEAD_IDS,
     HEADS,
     ON_GPU,
+    PIECES,
+    POOL_DTYPES,
     compiled_kernels,
+    far_away,
     tolerance_of,
     triton_case,
+    without_null_blocks,
 )
 
 from kimi_vllm.kernels.cuda import launch
@@ -44,7 +49,7 @@ def walk(case: Case, slot: int = 1, first: int = 0, *, spec: bool = False) -> to
 @pytest.mark.parametrize("W", [2, 3, 4, 8], ids="W{}".format)
 @pytest.mark.parametrize(("H", "D"), HEADS, ids=HEAD_IDS)
 def test_decode_matches_spec(H: int, D: int, W: int) -> None:
-    case = triton_case(5, H, D, W=W, R=9)
+    case = triton_case(5, H, D, W=W, R=10)
     for slot, position in ((1, 40), (3, 1), (6, 7)):
         case.fill(slot, position)
     # A plain step, a padded row, a fresh sequence, a fork, a second plain step.
@@ -59,6 +64,16 @@ def test_dtypes(dtype: str, state_dtype: str) -> None:
     case.fill(1, 5)
     case.fill(2, 9)
     check_decode(case, [1, 2, 0], [1, 4, 5], [5, 9, 0], tolerance_of(case.dtype, case.state_dtype))
+
+
+@PIECES
+@POOL_DTYPES
+def test_heads_in_pieces(state_dtype: torch.dtype, conv_dtype: torch.dtype, pieces: int) -> None:
+    case = triton_case(4, 2, 64, R=4, dtype=conv_dtype, state_dtype=state_dtype, conv_dtype=conv_dtype, pieces=pieces)
+    for slot, position in ((1, 5), (2, 6), (3, 4), (6, 7)):
+        case.fill(slot, position)
+    # Tokens of all columns of the ring: a plain step, a fork, a fresh sequence, a fork whose history wraps.
+    check_decode(case, [1, 2, 0, 6], [1, 4, 5, 7], [5, 6, 0, 7], tolerance_of(case.dtype, state_dtype))
 
 
 @pytest.mark.parametrize("N", [1, 3, 33, pytest.param(1000, marks=ON_GPU)], ids="N{}".format)
@@ -111,7 +126,7 @@ def test_forks_leave_the_parent_alone_and_complete_the_child() -> None:
 
 @pytest.mark.parametrize("R", [4, 5], ids="R{}".format)
 def test_ring_wraps(R: int) -> None:
-    case = triton_case(2 * R + 1, 1, 64, R=R)
+    case = triton_case(2 * R + 1, 1, 64, R=R, pieces=2 if R % 2 == 0 else 1)
     ours, gold = case.copy(), case.copy(torch.float64)
     assert relative_error(walk(ours), gold.prefill([case.T], [0], [[1]], spec=True)) <= TOLERANCE
     positions = range(case.T - 3, case.T)
@@ -125,6 +140,22 @@ def test_fresh_rows_ignore_what_their_slot_held() -> None:
         ours = triton_case(4)
         assert torch.isfinite(walk(ours, slot)).all()
         assert torch.isfinite(ours.state[slot]).all()
+
+
+def test_blocks_beyond_two_to_the_31_steps() -> None:
+    case = triton_case(2, 1)
+    case.fill(1, 9)
+    far = replace(case, pools=far_away(case.pools))
+    assert same_bits(far.decode([1, 0], [2, 3], [9, 0]), case.decode([1, 0], [2, 3], [9, 0]))
+    assert same_bits(far.pools.memory[-len(case.pools.memory) :], case.pools.memory)
+
+
+def test_the_null_slots_blocks_are_never_used() -> None:
+    case = triton_case(3, 1)
+    ours = replace(case.copy(), pools=without_null_blocks(copied(case.pools)))
+    step = ([0, 3, 0], [2, 0, 4], [0, 3, 7])
+    assert same_bits(ours.decode(*step), case.decode(*step))
+    assert same_bits(ours.pools.memory, case.pools.memory)
 
 
 def test_an_empty_step_does_nothing() -> None:
@@ -160,11 +191,12 @@ def test_a_row_does_not_depend_on_the_others(D: int, N: int) -> None:
         assert same_bits(alone.state[n + 1], together.state[n + 1])
 
 
+@PIECES
 @pytest.mark.parametrize("change", [{"rows": 16}, {"rows": 32, "fold": 1}, {"fold": 4}], ids=["16", "32-1", "4"])
 @pytest.mark.parametrize("D", [64, 128], ids="D{}".format)
-def test_launch_parameters_do_not_change_the_result(D: int, change: dict[str, int]) -> None:
+def test_launch_parameters_do_not_change_the_result(D: int, change: dict[str, int], pieces: int) -> None:
     config = replace(launch.decode(2, D, torch.float32), **change)
-    case = triton_case(2, 1, D, decode_config=config)
+    case = triton_case(2, 1, D, decode_config=config, pieces=pieces)
     case.fill(1, 5)
     check_decode(case, [1, 0], [2, 3], [5, 0])
 

@@ -6,8 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kda_case import check_prefill, relative_error
-from triton_case import DTYPES, HEAD_IDS, HEADS, tolerance_of, triton_case
+from kda_case import check_prefill, copied, relative_error, same_bits
+from triton_case import (
+    DTYPES,
+    HEAD_IDS,
+    HEADS,
+    PIECES,
+    POOL_DTYPES,
+    far_away,
+    tolerance_of,
+    triton_case,
+    without_null_blocks,
+)
 
 from kimi_vllm.kernels.cuda import launch
 
@@ -43,6 +53,32 @@ def test_dtypes(state_dtype: str) -> None:
     case = triton_case(MOST, 1, dtype=torch.bfloat16, state_dtype=DTYPES[state_dtype])
     case.fill(1, 60)
     check_prefill(case, [MOST], [60], [[1, 2]], 64, tolerance_of(case.dtype, case.state_dtype))
+
+
+@PIECES
+@POOL_DTYPES
+def test_heads_in_pieces(state_dtype: torch.dtype, conv_dtype: torch.dtype, pieces: int) -> None:
+    case = triton_case(
+        MOST, 1, 64, R=4, dtype=conv_dtype, state_dtype=state_dtype, conv_dtype=conv_dtype, pieces=pieces
+    )
+    case.fill(1, 62)
+    check_prefill(case, [MOST], [62], [[1, 2]], 64, tolerance_of(case.dtype, state_dtype))
+
+
+def test_blocks_beyond_two_to_the_31_steps() -> None:
+    case = triton_case(MOST, 1)
+    case.fill(1, 62)
+    far = replace(case, pools=far_away(case.pools))
+    assert same_bits(far.prefill([MOST], [62], [[1, 2]], 64), case.prefill([MOST], [62], [[1, 2]], 64))
+    assert same_bits(far.pools.memory[-len(case.pools.memory) :], case.pools.memory)
+
+
+def test_the_null_slots_blocks_are_never_used() -> None:
+    case = triton_case(MOST, 1)
+    ours = replace(case.copy(), pools=without_null_blocks(copied(case.pools)))
+    step = ([1, 2], [0, 64], [[2, 0], [0, 3]], 64)
+    assert same_bits(ours.prefill(*step), case.prefill(*step))
+    assert same_bits(ours.pools.memory, case.pools.memory)
 
 
 def test_chunked_form_agrees() -> None:

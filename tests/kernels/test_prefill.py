@@ -14,6 +14,7 @@ from kda_case import (
     check_no_sequence,
     check_prefill,
     check_prefill_flags,
+    copied,
     prefill_rows,
     relative_error,
     same_bits,
@@ -24,9 +25,13 @@ from triton_case import (
     EXTREME_GATES,
     LOOSE,
     ON_GPU,
+    PIECES,
+    POOL_DTYPES,
     compiled_kernels,
+    far_away,
     tolerance_of,
     triton_case,
+    without_null_blocks,
 )
 
 from kimi_vllm.kernels.cuda import launch
@@ -92,6 +97,18 @@ def test_dtypes(dtype: str, state_dtype: str) -> None:
     if dtype == "bf16" and DEVICE == "cpu":
         tolerance = replace(tolerance, out=7e-3, state=7e-3)  # the interpreter cuts off where it should round
     check_prefill(case, [20], [64], [[1, 2]], BLOCK, tolerance)
+
+
+@PIECES
+@POOL_DTYPES
+def test_heads_in_pieces(state_dtype: torch.dtype, conv_dtype: torch.dtype, pieces: int) -> None:
+    case = triton_case(70, 1, 64, R=4, dtype=conv_dtype, state_dtype=state_dtype, conv_dtype=conv_dtype, pieces=pieces)
+    case.fill(1, 62)
+    tolerance = tolerance_of(case.dtype, state_dtype)
+    if conv_dtype == torch.bfloat16 and DEVICE == "cpu":
+        tolerance = replace(tolerance, out=7e-3, state=7e-3)  # the interpreter cuts off where it should round
+    # States at tokens 64 and 128 and at the end; the history of the first comes from the ring, but for two tokens.
+    check_prefill(case, [70], [62], [[1, 2, 3]], BLOCK, tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -198,6 +215,22 @@ def test_a_slot_outside_the_pools_or_the_table_counts_as_none() -> None:
     assert not flags.any()
 
 
+def test_blocks_beyond_two_to_the_31_steps() -> None:
+    case = triton_case(9, 1)
+    case.fill(1, 62)
+    far = replace(case, pools=far_away(case.pools))
+    assert same_bits(far.prefill([9], [62], [[1, 2]], BLOCK), case.prefill([9], [62], [[1, 2]], BLOCK))
+    assert same_bits(far.pools.memory[-len(case.pools.memory) :], case.pools.memory)
+
+
+def test_the_null_slots_blocks_are_never_used() -> None:
+    case = triton_case(9, 1)
+    ours = replace(case.copy(), pools=without_null_blocks(copied(case.pools)))
+    step = ([4, 5], [0, 64], [[2, 0], [0, 3]], BLOCK)
+    assert same_bits(ours.prefill(*step), case.prefill(*step))
+    assert same_bits(ours.pools.memory, case.pools.memory)
+
+
 def test_empty_steps_do_nothing() -> None:
     assert triton_case(0).prefill([], [], []).shape == (0, 128)
     out = triton_case(3).prefill([0], [0], [[1]])
@@ -210,20 +243,21 @@ def test_a_block_that_ends_inside_a_chunk_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("D", "value_block", "form"),
+    ("D", "value_block", "form", "pieces"),
     [
-        (64, 32, "exact"),
-        (128, 32, "exact"),
-        (128, 64, "exact"),
-        (128, 128, "exact"),
-        (128, 64, "fast"),
-        (128, 128, "fast"),
+        (64, 32, "exact", 2),
+        (128, 32, "exact", 1),
+        (128, 32, "exact", 2),
+        (128, 64, "exact", 4),
+        (128, 128, "exact", 2),
+        (128, 64, "fast", 2),
+        (128, 128, "fast", 4),
     ],
 )
-def test_heads_split_or_whole_match_spec(D: int, value_block: int, form: str) -> None:
+def test_heads_split_or_whole_match_spec(D: int, value_block: int, form: str, pieces: int) -> None:
     # One stage: a whole head of 128 channels leaves shared memory for no more.
     config = replace(launch.prefill(1, D, FORMS[form]), value_block=value_block, inter_stages=1)
-    case = triton_case(20, 1, D, exact=FORMS[form], prefill_config=config)
+    case = triton_case(20, 1, D, exact=FORMS[form], prefill_config=config, pieces=pieces)
     case.fill(1, 64)
     # With a token that belongs to nobody: the norm of its own must leave zeros.
     check_prefill(case, [8, 11], [64, 0], [[1, 2], [3, 0]], BLOCK, None if FORMS[form] else FAST)

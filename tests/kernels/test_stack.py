@@ -13,6 +13,7 @@ from torch import Tensor
 from triton_case import DEVICE, ON_GPU, triton_case
 
 from kimi_vllm.kernels import reference
+from kimi_vllm.kernels.bench.layer import scattered
 from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
 
 pytestmark = pytest.mark.triton
@@ -82,7 +83,7 @@ class Stack:
     def of(cls, layers: list[Layer], kernels: Any, dtype: torch.dtype, state: torch.dtype) -> Stack:
         """Return the layers in `dtype`, with poisoned pools in `state`."""
         pools = [
-            Pools(
+            scattered(
                 torch.full((SLOTS, R, 3 * x.H * x.D), float("nan"), dtype=state, device=DEVICE),
                 torch.full((SLOTS, x.H, x.D, x.D), float("nan"), dtype=state, device=DEVICE),
             )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
+from mmap import mmap
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,8 @@ import torch
 from kda_case import Case, Tolerance, rms_error
 from triton.runtime import JITFunction
 
+from kimi_vllm.kernels.bench.layer import scattered
+from kimi_vllm.kernels.contract import Pools
 from kimi_vllm.kernels.cuda import decode, launch, prefill
 from kimi_vllm.kernels.cuda.math import INTERPRETED
 
@@ -36,14 +41,22 @@ def triton_case(
     exact: bool | None = None,
     decode_config: launch.Decode | None = None,
     prefill_config: launch.Prefill | None = None,
+    conv_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Case:
-    """Return a case for the Triton kernels; `exact` and the launch parameters as the kernels take them."""
+    """Return a case for the Triton kernels; `exact` and the launch parameters as the kernels take them.
+
+    Rings have the dtype of the states unless `conv_dtype` is another one.
+    """
     kernels = SimpleNamespace(
         kda_decode=partial(decode.kda_decode, config=decode_config),
         kda_prefill=partial(prefill.kda_prefill, exact=exact, config=prefill_config),
     )
-    return Case(T, H, D, device=DEVICE, kernels=kernels, **options)
+    case = Case(T, H, D, device=DEVICE, kernels=kernels, **options)
+    if conv_dtype is not None:
+        conv, state = case.pools.dense()
+        case.pools = scattered(conv.to(conv_dtype), state, pieces=case.pieces)
+    return case
 
 
 def tolerance_of(dtype: torch.dtype, state_dtype: torch.dtype) -> Tolerance:
@@ -56,6 +69,37 @@ def tolerance_of(dtype: torch.dtype, state_dtype: torch.dtype) -> Tolerance:
         column=_CUT if state_dtype == torch.bfloat16 != dtype else 0.0,
         error=rms_error,
     )
+
+
+PIECES = pytest.mark.parametrize("pieces", [1, 2, 4], ids="pieces{}".format)
+POOL_DTYPES = pytest.mark.parametrize(
+    ("state_dtype", "conv_dtype"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)],
+    ids=["fp32-bf16", "bf16-fp32", "fp16-fp16"],
+)
+"""Of states and of rings, which have the dtype of the activations."""
+
+
+def far_away(pools: Pools) -> Pools:
+    """Return the same slots behind 34 GiB of memory that nobody touches, past 2^31 steps of 16 bytes."""
+    near, size = pools.memory, pools.cut.block_bytes
+    skipped = (34 << 30) // size
+    length = (skipped + len(near)) * size
+    if DEVICE == "cpu":
+        with TemporaryFile() as file:  # with holes: only what is touched takes room
+            file.truncate(length)
+            memory = torch.frombuffer(mmap(file.fileno(), length), dtype=torch.uint8).view(-1, size)
+    else:
+        memory = torch.empty(length, dtype=torch.uint8, device=DEVICE).view(-1, size)
+    memory[skipped:] = near
+    return replace(pools, memory=memory, pages=pools.pages + skipped)
+
+
+def without_null_blocks(pools: Pools) -> Pools:
+    """Return the same slots, except that the null slot's row of the page table names blocks that do not exist."""
+    pages = pools.pages.clone()
+    pages[0] = 2**31 - 1
+    return replace(pools, pages=pages)
 
 
 def compiled_kernels() -> int:
