@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.checkpoints import write_checkpoint
-from support.engine import RECALL, engine, poison, poison_blocks, random_prompts
+from support.engine import RECALL, STATE_BLOCKS, engine, poison, poison_blocks, random_prompts
 
 pytestmark = pytest.mark.engine
 
@@ -80,7 +80,7 @@ def test_a_state_takes_blocks_and_leaves_their_size_alone(tmp_path, checkpoints)
         ("hybrid", checkpoints["odd-pattern", "transformers"], "auto"),
         ("mla", tmp_path / "mla", "dummy"),
     ]:
-        with engine(path, load_format=load, enable_prefix_caching=True) as running:
+        with engine(path, load_format=load) as running:
             config = running.scheduler.kv_cache_config
             pool = running.scheduler.kv_cache_manager.block_pool
             block_size = running.scheduler.block_size
@@ -159,6 +159,6 @@ def test_the_kv_cache_of_a_cpu_is_what_all_sequences_can_use(monkeypatch):
     """And not nearly all of the machine's memory, which vLLM would take and fill with zeros first."""
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     with engine(RECALL, max_num_seqs=4, max_model_len=500) as running:
-        assert running.scheduler.kv_cache_config.num_blocks == 1 + 4 * 8
+        assert running.scheduler.kv_cache_config.num_blocks == 1 + 4 * (8 + STATE_BLOCKS)
         running.complete(random_prompts([480] * 4, 100), max_tokens=20)
         assert running.num_preemptions == 0
