@@ -14,7 +14,7 @@ import torch
 from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.cache.layout import StateLayout
 from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.kernels.contract import Cut
+from kimi_vllm.kernels.cut import Cut
 from kimi_vllm.precision import conv_dtype, router_dtype
 from kimi_vllm.quantization import WeightFormat
 from kimi_vllm.weight_bytes import weight_bytes

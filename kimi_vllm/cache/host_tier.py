@@ -17,13 +17,13 @@ class HostTier(CheckpointIndex):
         cover: See `CheckpointIndex`. A state can only be resumed with its pages, which stay on the device.
 
     Attributes:
-        lost_blocks: Blocks of tokens to compute again of all states that were given up.
+        value_lost: Blocks of tokens to compute again of all states that were given up.
     """
 
     def __init__(self, num_slots: int, eviction: Eviction = "value", cover: Cover | None = None) -> None:
         super().__init__(eviction, cover=cover)
         self.num_slots = num_slots
-        self.lost_blocks = 0
+        self.value_lost = 0
         self._free = list(range(num_slots))
 
     def store(self, lineage: Lineage, length: int) -> int | None:
@@ -46,7 +46,7 @@ class HostTier(CheckpointIndex):
         """Give up the state to evict first; False if there is none."""
         if (slot := self.victim()) is None:
             return False
-        self.lost_blocks += self.value(slot)
+        self.value_lost += self.value(slot)
         self.evict()
         self._free.append(slot)
         return True

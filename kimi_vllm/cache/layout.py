@@ -11,7 +11,7 @@ from typing import Self
 import torch
 
 from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.kernels.contract import Cut
+from kimi_vllm.kernels.cut import Cut
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
@@ -30,8 +29,6 @@ from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.layout import num_slots
 from kimi_vllm.cache.slot_pool import SlotPool
 from kimi_vllm.cache.slots import NULL_SLOT
-
-logger = init_logger("vllm.kimi_vllm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +101,6 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._resuming: str | None = None
         # Published while a step is being scheduled, so written only when that step runs.
         self._unsettled: set[int] = set()
-        logger.info(
-            "kimi-vllm: %d blocks of %d tokens, %d tokens in all; a state takes %d blocks, host memory %d states more.",
-            block_pool.num_gpu_blocks - 1,
-            self.block_size,
-            (block_pool.num_gpu_blocks - 1) * self.block_size,
-            kv_cache_spec.state_blocks,
-            kv_cache_spec.num_host_slots,
-        )
 
     def share(self, arena: ArenaPool) -> None:
         """States come out of this pool, which the pages come out of. Before the first request."""

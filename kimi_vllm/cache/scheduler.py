@@ -23,6 +23,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from kimi_vllm.cache.arena import install
+from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.cache.contagion import Access, Step, spread
 from kimi_vllm.cache.exchange import NONFINITE, OPERATIONS, STATS
 from kimi_vllm.cache.manager import KDAStateManager
@@ -60,6 +61,10 @@ class _StateScheduling:
         assert pages.kv_cache_group_id < self._states.kv_cache_group_id
         self.arena = install(self.kv_cache_manager, pages.kv_cache_group_id)
         self._states.share(self.arena)
+        spec = self._states.kv_cache_spec
+        capacity = Capacity(self.arena.num_gpu_blocks, spec.block_size, spec.state_blocks)
+        scheduled, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
+        logger.info("%s", capacity.table(scheduled.max_num_seqs, model.max_model_len))
         self._on_nonfinite = KimiOptions.of(self.vllm_config).on_nonfinite
         self._steps: deque[tuple[SchedulerOutput, Step]] = deque()
         self._overrun: WeakSet[Request] = WeakSet()
@@ -116,7 +121,7 @@ class _StateScheduling:
         now = self._counts + pool.counts
         now["swap_bytes"] = (now["swaps_out"] + now["swaps_in"]) * spec.state_blocks * spec.page_size_bytes
         now["page_evictions"] = self.arena.page_evictions
-        now["lost_blocks"] += pool.host.lost_blocks
+        now["value_lost"] += pool.host.value_lost
         changes = now - self._sent
         self._sent = now
         gauges = {

@@ -33,7 +33,7 @@ class SlotPool:
     Attributes:
         slots, host: Who has which slot, on the device and on the host; from `share` on.
         operations: What the workers do, in order, before their next step (see `exchange.OPERATIONS`).
-        counts: Numbers of evictions, swaps_out and swaps_in so far, and lost_blocks: blocks of tokens to compute again
+        counts: Numbers of evictions, swaps_out and swaps_in so far, and value_lost: blocks of tokens to compute again
             where states were given up, from the device without room on the host, or from the host.
     """
 
@@ -99,7 +99,7 @@ class SlotPool:
             self.operations.append((slot, self.num_slots + host_slot))
             self.counts["swaps_out"] += 1
         elif self.host.find(lineage[length - 1]) is None:
-            self.counts["lost_blocks"] += self.slots.value(slot)
+            self.counts["value_lost"] += self.slots.value(slot)
         self.slots.evict()
         self.blocks[slot].reset_hash()
         self.counts["evictions"] += 1

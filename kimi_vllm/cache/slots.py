@@ -18,8 +18,6 @@ from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.prefixes import Lineage
 
 NULL_SLOT = 0
-MIN_SLOTS = 3
-"""The null slot and two more: resuming from a checkpoint reads one slot while it writes another."""
 
 
 class NoSlotError(RuntimeError):

@@ -48,7 +48,7 @@ class KimiWorker(PlatformWorker):
         return super().compile_or_warm_up_model()  # type: ignore[no-any-return]
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Output | None:
-        """Do what the scheduler planned for slots, run the step, and report slots that are not finite, now or in `sample_tokens`."""
+        """Do what was planned for slots, run the step, and report sick slots, now or in `sample_tokens`."""
         pool = self._state_pool()
         if pool is None:
             return super().execute_model(scheduler_output)  # type: ignore[no-any-return]

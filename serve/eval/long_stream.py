@@ -110,8 +110,8 @@ def read_and_ask(
         geometry = geometry_of(running.worker.model_config)
         sizes = {
             "state_blocks": running.pool.layout.blocks,
-            "state_bytes": running.pool.layout.state_bytes,
-            "block_bytes": running.pool.layout.block_bytes,
+            "slot_bytes": running.pool.layout.state_bytes,
+            "page_bytes": running.pool.layout.block_bytes,
             "memory_bytes": running.pool.memory.nbytes,
         }
     return {
@@ -135,8 +135,8 @@ def table(result: dict[str, Any]) -> ResultTable:
     title = (
         f"{result['tokens']:,} tokens in steps of {result['chunk']:,}; resident memory "
         f"{memory[0]['rss_mib']:,.0f} MiB after the first step, {memory[-1]['rss_mib']:,.0f} after the last; "
-        f"{memory[-1]['slots']} state of {sizes['state_bytes'] / MIB:.2f} MiB, "
-        f"{memory[-1]['pages']:,} pages of {sizes['block_bytes'] / 1024:.0f} KiB"
+        f"{memory[-1]['slots']} state of {sizes['slot_bytes'] / MIB:.2f} MiB, "
+        f"{memory[-1]['pages']:,} pages of {sizes['page_bytes'] / 1024:.0f} KiB"
     )
     columns = ["needle at", "tokens ago", "right answer", "answer", "from cache", "steps", "seconds", "CPU seconds"]
     cells = [

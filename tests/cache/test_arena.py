@@ -39,7 +39,7 @@ def test_blocks_are_reclaimed_from_slots_that_hold_nothing_then_pages_then_state
     assert traffic.kind([1] * 8) == [Kind.KEPT] * 2
     taken += arena.get_new_blocks(4)
     assert traffic.kind([1] * 8) == [Kind.LOOSE, None], "the last page of the state goes with it"
-    assert traffic.slots.counts == {"evictions": 1, "lost_blocks": 2}
+    assert traffic.slots.counts == {"evictions": 1, "value_lost": 2}
     assert arena.get_num_free_blocks() == 1
     with pytest.raises(ValueError, match="Cannot get 2 free blocks"):
         arena.get_new_blocks(2)
@@ -75,7 +75,7 @@ def test_pages_of_a_state_on_the_host_stay_and_go_with_it():
     assert traffic.kind([1] * 8) == [Kind.KEPT] * 2
     held += traffic.arena.get_new_blocks(1)
     assert traffic.slots.host.num_idle == 0
-    assert traffic.slots.host.lost_blocks == 2
+    assert traffic.slots.host.value_lost == 2
     traffic.arena.free_blocks(held)
     traffic.check()
 

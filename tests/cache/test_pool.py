@@ -5,7 +5,7 @@ import torch
 
 from kimi_vllm.cache.layout import StateLayout, num_slots
 from kimi_vllm.cache.pool import StatePool
-from kimi_vllm.kernels.contract import Cut
+from kimi_vllm.kernels.cut import Cut
 
 LAYERS, H, D, R = 3, 2, 64, 4
 CUT = Cut(H, D, R, torch.float32, torch.float32, pieces=2, block_bytes=3 * 34 * 4 * D + 16 * 34 * 4)
@@ -75,7 +75,9 @@ def test_memory_is_let_go_after_profiling():
     before = [layer.memory.data_ptr() for layer in pool.layers]
     pool.release()
     assert pool.num_slots == 1
-    assert all(layer.memory.untyped_storage().data_ptr() != storage.untyped_storage().data_ptr() for layer in pool.layers)
+    assert all(
+        layer.memory.untyped_storage().data_ptr() != storage.untyped_storage().data_ptr() for layer in pool.layers
+    )
     pool.bind(storage.view(B, -1))
     assert [layer.memory.data_ptr() for layer in pool.layers] == before
 

@@ -156,7 +156,7 @@ def test_what_is_evicted_is_counted_by_kind_and_by_what_it_saved():
             scheduler.check_memory()
     assert sent[f"{STATS}evictions"] == scheduler._states.block_pool.counts["evictions"] > 0
     assert sent[f"{STATS}page_evictions"] == scheduler.arena.page_evictions > 0
-    assert sent[f"{STATS}lost_blocks"] >= 7, "a prompt of seven blocks and a bit was forgotten with its state"
+    assert sent[f"{STATS}value_lost"] >= 7, "a prompt of seven blocks and a bit was forgotten with its state"
 
 
 def test_a_swap_is_as_many_bytes_as_the_blocks_of_a_state(scheduler):

@@ -94,8 +94,8 @@ def test_a_checkpoint_larger_than_its_config_is_refused(overrides, message):
     [
         ({"additional_config": {"kimi": {"slots": 3}}}, "kimi.slots: no such option"),
         (
-            {"additional_config": {"kimi": {"state_slots": 10**7}}},
-            "kimi.state_slots: 10000000 KDA state slots of 0.2 MiB need",
+            {"additional_config": {"kimi": {"state_slots": 12}}},
+            "kimi.state_slots: replaced. --max-num-seqs limits running requests",
         ),
         (
             {"additional_config": {"kimi": {"state_dtype": "bfloat16"}}},

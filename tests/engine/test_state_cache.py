@@ -66,7 +66,7 @@ def test_abort_returns_the_slots():
 
 
 def test_a_state_takes_blocks_and_leaves_their_size_alone(tmp_path, checkpoints):
-    """Bytes and tokens of a block are those of the same model with its MLA layers alone; a state is some blocks more."""
+    """Bytes and tokens of a block are those of the model's MLA layers alone; a state is some blocks more."""
     config = json.loads((checkpoints["odd-pattern", "transformers"] / "config.json").read_text())
     num_mla = config["layer_types"].count("full_attention")
     only_mla = config | {

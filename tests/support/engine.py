@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from serve.common import engine as common
-from support.memory import Watch
 from serve.common.paths import RECALL as RECALL
-
+from support.memory import Watch
 
 STATE_BLOCKS = 8
 """Blocks of 64 tokens that a state of the recall model takes, in float32 on a CPU."""

@@ -4,7 +4,6 @@ One request at a time, so that the time to the first token is that of its prompt
 the turns that follow contain them. vLLM's own "align" is not here: its model cannot be built on vLLM's CPU package.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,15 @@ from typing import Any
 
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.planning import Costs
 from serve.bench.cache.reuse import ALIGNED, FITS, THIRD, Workload
-from serve.bench.cache.traces import BLOCK, Turn, prompt_of
+from serve.bench.cache.traces import Turn, prompt_of
 from serve.common.engine import engine
 from serve.common.paths import RECALL
 from serve.common.rows import Row
 from serve.common.tables import ResultTable
+
+STATE_BLOCKS = 8
+"""Blocks of a state of the tiny checkpoint."""
 
 SHORT: dict[str, dict[str, int]] = {
     "chat": {"users": 4, "turns": 6, "limit": 2560},
@@ -51,9 +51,9 @@ def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[F
         workload = Workload.of(name, seed, concurrency=1, **SHORT[name])
         runs = [("no cache", "-"), (FITS, "value"), *((THIRD, policy) for policy in policies if policy not in ALIGNED)]
         for regime, policy in runs:
-            slots = workload.memory(FITS if policy == "-" else regime).slots
-            replayed = 0 if policy == "-" else workload.run(regime, policy).hit
-            hits, seconds = _serve(workload, slots, None if policy == "-" else policy)
+            blocks = workload.memory(FITS if policy == "-" else regime, STATE_BLOCKS).blocks
+            replayed = 0 if policy == "-" else workload.run(regime, policy, STATE_BLOCKS).hit
+            hits, seconds = _serve(workload, blocks, None if policy == "-" else policy)
             yield FirstToken(
                 trace=name,
                 memory=regime,
@@ -67,16 +67,14 @@ def rows(names: Sequence[str], policies: Sequence[str], seed: int) -> Iterator[F
             )
 
 
-def _serve(workload: Workload, slots: int, eviction: str | None) -> tuple[list[int], list[float]]:
-    geometry = KimiGeometry.from_config(json.loads((RECALL / "config.json").read_text()))
-    costs = Costs.of(geometry, itemsize=4, block_size=BLOCK)
+def _serve(workload: Workload, blocks: int, eviction: str | None) -> tuple[list[int], list[float]]:
     options: dict[str, Any] = {
         "max_model_len": 8192,
         "max_num_seqs": 1,
         "max_num_batched_tokens": 8192,
-        "kv_cache_memory_bytes": workload.pages * costs.page,
+        "num_gpu_blocks_override": blocks,
         "enable_prefix_caching": eviction is not None,
-        "additional_config": {"kimi": {"state_slots": slots, "eviction": eviction or "value"}},
+        "additional_config": {"kimi": {"eviction": eviction or "value"}},
     }
     with engine(RECALL, **options) as running:
         _ask(running.llm, Turn(None, [5] * 512, [0] * 2), [5] * 512, "warm-up")

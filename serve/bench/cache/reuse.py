@@ -80,14 +80,16 @@ class Workload:
         reusable = sum(reusable_tokens(prompts, answers))
         return cls(name, seed, turns, prompts, reusable, pages, needed, concurrency, fits)
 
-    def memory(self, regime: str) -> Memory:
-        """The memory of our scheduler in this regime."""
+    def memory(self, regime: str, state_blocks: int | None = None) -> Memory:
+        """The memory of our scheduler in this regime; of another model if its states have so many blocks."""
         states = 4 * len(self.turns) if regime == FITS else self.concurrency + self.working_set // 3
+        if state_blocks is not None:
+            return Memory(self.concurrency, self.pages + states * state_blocks, state_blocks)
         return memory_of(self.concurrency, self.pages, states)
 
-    def run(self, regime: str, policy: str) -> Reuse:
+    def run(self, regime: str, policy: str, state_blocks: int | None = None) -> Reuse:
         """Replay it."""
-        memory = self.memory(regime)
+        memory = self.memory(regime, state_blocks)
         if policy in ALIGNED:
             memory = aligned_memory(memory)
             outcome = replay(align_scheduler(memory, ALIGNED[policy]), self.turns)

@@ -15,7 +15,7 @@ _installed = False
 
 
 def describe(worker: Any) -> dict[str, Any]:
-    """The class that serves, the blocks of a state, the bytes of an element of its recurrent state and of all parameters."""
+    """The class that serves, blocks of a state, bytes of an element of its recurrent matrix and of all parameters."""
     model = worker.model_runner.get_model()
     home = getattr(getattr(model, "model", None), "state_home", None)
     return {
