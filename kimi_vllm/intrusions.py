@@ -146,15 +146,30 @@ INTRUSIONS = (
         "it has one",
     ),
     Intrusion(
-        "replace the manager's block pool and null block",
+        "replace the coordinator's and the managers' block pools and null blocks",
         (
+            "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.block_pool",
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.block_pool",
             "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.block_pool",
             "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager._null_block",
             "vllm.v1.core.kv_cache_utils:KVCacheBlock.is_null",
         ),
-        "Slots are not blocks of vLLM's pool; its constructor takes the pool from the coordinator.",
-        "the coordinator gives all managers one pool",
-        "a spec may bring its own pool",
+        "States and pages are evicted by value from one pool, and slots are not blocks of it; a coordinator makes its "
+        "pool, and a manager takes it, in their constructors.",
+        "the coordinator makes a BlockPool and gives all managers that one",
+        "a configuration names the pool's class, and a spec may bring its own pool",
+    ),
+    Intrusion(
+        "override BlockPool, and look into its cache",
+        (
+            "vllm.v1.core.block_pool:BlockPool._maybe_evict_cached_block",
+            "vllm.v1.core.block_pool:BlockHashToBlockMap._cache",
+            "vllm.v1.core.kv_cache_utils:KVCacheBlock.ref_cnt",
+        ),
+        "vLLM evicts pages by recency alone. A page that a kept state needs goes with the state, and of several copies "
+        "one is enough.",
+        "tests/cache/test_arena.py; BlockPool has one queue of free blocks",
+        "BlockPool asks a policy which block to evict",
     ),
     Intrusion(
         "override and call private methods of the scheduler, and set fields of its requests",

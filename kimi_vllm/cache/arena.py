@@ -70,20 +70,17 @@ class ArenaPool(BlockPool):
 
     Of several cached copies of a page that a kept state needs, one is kept or in use; the others are loose.
 
-    Args:
-        page_group: Index of the cache group whose pages these are.
-        options: Arguments of `BlockPool`.
-
     Attributes:
         states: The slots; set before the first request.
+        page_group: Index of the cache group whose pages these are; likewise.
         page_evictions: Cached pages that were made clean for others.
     """
 
     states: States
+    page_group: int
 
-    def __init__(self, page_group: int, **options: Any) -> None:
-        super().__init__(**options)
-        self._page_group = page_group
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._kinds = bytearray([Kind.CLEAN]) * self.num_gpu_blocks
         self._kinds[self.null_block.block_id] = Kind.PAGE
         self._loose, self._kept = FreeKVCacheBlockQueue([]), FreeKVCacheBlockQueue([])
@@ -96,7 +93,9 @@ class ArenaPool(BlockPool):
     def like(cls, pool: BlockPool, page_group: int) -> Self:
         """A fresh pool with the options of another, which this release of vLLM keeps under their names."""
         names = [name for name in signature(BlockPool.__init__).parameters if name != "self"]
-        return cls(page_group, **{name: getattr(pool, name) for name in names})
+        arena = cls(**{name: getattr(pool, name) for name in names})
+        arena.page_group = page_group
+        return arena
 
     # What vLLM calls.
 
@@ -245,7 +244,7 @@ class ArenaPool(BlockPool):
                 if needed[key]:
                     continue
                 del needed[key]
-                for block in self._copies(make_block_hash_with_group_id(key, self._page_group)):
+                for block in self._copies(make_block_hash_with_group_id(key, self.page_group)):
                     if self._kinds[block.block_id] == Kind.KEPT:
                         self._move(block, Kind.LOOSE)
 
