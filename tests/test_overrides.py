@@ -105,7 +105,10 @@ def test_our_classes_fit_those_of_vllm(monkeypatch):
     classes = list(derived_classes())
     names = {cls.__name__ for cls in classes}
     assert {"KimiWorker", "KDAStateManager", "_KimiAsyncScheduler", "SplitFlashAttnMLAMetadataBuilder"} <= names
-    by_us, on_models = set(calls(OURS, OURS.parent / "serve")), set(calls(*(VLLM / folder for folder in WHO_ASKS_A_MODEL)))
+    by_us, on_models = (
+        set(calls(OURS, OURS.parent / "serve")),
+        set(calls(*(VLLM / folder for folder in WHO_ASKS_A_MODEL))),
+    )
     found = [
         f"{cls.__name__}: {problem}"
         for cls in classes

@@ -34,7 +34,7 @@ def pages_of(tokens: int) -> int:
 class Counted:
     """No place matters: states of `state` and pages of `page` out of `free`; `reserve` is left per running request."""
 
-    def __init__(self, free: int, state: int, page: int = 1, reserve: int = 0) -> None:
+    def __init__(self, free: int, state: int, page: int = 1, reserve: float = 0) -> None:
         self.free, self.state, self.page, self.reserve = free, state, page, reserve
         self.held: dict[int, int] = {}
 
@@ -92,7 +92,7 @@ class Divided(Counted):
 EXACT = "exact fit"
 PROVIDERS: dict[str, Callable[[], Counted]] = {
     EXACT: partial(Counted, TOTAL, STATE_BYTES, BLOCK_BYTES),
-    "ours": partial(Counted, TOTAL // BLOCK_BYTES - 1, STATE_BLOCKS, reserve=1),  # beside the null block
+    "ours": partial(Counted, TOTAL // BLOCK_BYTES - 1, STATE_BLOCKS, reserve=1 / GROWING),  # beside the null block
     "in-tree": InTree,
     "divided": Divided,
 }
