@@ -308,7 +308,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         One for every fourth: with none, memory filled to the last block means preempting at the next boundary; with one
         for each, a hundredth less runs (`python -m serve.bench.cache fragmentation`).
         """
-        return cdiv(len(self.req_to_blocks), GROWING)
+        return int(cdiv(len(self.req_to_blocks), GROWING))
 
     def _can_stay(self, table: list[KVCacheBlock]) -> bool:
         live = table[-1]

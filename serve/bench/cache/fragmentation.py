@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import log
 
+from kimi_vllm.cache.manager import GROWING
 from serve.bench.cache.replay import ALIGN_BLOCK, BLOCK_BYTES, STATE_BLOCKS, STATE_BYTES
 from serve.bench.cache.traces import BLOCK
 from serve.common.rows import Row
