@@ -63,9 +63,13 @@ def test_what_happened_is_counted_and_a_sick_request_is_an_http_error(server):
     swaps = seen["kimi_state_swaps_out_total", ""] + seen["kimi_state_swaps_in_total", ""]
     assert seen["kimi_state_swap_bytes_total", ""] % swaps == 0
     assert seen["kimi_state_swap_bytes_total", ""] > 0
-    slots = {kind: seen["kimi_state_slots", kind] for kind in ("live", "checkpoint", "free", "host")}
-    assert slots["live"] + slots["checkpoint"] + slots["free"] == 4
-    assert slots["host"] > 0
+    slots = {kind: seen["kimi_state_slots", kind] for kind in ("live", "checkpoint", "host")}
+    assert slots["live"] == 0
+    assert slots["checkpoint"] + slots["host"] == 8
+    blocks = {kind: seen["kimi_state_blocks", kind] for kind in ("clean", "loose", "kept", "page", "state")}
+    assert sum(blocks.values()) == BLOCKS - 1
+    assert blocks["page"] == 0
+    assert blocks["kept"] == 16
     assert "is not finite: the request ends with an error" in log.read_text()
 
 

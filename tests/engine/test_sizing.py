@@ -1,13 +1,14 @@
-"""The engine divides memory as `kimi-vllm plan` says, and says so itself when it starts."""
+"""The engine's memory is what `kimi-vllm plan` says, and the engine says so itself when it starts."""
 
 import json
 
 import psutil
 import pytest
-from support.engine import RECALL, engine, random_prompts
+from support.engine import RECALL, STATE_BLOCKS, engine, random_prompts
 from typer.testing import CliRunner
 
 from kimi_vllm import sizing as planner
+from kimi_vllm.cache import scheduler
 from kimi_vllm.cli import app
 
 pytestmark = pytest.mark.engine
@@ -15,11 +16,9 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture
 def said(monkeypatch):
-    """What the config hook logs, by level; vLLM's logger is silenced in tests."""
+    """What the scheduler logs at start; vLLM's logger is silenced in tests."""
     lines = []
-    for level in ("info", "warning"):
-        log = lambda text, *values, level=level: lines.append((level, text % values))  # noqa: E731
-        monkeypatch.setattr(planner.logger, level, log)
+    monkeypatch.setattr(scheduler.logger, "info", lambda text, *values: lines.append(text % values))
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     return lines
 
@@ -44,10 +43,9 @@ def weight_bytes(monkeypatch):
 def planned(checkpoint, *options):
     memory = str(psutil.virtual_memory().available)
     arguments = ["plan", "--model", str(checkpoint), "--memory", memory, "--device", "cpu", "--dtype", "float32"]
-    text = CliRunner().invoke(app, [*arguments, *options])
     report = CliRunner().invoke(app, [*arguments, *options, "--json"])
-    assert (text.exit_code, report.exit_code) == (0, 0), text.output
-    return text.stdout, json.loads(report.stdout)["sizing"]
+    assert report.exit_code == 0, report.output
+    return json.loads(report.stdout)
 
 
 @pytest.mark.parametrize(
@@ -57,63 +55,54 @@ def planned(checkpoint, *options):
 def test_plan_and_engine_agree_to_the_byte(name, layout, caching, checkpoints, said, weight_bytes):
     checkpoint = checkpoints[name, layout]
     flag = "--prefix-caching" if caching else "--no-prefix-caching"
-    text, sizing = planned(checkpoint, "--max-num-seqs", "5", "--max-model-len", "500", flag)
+    plan = planned(checkpoint, "--max-num-seqs", "5", "--max-model-len", "500", flag)
+    costs, block_size = plan["costs"], plan["capacity"]["block_size"]
     with engine(checkpoint, max_num_seqs=5, max_model_len=500, enable_prefix_caching=caching) as running:
-        table = next(line for level, line in said if line.startswith("kimi-vllm memory per worker"))
-        assert table in text
-        assert running.slots.num_slots == 1 + sizing["state_slots"] == (11 if caching else 6)
-        pool = running.pool
-        assert pool.state.nbytes + pool.conv.nbytes == sizing["state_bytes"]
-        assert sizing["costs"]["slot"] * running.slots.num_slots == sizing["state_bytes"]
-        config = running.scheduler.kv_cache_config
-        caches = [
-            layer.self_attn.attn.kv_cache for layer in running.model.model.layers if hasattr(layer, "state_group")
-        ]
-        assert sum(cache.nbytes for cache in caches) == sizing["kv_bytes"]
-        assert config.num_blocks == sizing["num_pages"] == 1 + 5 * 8
-        assert running.scheduler.kv_cache_manager.block_pool.num_gpu_blocks == sizing["num_pages"]
-        assert weight_bytes == [sizing["costs"]["weights"]]
-        assert running.scheduler.max_num_running_reqs == sizing["live"] == 5
+        pool, arena = running.pool, running.scheduler.arena
+        assert pool.layout.blocks == costs["state_blocks"]
+        assert pool.layout.state_bytes == costs["state"]
+        assert pool.memory.shape == (arena.num_gpu_blocks, costs["block"])
+        states = 2 if caching else 1
+        assert arena.num_gpu_blocks == 1 + 5 * (-(-500 // block_size) + states * costs["state_blocks"])
+        assert weight_bytes == [costs["weights"]]
+        assert running.scheduler.max_num_running_reqs == 5
+        [table] = [line for line in said if line.startswith("kimi-vllm: states and KV cache share")]
+        assert f"share {arena.num_gpu_blocks} blocks" in table
+        assert f"{costs['state_blocks']} blocks per request" in table
         running.complete(random_prompts([480] * 5, 100), max_tokens=20)
         assert running.num_preemptions == 0
 
 
-@pytest.mark.parametrize("host_memory_gib", [0, 0.25])
-def test_too_many_sequences_are_clamped_and_served(host_memory_gib, said, monkeypatch):
-    """Memory for the weights, a few slots and their pages: fewer requests run at once, and the others wait."""
-    _, ample = planned(RECALL, "--max-num-seqs", "16", "--max-model-len", "512")
-    costs = ample["costs"]
-    enough_for_six = costs["weights"] + 8 * costs["slot"] + (1 + 6 * 8) * costs["page"]
-    memory = round(enough_for_six / (0.92 - 1 / 20) + host_memory_gib * 2**30)
-    monkeypatch.setattr(planner, "_memory", lambda vllm_config: memory)
-    host_tier = {"kimi": {"host_memory_gib": host_memory_gib}}
-    options = {"max_num_seqs": 16, "max_num_active_seqs": 12, "max_model_len": 512}
-    with engine(RECALL, **options, additional_config=host_tier) as running:
-        assert running.scheduler.max_num_running_reqs == running.scheduler.max_num_active_reqs == 6
-        assert running.slots.num_slots == 7
-        warnings = [line for level, line in said if level == "warning"]
-        assert len(warnings) == 1
-        assert "--max-num-seqs 16 lowered to 6" in warnings[0]
-        assert "kimi.state_slots" in warnings[0]
-        answers = running.complete(random_prompts([300] * 16, 100), max_tokens=4)
-        assert len(answers) == 16
+def test_more_sequences_than_memory_has_room_for_wait():
+    """Memory for six requests of 300 tokens: all sixteen are answered, and nobody is preempted."""
+    blocks = 1 + 6 * (STATE_BLOCKS + 5) + 2
+    with engine(RECALL, max_num_seqs=16, max_model_len=512, num_gpu_blocks_override=blocks) as running:
+        most = []
+        schedule = running.scheduler.schedule
+        running.scheduler.schedule = lambda *args, **named: (
+            schedule(*args, **named),
+            most.append(len(running.scheduler.running)),
+        )[0]
+        assert running.scheduler.max_num_running_reqs == 16
+        assert len(running.complete(random_prompts([300] * 16, 100), max_tokens=4)) == 16
+        assert max(most) == 6
         assert running.num_preemptions == 0
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_loaded(said, monkeypatch):
     from kimi_vllm.model import KimiLinearForCausalLM
 
-    monkeypatch.setattr(planner, "_memory", lambda vllm_config: 2**20)
+    little = type("Memory", (), {"available": 2**20})
+    monkeypatch.setattr(planner.psutil, "virtual_memory", lambda: little)
     monkeypatch.setattr(KimiLinearForCausalLM, "__init__", lambda *args, **kwargs: pytest.fail("the model was built"))
-    with pytest.raises(Exception, match="--max-model-len 1024: one request and its state slots need"), engine(RECALL):
+    with pytest.raises(Exception, match="--max-model-len 1024: one request"), engine(RECALL):
         pass
 
 
 def test_two_engines_from_one_dictionary_of_options():
-    """The number chosen for the first engine is not the second's option."""
+    """What is settled for the first engine is not the second's option."""
     given = {"kimi": {"checkpoint_interval": 128}}
     for sequences in (2, 6):
         with engine(RECALL, max_num_seqs=sequences, additional_config=given) as running:
-            assert running.slots.num_slots == 1 + sequences
             assert running.llm.llm_engine.vllm_config.additional_config == given
     assert given == {"kimi": {"checkpoint_interval": 128}}
