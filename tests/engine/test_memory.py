@@ -71,7 +71,7 @@ def traffic(seed):
     """Prompts that share prefixes, of many lengths, in rounds: short, long, mixed."""
     rng = random.Random(seed)
     trunks = random_prompts([128, 320, 640], 100, seed=seed)
-    for low, high, count in ((1, 60, 30), (500, 900, 6), (1, 900, 16), (64, 130, 30), (700, 900, 5), (1, 300, 30)):
+    for low, high, count in ((1, 60, 24), (500, 900, 6), (1, 900, 12), (64, 130, 24), (700, 900, 5)):
         prompts = []
         for index in range(count):
             [tail] = random_prompts([rng.randrange(low, high)], 100, seed=rng.randrange(10**6))

@@ -1,5 +1,6 @@
 """Engines that complete prompts, answers that must be equal, and slots that a broken request left behind."""
 
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ from support.memory import Watch
 
 STATE_BLOCKS = 8
 """Blocks of 64 tokens that a state of the recall model takes, in float32 on a CPU."""
+
+
+BLOCKS = 1000
+"""Blocks of an engine in tests, unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,12 @@ def engine(checkpoint: Path, **options: Any) -> Iterator[Engine]:
 
 @contextmanager
 def engines(checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -> Iterator[dict[Any, Engine]]:
-    """See `serve.common.engine`."""
+    """See `serve.common.engine`; with little memory, whose every block is checked after every step.
+
+    A test that takes ``VLLM_CPU_KVCACHE_SPACE`` out of the environment gets what the plugin asks vLLM for.
+    """
+    little = {"num_gpu_blocks_override": BLOCKS} if "VLLM_CPU_KVCACHE_SPACE" in os.environ else {}
+    configurations = {name: little | options for name, options in configurations.items()}
     with common.engines(Engine, checkpoint, configurations) as started:
         yield started
 
