@@ -46,7 +46,7 @@ SERVED = {
     "engine/test_weight_updates.py": "enable_ep_weight_filter weight_transfer_config",
     "../serve/common/engine.py": "disable_log_stats dtype seed",
     "../serve/common/server.py": "served_model_name",
-    "test_sizing.py": "max_num_active_seqs",
+    "test_memory_settled.py": "max_num_active_seqs",
     "test_serve_profiles.py": "override_generation_config performance_mode reasoning_parser shutdown_timeout tokenizer",
 }
 """Files, seen from tests/, to the arguments that they serve with."""

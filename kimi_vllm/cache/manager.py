@@ -30,7 +30,7 @@ from kimi_vllm.cache.layout import num_slots
 from kimi_vllm.cache.slot_pool import SlotPool
 from kimi_vllm.cache.slots import NULL_SLOT
 
-GROWING = 4
+GROWING = 2
 """Of so many running requests, one is expected to need a page before another ends."""
 
 
@@ -305,8 +305,8 @@ class KDAStateManager(SingleTypeKVCacheManager):
     def _growth(self) -> int:
         """Blocks left for running requests, which may need their next page before a new one is through.
 
-        One for every fourth: with none, memory filled to the last block means preempting at the next boundary; with one
-        for each, a hundredth less runs (`python -m serve.bench.cache fragmentation`).
+        One for every second: with none, memory filled to the last block means preempting at the next boundary; with one
+        for each, half a hundredth less runs (`python -m serve.bench.cache fragmentation`).
         """
         return int(cdiv(len(self.req_to_blocks), GROWING))
 
