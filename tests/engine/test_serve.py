@@ -19,7 +19,7 @@ def server(tmp_path_factory):
 def test_our_model_was_built_in_the_worker(server):
     _, log, _ = server
     assert "kimi-vllm serves KimiLinearForCausalLM" in log.read_text()
-    assert "kimi-vllm memory per worker" in log.read_text()
+    assert "kimi-vllm: states and KV cache share" in log.read_text()
 
 
 def test_completion_and_chat(server):
