@@ -32,7 +32,7 @@ _COUNTERS = {
     "value_lost": "Blocks of tokens to compute again, of all checkpoints that were given up.",
     "swaps_out": "States copied to host memory.",
     "swaps_in": "States copied back from host memory.",
-    "swap_bytes": "Bytes copied to and from host memory, on a worker of the stage with the most KDA layers.",
+    "swap_bytes": "Bytes copied to and from host memory, on a worker of the first pipeline stage.",
     "quarantined": "Requests whose state became NaN or infinite.",
 }
 

@@ -43,6 +43,7 @@ class _StateScheduling:
     """Mixed into vLLM's synchronous and asynchronous schedulers, whose attributes are declared here."""
 
     vllm_config: Any
+    kv_cache_config: Any
     kv_cache_manager: Any
     requests: dict[str, Request]
     running: list[Request]
@@ -62,6 +63,9 @@ class _StateScheduling:
         self.arena = install(self.kv_cache_manager, pages.kv_cache_group_id)
         self._states.share(self.arena)
         spec = self._states.kv_cache_spec
+        # A page is one MLA layer's, a block all of theirs.
+        layers = self.kv_cache_config.kv_cache_groups[self._states.kv_cache_group_id].layer_names
+        self._state_bytes = spec.state_blocks * spec.page_size_bytes * len(layers)
         capacity = Capacity(self.arena.num_gpu_blocks, spec.block_size, spec.state_blocks)
         scheduled, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
         logger.info("%s", capacity.table(scheduled.max_num_seqs, model.max_model_len))
@@ -117,9 +121,8 @@ class _StateScheduling:
         if stats is None:
             return None
         pool = self._states.block_pool
-        spec = self._states.kv_cache_spec
         now = self._counts + pool.counts
-        now["swap_bytes"] = (now["swaps_out"] + now["swaps_in"]) * spec.state_blocks * spec.page_size_bytes
+        now["swap_bytes"] = (now["swaps_out"] + now["swaps_in"]) * self._state_bytes
         now["page_evictions"] = self.arena.page_evictions
         now["value_lost"] += pool.host.value_lost
         changes = now - self._sent

@@ -163,8 +163,9 @@ def test_a_swap_is_as_many_bytes_as_the_blocks_of_a_state(scheduler):
     scheduler.log_stats = scheduler.kv_cache_manager.log_stats = True
     scheduler.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
     scheduler._states.block_pool.counts.update(swaps_out=2, swaps_in=1)
-    spec = scheduler._states.kv_cache_spec
-    assert scheduler.make_stats().running_lora_adapters[f"{STATS}swap_bytes"] == 3 * STATE * spec.page_size_bytes
+    caches = scheduler.kv_cache_config
+    block_bytes = caches.kv_cache_tensors[0].size // caches.num_blocks  # of all MLA layers
+    assert scheduler.make_stats().running_lora_adapters[f"{STATS}swap_bytes"] == 3 * STATE * block_bytes
 
 
 def test_a_step_tells_which_blocks_new_slots_have_and_the_next_tells_nothing(scheduler):
