@@ -12,7 +12,7 @@ from typing import Self
 import torch
 
 from kimi_vllm.cache.capacity import Capacity
-from kimi_vllm.cache.layout import StateLayout
+from kimi_vllm.cache.layout import StateLayout, block_bytes
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.kernels.cut import Cut
 from kimi_vllm.precision import conv_dtype, router_dtype
@@ -110,7 +110,7 @@ class Costs:
                 first_layer,
                 absorbed=gpu_dtype in (torch.bfloat16, torch.float16),
             ),
-            block=num_mla * block_size * geometry.latent_dim * cache_itemsize,
+            block=block_bytes(geometry, num_mla, block_size, cache_itemsize),
             state_blocks=layout.blocks if layout else 0,
             state=layout.state_bytes if layout else 0,
         )
@@ -136,8 +136,8 @@ def least_block_size(
     pieces = min(size, vectors & -vectors)
     shape = (geometry.linear_num_heads, size, geometry.conv_width)
     part = Cut(*shape, state_dtype, conv_dtype(device, dtype), pieces, block_bytes=0).unit_bytes
-    token = (geometry.num_layers - sum(geometry.kda)) * geometry.latent_dim * cache_itemsize
-    while natural * token < part:
+    num_mla = geometry.num_layers - sum(geometry.kda)
+    while block_bytes(geometry, num_mla, natural, cache_itemsize) < part:
         natural *= 2
     return natural
 

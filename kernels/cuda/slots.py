@@ -1,6 +1,6 @@
 """Slots in Triton: which one an entry of a prefill's table means, where its units lie, and the history it gets.
 
-A slot lies in blocks of memory that its row of the page table names, cut as `contract.Cut` describes. Places are
+A slot lies in blocks of memory that its row of the page table names, cut as `cut.Cut` describes. Places are
 counted in steps of 16 bytes, of which units and blocks are multiples: so the compiler knows how pointers are aligned.
 
 Kernels take these sizes of a cut, as `launch.sizes` has them: BLOCK_STEPS and UNIT_STEPS, in steps of 16 bytes, UNITS

@@ -2,7 +2,7 @@
 
 A state is, for each KDA layer, a recurrent matrix ``[H, V, K]`` and a conv ring ``[R, 3·H·D]`` in which token p owns
 column p mod R. vLLM keeps the pages of all MLA layers of a block side by side, so a block is one piece of memory. A
-state is cut into units that fit into blocks (`kernels/contract.py`, `Cut`): then any blocks, anywhere, hold it.
+state is cut into units that fit into blocks (`kernels/cut.py`): then any blocks, anywhere, hold it.
 """
 
 from dataclasses import dataclass
@@ -77,9 +77,14 @@ class StateLayout:
             geometry.conv_width,
             state_dtype,
             conv_dtype,
-            num_mla_layers * block_size * geometry.latent_dim * cache_itemsize,
+            block_bytes(geometry, num_mla_layers, block_size, cache_itemsize),
         )
         return cls(cut, num_kda_layers)
+
+
+def block_bytes(geometry: KimiGeometry, num_mla_layers: int, block_size: int, cache_itemsize: int) -> int:
+    """Bytes of a block: the latents of its tokens, of all MLA layers of a stage."""
+    return num_mla_layers * block_size * geometry.latent_dim * cache_itemsize
 
 
 def num_slots(num_blocks: int, state_blocks: int) -> int:

@@ -59,8 +59,9 @@ class StatePool:
         stride = view.stride(0) * view.element_size()
         if stride != self.layout.block_bytes:
             raise ValueError(
-                f"vLLM's KV cache has blocks {stride} bytes apart; KDA states need all MLA layers of a block side by "
-                f"side, {self.layout.block_bytes} bytes. Drop VLLM_KV_CACHE_LAYOUT."
+                f"vLLM's KV cache has blocks {stride} bytes apart, and KDA states were laid out in blocks of "
+                f"{self.layout.block_bytes} bytes, the latents of all MLA layers side by side. "
+                "Use --kv-cache-dtype auto."
             )
         every = torch.empty(0, dtype=torch.uint8, device=view.device).set_(view.untyped_storage())
         num_blocks = view.shape[0]

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.attention.selector import get_attn_backend
 
 from kimi_vllm.geometry import KimiGeometry
@@ -118,11 +118,17 @@ def _vllm_attention(
 
 
 def _backend(geometry: KimiGeometry, vllm_config: VllmConfig, heads: int) -> type[AttentionBackend]:
-    """The backend that vLLM selects; of FlashAttention our variant, unless the user set the number of splits."""
+    """The backend that vLLM selects; of FlashAttention our variant, unless the user set the number of splits.
+
+    Raises:
+        ValueError: See `check_block_size`.
+    """
     dtype, cached = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
     chosen: type[AttentionBackend] = get_attn_backend(
         geometry.latent_dim, dtype, cached, use_mla=True, use_sparse=False, num_heads=heads
     )
+    if any(geometry.kda):
+        check_block_size(chosen, vllm_config.cache_config.block_size)
     default = AttentionConfig().flash_attn_max_num_splits_for_cuda_graph
     if vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph != default:
         return chosen
@@ -131,3 +137,20 @@ def _backend(geometry: KimiGeometry, vllm_config: VllmConfig, heads: int) -> typ
     from kimi_vllm.layers.mla_flash import SplitFlashAttnMLABackend
 
     return SplitFlashAttnMLABackend if chosen is FlashAttnMLABackend else chosen
+
+
+def check_block_size(backend: type[AttentionBackend], block_size: int) -> None:
+    """Check that the kernels of a backend take pages as large as a block.
+
+    vLLM splits blocks for kernels that take smaller pages only, but not where all layers of a block lie side by side.
+
+    Raises:
+        ValueError: They do not.
+    """
+    sizes = backend.get_supported_kernel_block_sizes()
+    if not any(block_size % size.base == 0 if isinstance(size, MultipleOf) else block_size == size for size in sizes):
+        raise ValueError(
+            f"--block-size {block_size}: {backend.get_name()} reads pages of {' or '.join(map(str, sizes))} tokens, "
+            "and blocks that states share with the KV cache are not split. Drop the option, or choose another "
+            "--attention-backend."
+        )

@@ -1,4 +1,4 @@
-"""The slots inside a running engine: nobody reads a slot it does not own, and vLLM's pages are left alone."""
+"""States inside a running engine: nobody reads a block that it does not own, and blocks keep vLLM's size."""
 
 import json
 
