@@ -75,7 +75,7 @@ def test_plan_and_engine_agree_to_the_byte(name, layout, caching, checkpoints, s
 
 def test_more_sequences_than_memory_has_room_for_wait():
     """Memory for six requests of 300 tokens: all sixteen are answered, and nobody is preempted."""
-    blocks = 1 + 6 * (STATE_BLOCKS + 5) + 2
+    blocks = 1 + 6 * (STATE_BLOCKS + 5) + 3
     with engine(RECALL, max_num_seqs=16, max_model_len=512, num_gpu_blocks_override=blocks) as running:
         most = []
         schedule = running.scheduler.schedule
