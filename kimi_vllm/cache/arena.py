@@ -13,7 +13,7 @@ loose pages, then kept states in the order of their `EvictionQueue`, each with t
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from enum import IntEnum
 from inspect import signature
 from typing import Any, Protocol, Self
@@ -276,9 +276,10 @@ class ArenaPool(BlockPool):
         self._settle()
         owner: dict[int, Kind] = {self.null_block.block_id: Kind.PAGE}
 
-        def own(block_id: int, kind: Kind) -> None:
-            assert block_id not in owner, f"block {block_id} is {owner[block_id].name} and {kind.name}"
-            owner[block_id] = kind
+        def own(ids: Collection[int], kind: Kind) -> None:
+            others = len(owner)
+            owner.update(dict.fromkeys(ids, kind))
+            assert len(owner) == others + len(ids), f"a block is {kind.name} and something else, among {sorted(ids)}"
 
         for kind, queue in (
             (Kind.CLEAN, self.free_block_queue),
@@ -287,32 +288,33 @@ class ArenaPool(BlockPool):
         ):
             members = queue.get_all_free_blocks()
             assert len(members) == queue.num_free_blocks, f"{kind.name}: {len(members)} blocks are not counted"
+            own([block.block_id for block in members], kind)
             for block in members:
-                own(block.block_id, kind)
                 assert block.ref_cnt == 0, f"block {block.block_id} is {kind.name} and referenced"
                 assert (block.block_hash is None) == (kind == Kind.CLEAN), f"{kind.name}: block {block.block_id}"
         references = Counter(block.block_id for table in tables for block in table if not block.is_null)
+        own(references.keys(), Kind.PAGE)
         for block_id, count in references.items():
-            own(block_id, Kind.PAGE)
             assert self.blocks[block_id].ref_cnt == count, f"page {block_id} has {count} references"
         for slot, ids in self.states.backing.items():
             assert len(ids) == self.states.state_blocks, f"slot {slot} has {len(ids)} blocks"
+            own(ids, Kind.STATE)
             for block_id in ids:
-                own(block_id, Kind.STATE)
                 block = self.blocks[block_id]
                 assert (block.ref_cnt, block.block_hash) == (1, None), f"block {block_id} is slot {slot}'s and a page"
         lost = set(range(self.num_gpu_blocks)) - owner.keys()
         assert not lost, f"nobody owns the blocks {sorted(lost)}"
-        wrong = [block_id for block_id, kind in owner.items() if self._kinds[block_id] != kind]
+        wrong = [block_id for block_id, kind in enumerate(self._kinds) if owner[block_id] != kind]
         assert not wrong, f"blocks {wrong} are not what they are taken for"
         assert self._needed == Counter(self.states.covered()), "pages are kept for other states than there are"
         self._check_cached(owner)
 
     def _check_cached(self, owner: dict[int, Kind]) -> None:
         cached: dict[Any, list[Kind]] = {}
-        for block in self.blocks:
-            if block.block_hash is not None:
-                cached.setdefault(block.block_hash, []).append(owner[block.block_id])
+        for block_id, kind in owner.items():
+            block = self.blocks[block_id]
+            if kind not in (Kind.CLEAN, Kind.STATE) and block.block_hash is not None:
+                cached.setdefault(block.block_hash, []).append(kind)
                 assert block in self._copies(block.block_hash), f"cached block {block.block_id} cannot be found"
         for key, kinds in cached.items():
             kept = kinds.count(Kind.KEPT)

@@ -102,12 +102,25 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._rolling: dict[str, tuple[int, KVCacheBlock, Any]] = {}
         # It begins with a prefix hit, in the call that allocates its blocks.
         self._resuming: str | None = None
+        self._expected_pages = self._expected_states = self._step_pages = 0
         # Published while a step is being scheduled, so written only when that step runs.
         self._unsettled: set[int] = set()
 
     def share(self, arena: ArenaPool) -> None:
         """States come out of this pool, which the pages come out of. Before the first request."""
         self.block_pool.share(arena)
+
+    def expect(self, num_tokens: int, num_waiting: int, step_tokens: int) -> None:
+        """Say, before a step is scheduled, what it and the next are about to need.
+
+        Args:
+            num_tokens: Tokens to be computed, as far as that makes a difference for two steps.
+            num_waiting: Requests that wait for memory alone.
+            step_tokens: The most tokens that a step may have.
+        """
+        self._expected_pages = cdiv(num_tokens, self.block_size)
+        self._expected_states = num_waiting
+        self._step_pages = cdiv(step_tokens, self.block_size)
 
     @classmethod
     def find_longest_cache_hit(
@@ -196,6 +209,8 @@ class KDAStateManager(SingleTypeKVCacheManager):
         num_new = cdiv(num_tokens, self.block_size) - num_old
         if num_new <= 0:
             return []
+        self._expected_pages -= num_new
+        self._expected_states -= not table or request_id == self._resuming
         live = self._next_slot(table, resumes=request_id == self._resuming)
         self._resuming = None
         new = [self._null_block] * (num_new - 1) + [live]
@@ -299,8 +314,14 @@ class KDAStateManager(SingleTypeKVCacheManager):
         return block
 
     def _has_room(self) -> bool:
-        """Whether a boundary may be kept: not for a block that a running request is about to need."""
-        return self.block_pool.slots.can_take(1, reserve=self._growth())
+        """Whether a boundary may be kept: not for blocks that are about to be needed.
+
+        Steps in flight hold on to what they write, so the next chunk of prompts and whoever waits cannot evict it.
+        """
+        expected = max(0, min(self._expected_pages, self._step_pages))
+        if self._expected_states > 0:
+            expected += self._state_blocks
+        return self.block_pool.slots.can_take(1, reserve=self._growth() + expected)
 
     def _growth(self) -> int:
         """Blocks left for running requests, which may need their next page before a new one is through.

@@ -47,6 +47,9 @@ class _StateScheduling:
     kv_cache_manager: Any
     requests: dict[str, Request]
     running: list[Request]
+    waiting: Any
+    max_num_running_reqs: int
+    max_num_scheduled_tokens: int
     finish_requests: Any
     prev_step_scheduled_req_ids: set[str]
     _free_request_blocks: Any
@@ -79,6 +82,11 @@ class _StateScheduling:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step, and attach the copies to make before it."""
+        num_tokens = sum([request.num_tokens - request.num_computed_tokens for request in self.running])
+        if num_waiting := min(len(self.waiting), self.max_num_running_reqs - len(self.running)):
+            most = 2 * self.max_num_scheduled_tokens
+            num_tokens += most if num_waiting > 1 else self.waiting.peek_request().num_tokens
+        self._states.expect(num_tokens, num_waiting, self.max_num_scheduled_tokens)
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if operations := self._states.block_pool.take_operations():
             setattr(output, OPERATIONS, operations)

@@ -30,12 +30,12 @@ STATE, BLOCK, IN_TREE_PAGE = 86, 516_096, 7 * 1920 * 576 * 2
 def test_ours_runs_what_blocks_allow(caching, max_num_seqs, blocks, running):
     row = run_ours((1 + blocks) * BLOCK, max_num_seqs, 1024, 1024, caching)
     assert (row.blocks, row.block_tokens) == (1 + blocks, 64)
-    assert (row.running, row.preemptions) == (running, 0)
+    assert (row.running, row.pages, row.preemptions) == (running, 17 * running, 0)
 
 
 def test_what_fits_is_what_bytes_allow():
-    assert fits((1 + 8 * (STATE + 17)) * BLOCK, 17 * 64) == 8
-    assert fits((8 * (STATE + 17)) * BLOCK, 17 * 64) == 7
+    row = run_ours((1 + 4 * (STATE + 17)) * BLOCK, 20, 1024, 1024, caching=False)
+    assert fits(row) == pytest.approx((1 + 4 * (STATE + 17)) * BLOCK / (43_909_120 + 17 * BLOCK))
 
 
 @pytest.mark.parametrize("caching", [True, False])

@@ -1,6 +1,6 @@
 """Our additions to vLLM's scheduler, driven without a model: sick slots with two steps in flight, statistics."""
 
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 from vllm.v1.metrics.stats import PrefixCacheStats
@@ -69,6 +69,27 @@ def test_who_resumed_from_a_state_that_turns_out_sick_starts_again(scheduler):
         step(scheduler, answers)
     scheduler.check_memory()
     assert scheduler._states.block_pool.slots.num_live == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2], ids="in-flight{}".format)
+@pytest.mark.parametrize("interval", [0, 64], ids="interval{}".format)
+def test_checkpoints_of_a_prompt_leave_room_for_its_next_chunk(interval, depth):
+    """Beside a request that decodes, in memory that holds both: nobody is preempted, nothing is computed twice."""
+    pages, states, growth = (5 + 33), 2 * STATE, 1
+    for spare in range(5 * STATE):
+        memory = Memory(4, 1 + pages + states + growth + spare, STATE, step_tokens=512, longest=2112)
+        config = configuration(memory, "value")
+        scheduler = build(KimiScheduler, config, our_specs(config, STATE, checkpoint_interval=interval))
+        scheduler.add_request(make_request(scheduler, "decode", [3] * 250, 60))
+        scheduler.add_request(make_request(scheduler, "prompt", [4 + i % 90 for i in range(2100)], 10))
+        steps, computed, lost = deque(), 0, 0
+        while scheduler.requests:
+            steps.append(scheduler.schedule())
+            computed += steps[-1].total_num_scheduled_tokens
+            lost += len(steps[-1].preempted_req_ids or ())
+            if len(steps) == depth or not scheduler.requests:
+                report(scheduler, steps.popleft())
+        assert (spare, lost, computed) == (spare, 0, 250 + 59 + 2100 + 9)
 
 
 def test_a_report_about_a_slot_that_has_changed_hands_harms_nobody(scheduler):

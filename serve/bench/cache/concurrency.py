@@ -6,7 +6,8 @@ for `STEADY` steps in which all that run decode, those are counted. If memory ru
 preempted, nothing new is offered, it may try once more, and those are counted that go on for `STEADY` steps.
 
 Both share one memory between states and pages. Ours has blocks of 64 tokens and a state in 86 of them; vLLM's own keeps
-states in pages of 1920 tokens, one for seven KDA layers. *fits* is what bytes allow ours, by `planning`.
+states in pages of 1920 tokens, one for seven KDA layers. *fits* is how many of our requests, as long as they are at the
+end on average, would fill the bytes to the last: without a block's padding, and with nothing in reserve.
 """
 
 import json
@@ -21,11 +22,12 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
 from vllm.v1.request import RequestStatus
 
 from kimi_vllm.cache.scheduler import KimiScheduler
 from kimi_vllm.geometry import KimiGeometry
-from kimi_vllm.planning import Costs, afforded
+from kimi_vllm.planning import Costs
 from serve.bench.cache.replay import build, engine_config, in_tree_scheduler, make_request, our_specs, step
 from serve.bench.cache.traces import BLOCK, VOCABULARY
 from serve.bench.engine.plan import IN_TREE, OURS
@@ -43,7 +45,11 @@ _QUEUE = 16
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """One provider with prompts of one length. `running` is the result; `preemptions` were seen before it."""
+    """One provider with prompts of one length. `running` is the result; `preemptions` were seen before it.
+
+    Attributes:
+        pages: Blocks that the tokens of those that run take, together.
+    """
 
     provider: str
     prefix_caching: bool
@@ -51,6 +57,7 @@ class Admission:
     prompt: int
     cache_bytes: int  # for states and pages together
     running: int
+    pages: int
     preemptions: int
     blocks: int  # with the null block
     block_tokens: int
@@ -79,9 +86,9 @@ def costs() -> Costs:
     return Costs.of(geometry, torch.bfloat16.itemsize, BLOCK, gpu_dtype=torch.bfloat16)
 
 
-def fits(num_bytes: int, tokens: int) -> int:
-    """Requests of so many tokens that bytes allow, if states and pages are where they fit."""
-    return afforded([costs()], [num_bytes], BLOCK).concurrency(tokens)
+def fits(row: Admission) -> float:
+    """Requests of ours, like those in a row, that its bytes allow."""
+    return row.running * row.cache_bytes / (row.running * costs().state + row.pages * costs().block)
 
 
 def run_ours(num_bytes: int, max_num_seqs: int, prompt: int, longest: int, caching: bool) -> Admission:
@@ -142,6 +149,7 @@ def _run(scheduler: Any, provider: str, max_num_seqs: int, prompt: int, num_byte
         prompt=prompt,
         cache_bytes=num_bytes,
         running=running,
+        pages=sum(cdiv(request.num_tokens, scheduler.cache_config.block_size) for request in scheduler.running),
         preemptions=preemptions,
         blocks=scheduler.cache_config.num_gpu_blocks,
         block_tokens=scheduler.cache_config.block_size,
@@ -161,10 +169,10 @@ def report(found: Sequence[Admission], env: Row) -> None:
     cells = []
     for (prompt, caching, seqs), count in counts.items():
         ours, in_tree = count[OURS].running, count[IN_TREE].running
-        most = min(seqs, fits(count[OURS].cache_bytes, prompt))
+        most = min(seqs, fits(count[OURS]))
         ratios = [f"{ours / most:.3f}", f"{ours / in_tree:.3f}"]
         cells.append(
-            [f"{prompt:,}", "on" if caching else "off", f"{seqs:,}", *map(str, (ours, in_tree, most)), *ratios]
+            [f"{prompt:,}", "on" if caching else "off", f"{seqs:,}", *map(str, (ours, in_tree, int(most))), *ratios]
         )
     title = f"requests that run at once, {env['vllm']}'s scheduler, commit {env['commit']}"
     columns = [
