@@ -15,8 +15,8 @@ from kimi_vllm.cache import contagion, scheduler
 from kimi_vllm.cache.contagion import Access, Step, spread
 from serve.bench.cache import replay
 
-# Each of 36, so 2,016; fewer where `make compat` repeats them on another release's sources.
-CASES = 56 if any(Path(vllm.__file__).parent.glob("_C*.so")) else 12
+# Each of 36, so 1,008; fewer where `make compat` repeats them on another release's sources.
+CASES = 28 if any(Path(vllm.__file__).parent.glob("_C*.so")) else 8
 
 
 def access(read, *written, reads=(), writes=(), preemptions=0):

@@ -14,7 +14,7 @@ from support.arrivals import BLOCK, rounds
 from support.hash_worker import answer
 from support.schedules import MODES, SCARCE
 
-CASES = 75  # each of eight, so 600
+CASES = 40  # each of eight, so 320
 PATHS = {
     "blocks": {"evictions", "page_evictions"},
     "host": {"evictions", "swaps_out", "swaps_in"},

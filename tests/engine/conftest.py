@@ -1,5 +1,8 @@
 """Checkpoints and the preflight: every engine test first makes sure that it tests this plugin and not vLLM's own."""
 
+import gc
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,23 @@ def _our_class_is_resolved() -> None:
     load_general_plugins()
     registered = ModelRegistry.models["KimiLinearForCausalLM"]
     assert registered.module_name.startswith("kimi_vllm"), registered
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_not_searched_for_garbage(_our_class_is_resolved: None) -> Iterator[None]:
+    """Collect garbage among what engines leave, and not among all modules of vLLM and torch as well.
+
+    vLLM collects eight times in an engine's life, each half a second here. It would freeze an engine with the modules,
+    and thaw everything at its end.
+    """
+    for module in ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.engine.core", "kimi_vllm.model"):
+        import_module(module)
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

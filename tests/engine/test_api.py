@@ -80,6 +80,7 @@ def server(tmp_path_factory):
 def test_our_plugin_serves_by_the_profile(server):
     log = server.log.read_text()
     assert "kimi-vllm serves KimiLinearForCausalLM" in log
+    assert "kimi-vllm: states and KV cache share" in log
     assert "'max_num_seqs': 8" in log
     [model] = server.client.models.list().data
     assert (model.id, model.max_model_len) == ("recall", 2048)
@@ -130,6 +131,21 @@ def test_a_stream_ends_with_usage(server, chat):
     assert last.choices == []
     assert last.usage.total_tokens == last.usage.prompt_tokens + last.usage.completion_tokens
     assert last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_usage_reports_cached_tokens(server):
+    prompt = " ".join(f"{letter}={number % 10}" for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz" * 2))
+    before = server.metric("vllm:prefix_cache_hits_total")
+    usages = [server.complete(prompt=f"{prompt} ? c →", max_tokens=2).usage for _ in range(2)]
+    assert usages[0].prompt_tokens == usages[1].prompt_tokens > 128
+    hit = (usages[1].prompt_tokens - 1) // 64 * 64
+    assert [usage.prompt_tokens_details.cached_tokens for usage in usages] == [0, hit]
+    assert server.metric("vllm:prefix_cache_hits_total") - before >= 64
+
+
+def test_a_prompt_that_is_too_long_is_an_http_error(server):
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 2048"):
+        server.complete(prompt="a=1 " * 1500, max_tokens=1)
 
 
 def test_logprobs_of_a_completion(server):

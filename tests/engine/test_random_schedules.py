@@ -14,7 +14,7 @@ from support.engine import RECALL, STATE_BLOCKS, Completion, check_equal, engine
 
 pytestmark = pytest.mark.engine
 
-CASES = 24  # each of four configurations; without a model there are hundreds (tests/cache/test_schedules.py)
+CASES = 12  # each of four configurations; without a model there are hundreds (tests/cache/test_schedules.py)
 STATE_GIB = STATE_BLOCKS * 32_768 / 2**30
 
 

@@ -8,8 +8,8 @@ pytestmark = pytest.mark.engine
 
 
 def test_nothing_leaks_and_nothing_is_wrong():
-    counts = soak.soak(400, seed=1)
-    assert counts["finished"] + counts["aborted"] == counts["requests"] == 400
+    counts = soak.soak(200, seed=1)
+    assert counts["finished"] + counts["aborted"] == counts["requests"] == 200
     assert (counts["wrong"], counts["leaked"]) == (0, 0)
     for path in ("aborted", "evictions", "swaps_out", "swaps_in", "hits", "long_answers"):
         assert counts[path] > 0, path

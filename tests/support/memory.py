@@ -6,7 +6,7 @@ from kimi_vllm.cache.arena import Kind
 
 
 class Watch:
-    """Checks after every scheduling and every result that each block has one owner, and spoils what is given back.
+    """Checks in every step that each block has one owner, and spoils what is given back.
 
     A block that nobody owns any more, whether it held tokens or a part of a state, is filled with NaN once the step in
     which it was given back is done. Whoever reads it, or is read from it, shows.
@@ -18,8 +18,7 @@ class Watch:
     def __init__(self, engine: Any) -> None:
         self._scheduler, self._slots, self.spoiled = engine.scheduler, engine.slots, 0
         self._owned: set[int] = set()
-        for name in ("schedule", "update_from_output"):
-            self._check_after(name)
+        self._check_steps()
         if engine.llm.llm_engine.vllm_config.parallel_config.world_size == 1:
             self._spoil_after(engine)
 
@@ -30,15 +29,16 @@ class Watch:
         held = [blocks for slot, blocks in slots.backing.items() if slots.references(slot) or slots.holds(slot)]
         return cached.union(*held)
 
-    def _check_after(self, name: str) -> None:
-        method = getattr(self._scheduler, name)
+    def _check_steps(self) -> None:
+        schedule = self._scheduler.schedule
 
         def checked(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
+            # What the step before gave back is gone, and what this one needs is taken.
+            result = schedule(*args, **kwargs)
             self._scheduler.check_memory()
             return result
 
-        setattr(self._scheduler, name, checked)
+        self._scheduler.schedule = checked
 
     def _spoil_after(self, engine: Any) -> None:
         worker = engine.worker

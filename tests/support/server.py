@@ -7,7 +7,7 @@ from subprocess import Popen
 
 from serve.common.server import Server, free_port
 
-__all__ = ["free_port", "serving", "serving_process", "start"]
+__all__ = ["free_port", "serving", "serving_process"]
 
 START_SECONDS = 240
 SMALL = [
@@ -21,11 +21,6 @@ def _server(checkpoint: Path, log: Path, *options: str, port: int = 0) -> Server
     words = [*([] if "--config" in options else SMALL), *options]
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     return Server(checkpoint, log, *words, name="recall", port=port, environment=environment)
-
-
-def start(checkpoint: Path, port: int, log: Path, *options: str) -> Popen[bytes]:
-    """Start a server, whoever has the port."""
-    return _server(checkpoint, log, *options, port=port).start()
 
 
 @contextmanager
