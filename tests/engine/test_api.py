@@ -321,7 +321,7 @@ def test_what_the_documents_ask_is_answered(server):
 
 def test_sigterm_lets_a_stream_finish(server):
     """The last test of this server: it ends it, within the 30 s after which Kubernetes would kill it."""
-    stream = iter(server.long(150, stream=True, stream_options={"include_usage": True}))
+    stream = iter(server.long(800, stream=True, stream_options={"include_usage": True}))
     next(stream)
     server.process.send_signal(signal.SIGTERM)
     told = time.monotonic()
@@ -332,7 +332,7 @@ def test_sigterm_lets_a_stream_finish(server):
     assert caught.value.status_code == 500
     assert httpx.get(f"{server.url}/health").status_code == 200
     *_, last = stream
-    assert last.usage.completion_tokens == 150
+    assert last.usage.completion_tokens == 800
     assert server.process.wait(30 - (time.monotonic() - told)) == 0
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.url}/health")
