@@ -106,16 +106,20 @@ def long_requests() -> str:
 def concurrency() -> str:
     """Requests that run at once in 34 GiB."""
     found: dict[tuple[bool, int], dict[str, dict[int, int]]] = {}
+    shares: dict[tuple[bool, int], float] = {}
     for row in plain.read(ENGINE / "concurrency.jsonl"):
         point = found.setdefault((row["prefix_caching"], row["prompt"]), {})
         point.setdefault(row["provider"], {})[row["max_num_seqs"]] = row["running"]
+        if row["provider"] == OURS:
+            shares[row["prefix_caching"], row["prompt"]] = row["running"] / min(row["max_num_seqs"], row["fits"])
     cells = []
     for (caching, prompt), point in sorted(found.items()):
         running = [" / ".join(map(str, dict.fromkeys(point[name].values()))) for name in (OURS, IN_TREE)]
         most = max(point[OURS])
         ratio = f"{point[OURS][most] / point[IN_TREE][most]:.2f}×"
-        cells.append([tokens(prompt), "on" if caching else "off", *running, ratio])
-    return table(["prompt", "prefix caching", "kimi-vllm", "in-tree", "ratio"], cells)
+        share = f"{shares[caching, prompt]:.1%}"
+        cells.append([tokens(prompt), "on" if caching else "off", *running, ratio, share])
+    return table(["prompt", "prefix caching", "kimi-vllm", "in-tree", "ratio", "of exact fit"], cells)
 
 
 def cpu_kernels() -> str:
@@ -174,7 +178,7 @@ _TRACES = {"chat": "chat, 32 users", "agent": "branching agents", "rag": "questi
 
 def cache_replay() -> str:
     """Share of reusable prompt tokens that are not computed again, the best of a line in bold."""
-    share = {(row["trace"], row["memory"], row["policy"]): row["share"] for row in plain.read(ENGINE / "cache.jsonl")}
+    share = {(row["trace"], row["memory"], row["policy"]): row["running"] / min(row["max_num_seqs"], row["fits"]) for row in plain.read(ENGINE / "cache.jsonl")}
     policies = list(dict.fromkeys(policy for _, _, policy in share))
     cells = []
     for trace, memory in dict.fromkeys((trace, memory) for trace, memory, _ in share):

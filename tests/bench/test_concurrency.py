@@ -11,7 +11,7 @@ from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import MultipleOf
 
 from serve.bench.cache import concurrency
-from serve.bench.cache.concurrency import fits, run_in_tree, run_ours
+from serve.bench.cache.concurrency import run_in_tree, run_ours
 from serve.bench.cache.replay import ALIGN_BLOCK, in_tree_scheduler
 
 LONGEST = 4096
@@ -35,7 +35,7 @@ def test_ours_runs_what_blocks_allow(caching, max_num_seqs, blocks, running):
 
 def test_what_fits_is_what_bytes_allow():
     row = run_ours((1 + 4 * (STATE + 17)) * BLOCK, 20, 1024, 1024, caching=False)
-    assert fits(row) == pytest.approx((1 + 4 * (STATE + 17)) * BLOCK / (43_909_120 + 17 * BLOCK))
+    assert row.fits == pytest.approx((1 + 4 * (STATE + 17)) * BLOCK / (43_909_120 + 17 * BLOCK))
 
 
 @pytest.mark.parametrize("caching", [True, False])

@@ -15,7 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -49,6 +49,7 @@ class Admission:
 
     Attributes:
         pages: Blocks that the tokens of those that run take, together.
+        fits: Requests of ours, like these, that the bytes allow; None for vLLM's own.
     """
 
     provider: str
@@ -61,6 +62,7 @@ class Admission:
     preemptions: int
     blocks: int  # with the null block
     block_tokens: int
+    fits: float | None = None
 
 
 class _Endless(list[int]):
@@ -95,7 +97,8 @@ def run_ours(num_bytes: int, max_num_seqs: int, prompt: int, longest: int, cachi
     """Count with our scheduler."""
     config = _configure(longest, caching, max_num_seqs)
     scheduler = build(KimiScheduler, config, our_specs(config, costs().state_blocks), available=num_bytes)
-    return _run(scheduler, OURS, max_num_seqs, prompt, num_bytes)
+    row = _run(scheduler, OURS, max_num_seqs, prompt, num_bytes)
+    return replace(row, fits=fits(row))
 
 
 def run_in_tree(num_bytes: int, max_num_seqs: int, prompt: int, longest: int, caching: bool) -> Admission:
@@ -169,7 +172,7 @@ def report(found: Sequence[Admission], env: Row) -> None:
     cells = []
     for (prompt, caching, seqs), count in counts.items():
         ours, in_tree = count[OURS].running, count[IN_TREE].running
-        most = min(seqs, fits(count[OURS]))
+        most = min(seqs, count[OURS].fits or seqs)
         ratios = [f"{ours / most:.3f}", f"{ours / in_tree:.3f}"]
         cells.append(
             [f"{prompt:,}", "on" if caching else "off", f"{seqs:,}", *map(str, (ours, in_tree, int(most))), *ratios]
