@@ -178,7 +178,7 @@ _TRACES = {"chat": "chat, 32 users", "agent": "branching agents", "rag": "questi
 
 def cache_replay() -> str:
     """Share of reusable prompt tokens that are not computed again, the best of a line in bold."""
-    share = {(row["trace"], row["memory"], row["policy"]): row["running"] / min(row["max_num_seqs"], row["fits"]) for row in plain.read(ENGINE / "cache.jsonl")}
+    share = {(row["trace"], row["memory"], row["policy"]): row["share"] for row in plain.read(ENGINE / "cache.jsonl")}
     policies = list(dict.fromkeys(policy for _, _, policy in share))
     cells = []
     for trace, memory in dict.fromkeys((trace, memory) for trace, memory, _ in share):
