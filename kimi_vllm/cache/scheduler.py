@@ -82,8 +82,10 @@ class _StateScheduling:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step, and attach the copies to make before it."""
-        num_tokens = sum([request.num_tokens - request.num_computed_tokens for request in self.running])
-        if num_waiting := min(len(self.waiting), self.max_num_running_reqs - len(self.running)):
+        # With steps in flight, more may be computed than is known.
+        num_tokens = sum([left for r in self.running if (left := r.num_tokens - r.num_computed_tokens) > 0])
+        num_waiting = max(0, min(len(self.waiting), self.max_num_running_reqs - len(self.running)))
+        if num_waiting:
             most = 2 * self.max_num_scheduled_tokens
             num_tokens += most if num_waiting > 1 else self.waiting.peek_request().num_tokens
         self._states.expect(num_tokens, num_waiting, self.max_num_scheduled_tokens)
