@@ -1,7 +1,7 @@
 """Ten thousand questions to one engine that is short of everything, each answer checked.
 
 Slots are few, so checkpoints are evicted, some to host memory and back; pages are few, so requests are preempted;
-requests are aborted at random. After every step each slot must be in one place, at the end none may be in use, and what
+requests are aborted at random. After every step each block must have one owner, at the end none may be in use, and what
 the tiny checkpoint was told it must recall: a state that was lost, mixed up or reused too early is a wrong answer.
 """
 
