@@ -102,7 +102,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._rolling: dict[str, tuple[int, KVCacheBlock, Any]] = {}
         # It begins with a prefix hit, in the call that allocates its blocks.
         self._resuming: str | None = None
-        self._expected_pages = self._expected_states = self._step_pages = 0
+        self._expected_pages = self._step_pages = 0
         # Published while a step is being scheduled, so written only when that step runs.
         self._unsettled: set[int] = set()
 
@@ -110,16 +110,14 @@ class KDAStateManager(SingleTypeKVCacheManager):
         """States come out of this pool, which the pages come out of. Before the first request."""
         self.block_pool.share(arena)
 
-    def expect(self, num_tokens: int, num_waiting: int, step_tokens: int) -> None:
-        """Say, before a step is scheduled, what it and the next are about to need.
+    def expect(self, num_tokens: int, step_tokens: int) -> None:
+        """Say, before a step is scheduled, what running requests are about to need.
 
         Args:
-            num_tokens: Tokens to be computed, as far as that makes a difference for two steps.
-            num_waiting: Requests that wait for memory alone.
+            num_tokens: Tokens of theirs that are known and not computed.
             step_tokens: The most tokens that a step may have.
         """
         self._expected_pages = cdiv(num_tokens, self.block_size)
-        self._expected_states = num_waiting
         self._step_pages = cdiv(step_tokens, self.block_size)
 
     @classmethod
@@ -210,7 +208,6 @@ class KDAStateManager(SingleTypeKVCacheManager):
         if num_new <= 0:
             return []
         self._expected_pages -= num_new
-        self._expected_states -= not table or request_id == self._resuming
         live = self._next_slot(table, resumes=request_id == self._resuming)
         self._resuming = None
         new = [self._null_block] * (num_new - 1) + [live]
@@ -244,7 +241,8 @@ class KDAStateManager(SingleTypeKVCacheManager):
             start=num_cached * block_size,
             end=len(table) * block_size,
         )
-        self._add_checkpoints(request_id, table, kept)
+        num_pages = cdiv(request.num_tokens, block_size) - len(table)
+        self._add_checkpoints(request_id, table, kept, num_pages)
         hashes = resolve_block_hashes(request.block_hashes, self.block_pool.hash_block_size, block_size)
         for index in range(num_cached, num_full):
             block = table[index]
@@ -313,14 +311,15 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self.block_pool.withdraw(block)
         return block
 
-    def _has_room(self) -> bool:
-        """Whether a boundary may be kept: not for blocks that are about to be needed.
+    def _has_room(self, num_pages: int = 0) -> bool:
+        """Whether a boundary may be kept: not in blocks that running requests are about to need.
 
-        Steps in flight hold on to what they write, so the next chunk of prompts and whoever waits cannot evict it.
+        Steps in flight hold on to what they write, so the next chunk of a prompt could not evict it.
+
+        Args:
+            num_pages: Pages that the request needs beyond this step. It may have begun in it.
         """
-        expected = max(0, min(self._expected_pages, self._step_pages))
-        if self._expected_states > 0:
-            expected += self._state_blocks
+        expected = min(max(self._expected_pages, num_pages, 0), self._step_pages)
         return self.block_pool.slots.can_take(1, reserve=self._growth() + expected)
 
     def _growth(self) -> int:
@@ -335,12 +334,12 @@ class KDAStateManager(SingleTypeKVCacheManager):
         live = table[-1]
         return not live.is_null and self.block_pool.slots.references(live.block_id) == 1
 
-    def _add_checkpoints(self, request_id: str, table: list[KVCacheBlock], kept: Iterable[int]) -> None:
+    def _add_checkpoints(self, request_id: str, table: list[KVCacheBlock], kept: Iterable[int], num_pages: int) -> None:
         num_old, new = self._new_entries.pop(request_id, (0, []))
         for boundary in sorted(kept, reverse=True):
             index = boundary // self.block_size - 1
             inside = num_old <= index < num_old + len(new) - 1
-            if inside and table[index].is_null and self._has_room():
+            if inside and table[index].is_null and self._has_room(num_pages):
                 table[index] = new[index - num_old] = self.block_pool.take()
 
     def _roll(self, request_id: str, index: int, key: Any) -> None:

@@ -47,8 +47,6 @@ class _StateScheduling:
     kv_cache_manager: Any
     requests: dict[str, Request]
     running: list[Request]
-    waiting: Any
-    max_num_running_reqs: int
     max_num_scheduled_tokens: int
     finish_requests: Any
     prev_step_scheduled_req_ids: set[str]
@@ -83,12 +81,8 @@ class _StateScheduling:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step, and attach the copies to make before it."""
         # With steps in flight, more may be computed than is known.
-        num_tokens = sum([left for r in self.running if (left := r.num_tokens - r.num_computed_tokens) > 0])
-        num_waiting = max(0, min(len(self.waiting), self.max_num_running_reqs - len(self.running)))
-        if num_waiting:
-            most = 2 * self.max_num_scheduled_tokens
-            num_tokens += most if num_waiting > 1 else self.waiting.peek_request().num_tokens
-        self._states.expect(num_tokens, num_waiting, self.max_num_scheduled_tokens)
+        left = sum([more for r in self.running if (more := r.num_tokens - r.num_computed_tokens) > 0])
+        self._states.expect(left, self.max_num_scheduled_tokens)
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if operations := self._states.block_pool.take_operations():
             setattr(output, OPERATIONS, operations)

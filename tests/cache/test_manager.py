@@ -48,6 +48,7 @@ class Request(SimpleNamespace):
         super().__init__(
             request_id=request_id,
             num_prompt_tokens=len(tokens),
+            num_tokens=len(tokens),
             block_hashes=hashes,
             shared_prefix_boundary=junction,
         )

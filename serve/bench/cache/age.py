@@ -72,7 +72,9 @@ def _eviction() -> Prepared:
 def _boundary() -> Prepared:
     manager = _manager(interval=64)
     keys = _keys(0, 2 * LONG // BLOCK)
-    request: Any = SimpleNamespace(request_id="a", num_prompt_tokens=LONG, block_hashes=keys, shared_prefix_boundary=0)
+    request: Any = SimpleNamespace(
+        request_id="a", num_prompt_tokens=LONG, num_tokens=LONG, block_hashes=keys, shared_prefix_boundary=0
+    )
     manager.req_to_blocks["a"] = [manager.block_pool.null_block] * (LONG // BLOCK)
     manager.num_cached_block["a"] = LONG // BLOCK
 
