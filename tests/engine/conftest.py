@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from support.checkpoints import GEOMETRIES, make_sick_checkpoint, make_transformers_layout, to_hub_layout
 from support.engine import RECALL
 from support.oracle import Oracle
@@ -29,7 +30,8 @@ def _imports_are_not_searched_for_garbage(_our_class_is_resolved: None) -> Itera
     vLLM collects eight times in an engine's life, each half a second here. It would freeze an engine with the modules,
     and thaw everything at its end.
     """
-    for module in ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.engine.core", "kimi_vllm.model"):
+    worker = "gpu_worker" if torch.cuda.is_available() else "cpu_worker"
+    for module in ("vllm.entrypoints.llm", f"vllm.v1.worker.{worker}", "vllm.v1.engine.core", "kimi_vllm.model"):
         import_module(module)
     gc.collect()
     gc.freeze()
