@@ -120,6 +120,16 @@ def skinny_experts(tokens: int, hidden: int, inner: int) -> SkinnyExperts | None
     return None
 
 
+def batch_sizes(heads: int, most: int) -> list[int]:
+    """Return numbers of sequences up to `most` that between them meet all launch parameters.
+
+    Args:
+        heads: Of one sequence.
+    """
+    last = {rule["max_heads"] // heads for rules in _table().values() for rule in rules if "max_heads" in rule}
+    return sorted({1, most} | {count for count in last if 1 <= count <= most})
+
+
 def _first_fit(kernel: str, heads: int, head_dim: int, state_bytes: int) -> dict[str, int]:
     for rule in _table()[kernel]:
         few_enough = heads <= rule.get("max_heads", heads)

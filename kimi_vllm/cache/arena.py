@@ -87,6 +87,7 @@ class ArenaPool(BlockPool):
         self._needed: Counter[Any] = Counter()
         # What `cover` was told, until somebody must know.
         self._told: deque[tuple[int, Lineage, int, int]] = deque()
+        self._given: list[int] = []
         self.page_evictions = 0
 
     @classmethod
@@ -114,6 +115,7 @@ class ArenaPool(BlockPool):
         blocks: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
         for block in blocks:
             kinds[block.block_id] = Kind.PAGE
+            self._given.append(block.block_id)
         return blocks
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
@@ -170,6 +172,13 @@ class ArenaPool(BlockPool):
             for block in queue.get_all_free_blocks():
                 self._move(block, Kind.CLEAN)
         return True
+
+    # What the scheduler calls.
+
+    def take_new_pages(self) -> list[int]:
+        """Blocks handed out since the last call that are pages now, once each."""
+        given, self._given = self._given, []
+        return [block_id for block_id in dict.fromkeys(given) if self._kinds[block_id] == Kind.PAGE]
 
     # What the slots call.
 

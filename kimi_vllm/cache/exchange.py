@@ -13,6 +13,12 @@ OPERATIONS = "kimi_operations"
 A block given to a slot, or to a request as a page, may have been another's. Whatever still reads or writes it for its
 former owner is before it in this order: steps in flight, and copies to the host."""
 
+NEW_PAGES = "kimi_new_pages"
+"""On a `SchedulerOutput`: list of the blocks that are pages from this step on, to be cleared after its operations.
+
+What an earlier owner left in a page, a state's bits or a broken request's NaN, is behind its sequence's end; but
+kernels of attention multiply it by weights of 0."""
+
 NONFINITE = "kimi_nonfinite"
 """On a `ModelRunnerOutput`: list of the slot ids that the step left with NaN or infinity in them."""
 

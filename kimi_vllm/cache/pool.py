@@ -1,6 +1,6 @@
 """All states of one worker, in the memory of vLLM's KV cache."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from kimi_vllm.kernels.contract import Pools
 class StatePool:
     """The page table of all slots, and each KDA layer's view of the memory behind it. It owns no memory of states.
 
-    Nothing is ever cleared: a request's first step reads no slot.
+    Slots are never cleared: a request's first step reads none. Pages are, see `exchange.NEW_PAGES`.
 
     Args:
         layout: How a state lies in blocks.
@@ -96,6 +96,13 @@ class StatePool:
             given = {}
             self._copy(slot, what)
         self._give(given)
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Fill blocks with zeros, in order with the steps on the device."""
+        if not blocks:
+            return
+        ids = torch.tensor(blocks, dtype=torch.int64, pin_memory=self.device.type != "cpu")
+        self.memory.view(torch.int64).index_fill_(0, ids.to(self.device, non_blocking=True), 0)
 
     def _give(self, given: dict[int, list[int]]) -> None:
         if not given:

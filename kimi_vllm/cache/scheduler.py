@@ -25,7 +25,7 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 from kimi_vllm.cache.arena import install
 from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.cache.contagion import Access, Step, spread
-from kimi_vllm.cache.exchange import NONFINITE, OPERATIONS, STATS
+from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, STATS
 from kimi_vllm.cache.manager import KDAStateManager
 from kimi_vllm.options import KimiOptions
 
@@ -86,6 +86,8 @@ class _StateScheduling:
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if operations := self._states.block_pool.take_operations():
             setattr(output, OPERATIONS, operations)
+        if pages := self.arena.take_new_pages():
+            setattr(output, NEW_PAGES, pages)
         self._steps.append((output, Step(operations, self._accesses(output))))
         for new in output.scheduled_new_reqs:
             if not (request := self.requests[new.req_id]).num_preemptions:

@@ -17,7 +17,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from kimi_vllm.cache.exchange import NONFINITE, OPERATIONS
+from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS
 from kimi_vllm.cache.guard import take_flags
 from kimi_vllm.cache.pool import StatePool
 from kimi_vllm.cache.warm_up import logprob_columns, sampled_rows, step_sizes
@@ -53,6 +53,7 @@ class KimiWorker(PlatformWorker):
         if pool is None:
             return super().execute_model(scheduler_output)  # type: ignore[no-any-return]
         pool.apply(getattr(scheduler_output, OPERATIONS, ()))
+        pool.clear(getattr(scheduler_output, NEW_PAGES, ()))
         output: Output | None = super().execute_model(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return output

@@ -204,11 +204,12 @@ class KimiDeltaAttention(nn.Module):
     def warm_up(self, max_num_tokens: int, dtype: torch.dtype) -> None:
         """Compile every kernel that a step of up to so many tokens in `dtype` can need. Touches no slot.
 
-        Launch parameters change with the number of sequences; its powers of two meet every row of the launch table.
+        Launch parameters change with the number of sequences, and what Triton specialises with its powers of two.
         """
         device, width = self.dt_bias.device, self.dt_bias.shape[0]
         most = min(self.max_num_seqs, max_num_tokens)
-        counts = sorted({most, *(2**power for power in range(most.bit_length()))})
+        sizes = launch.batch_sizes(self.pools.cut.H, most)
+        counts = sorted({*sizes, *(2**power for power in range(most.bit_length()))})
         for sequences in counts:
             for tokens in {sequences, 2 * sequences, max(2 * sequences, launch.EXTEND_TOKENS + 1)}:
                 if tokens > max_num_tokens:

@@ -55,6 +55,15 @@ def test_operations_are_done_in_their_order():
     assert pool.pages[3, :P].tolist() == low
 
 
+def test_clearing_touches_its_blocks_only():
+    pool, storage = bound()
+    pool.clear([3, 29, 7])
+    blocks = storage.view(B, -1)
+    assert (blocks[[3, 29, 7]] == 0).all()
+    assert blocks.isnan().all(1).sum() == B - 3
+    pool.clear([])
+
+
 def test_what_a_slot_had_is_somebody_elses():
     pool, _ = bound()
     blocks = list(range(5, 5 + LAYOUT.blocks))

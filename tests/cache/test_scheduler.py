@@ -7,7 +7,7 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from kimi_vllm.cache.exchange import NONFINITE, OPERATIONS, STATS
+from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, STATS
 from kimi_vllm.cache.scheduler import KimiScheduler, _KimiAsyncScheduler, _KimiScheduler
 from serve.bench.cache.replay import Memory, build, configuration, make_request, our_scheduler, our_specs, step
 
@@ -195,6 +195,33 @@ def test_a_step_tells_which_blocks_new_slots_have_and_the_next_tells_nothing(sch
     assert dict(getattr(output, OPERATIONS)) == scheduler.arena.states.backing
     report(scheduler, output)
     assert not hasattr(scheduler.schedule(), OPERATIONS)
+
+
+def test_a_step_names_the_pages_that_it_is_the_first_to_use(scheduler):
+    scheduler.add_request(make_request(scheduler, "a", [3] * 60, 9))
+    outputs = []
+    for _ in range(8):
+        outputs.append(scheduler.schedule())
+        report(scheduler, outputs[-1])
+    table = [page.block_id for page in scheduler._page_managers[0].req_to_blocks["a"]]
+    assert len(table) == 2
+    named = [getattr(output, NEW_PAGES, None) for output in outputs]
+    assert [ids for ids in named if ids] == [table[:1], table[1:]], "states are not pages"
+    assert named[0]
+
+
+def test_a_page_that_became_a_state_in_its_step_is_not_cleared(scheduler):
+    arena = scheduler.arena
+    arena.take_new_pages()
+    pages = arena.get_new_blocks(STATE)
+    arena.free_blocks(pages)
+    state = arena.take_state()
+    assert {*state} == {page.block_id for page in pages}
+    assert arena.take_new_pages() == []
+    arena.give_state(state)
+    again = arena.get_new_blocks(2)
+    assert sorted(arena.take_new_pages()) == sorted(page.block_id for page in again)
+    arena.free_blocks(again)
 
 
 def test_blocks_of_a_request_that_ended_go_to_another_while_its_last_step_is_in_flight():

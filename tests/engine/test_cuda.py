@@ -91,7 +91,9 @@ def test_recall_with_graphs_chunks_hits_preemption_and_swaps(dtype, state_dtype,
     from vllm import SamplingParams
 
     rng = random.Random(6)
-    asked = [held_out_prompt(rng, rng.randint(1, 20)) for _ in range(150)]
+    # The longest last: they are asked again, and hit what they have left.
+    asked = sorted([held_out_prompt(rng, rng.randint(1, 20)) for _ in range(150)], key=lambda pair: len(pair[0]))
+    state_blocks = STATE_BLOCKS * getattr(torch, state_dtype).itemsize // getattr(torch, dtype).itemsize
     options = {
         "dtype": dtype,
         "enforce_eager": False,
@@ -99,16 +101,17 @@ def test_recall_with_graphs_chunks_hits_preemption_and_swaps(dtype, state_dtype,
         "max_num_seqs": 32,
         "max_num_batched_tokens": 97,
         "enable_prefix_caching": True,
-        "num_gpu_blocks_override": 60 + 16 * STATE_BLOCKS,
+        "num_gpu_blocks_override": 30 + 12 * state_blocks,
         "skip_tokenizer_init": False,
         "additional_config": {"kimi": {"state_dtype": state_dtype, "host_memory_gib": 0.1}},
     }
     with engine(RECALL, **options) as running:
         assert running.scheduler.scheduler_config.async_scheduling == scheduling
         assert running.pool.layout.cut.state_dtype == getattr(torch, state_dtype)
-        # Long answers, so that requests outgrow the pages; the last questions again, which hit what they have left.
+        assert running.slots.state_blocks == state_blocks
+        # Long answers, so that requests outgrow the pages.
         for questions in (asked, asked[-4:]):
-            parameters = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+            parameters = SamplingParams(temperature=0, max_tokens=130, ignore_eos=True)
             outputs = running.llm.generate([prompt for prompt, _ in questions], parameters, use_tqdm=False)
             running.check_idle()
             right = [

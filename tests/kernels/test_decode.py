@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -249,11 +250,26 @@ def test_a_graph_replayed_with_other_slots_equals_eager(state_dtype: str) -> Non
         assert same_bits(captured.conv, case.conv)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 3, 8, 12, 16, 20, 24, 32, 48, 64])
+@pytest.mark.parametrize(
+    "choose",
+    [
+        partial(launch.decode, head_dim=128, state_dtype=torch.float32),
+        partial(launch.decode, head_dim=128, state_dtype=torch.bfloat16),
+        partial(launch.prefill, head_dim=128, exact=False),
+    ],
+)
+def test_batch_sizes_meet_all_launch_parameters(heads, choose):
+    most = 300
+    met = {choose(heads * count) for count in launch.batch_sizes(heads, most)}
+    assert met == {choose(heads * count) for count in range(1, most + 1)}
+
+
 @pytest.mark.gpu
 def test_nothing_is_compiled_after_warm_up() -> None:
     # As in the layer: rows of the merged projection start at multiples of 16 elements, the step anywhere among them.
     case = triton_case(140, 32, 128, dtype=torch.bfloat16, filling=96, S=71)
-    for N in (1, 64):
+    for N in launch.batch_sizes(32, 71):
         case.rows(0, N).decode([0] * N, [0] * N, [0] * N)
     before = compiled_kernels()
     assert before > 0

@@ -17,7 +17,7 @@ from typing import Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from kimi_vllm.cache.exchange import NONFINITE, OPERATIONS
+from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS
 
 SICK = -(2**70)
 """What stands for NaN: no hash of a prefix."""
@@ -96,10 +96,14 @@ class HashWorker:
                 self._store(what, state)
             else:
                 self._backing[slot] = list(what)
+        for page in getattr(output, NEW_PAGES, ()):
+            self.conversions["states to pages"] += isinstance(self._memory.get(page), tuple)
+            self._memory[page] = []
         starts = self._follow(output)
         spans = {name: (starts[name], starts[name] + n) for name, n in output.num_scheduled_tokens.items()}
         readers = {self._read(name, start): name for name, (start, _) in spans.items() if start}
         healthy = {name: self._healthy(name, *span) for name, span in spans.items()}
+        self._check_tails(spans)
         muted = self._write_pages(spans, healthy)
         writers: dict[int, str] = {}
         for name, (start, end) in spans.items():
@@ -201,13 +205,22 @@ class HashWorker:
                     first, last = max(start, index * self._block), min(end, (index + 1) * self._block)
                     page = self._tables[name][1 - self._state_group][index]
                     kept = self.page(page)[: first - index * self._block]
-                    self.conversions["states to pages"] += isinstance(self._memory.get(page), tuple)
                     self._memory[page] = kept + known[first + 1 : last + 1]
             muted = {name for name, (start, _) in spans.items() if SICK in self._prefix(name, start)}
             spread = {name for name in muted if healthy[name] > spans[name][0]}
             if self.pages_end or not spread:
                 return muted
             healthy |= {name: spans[name][0] for name in spread}
+
+    def _check_tails(self, spans: dict[str, tuple[int, int]]) -> None:
+        """Attention reads the pages of a step to their ends: no other owner may have left anything there."""
+        for name, (start, end) in spans.items():
+            for index in range(start // self._block, (end - 1) // self._block + 1):
+                held = self._memory.get(self._tables[name][1 - self._state_group][index])
+                assert isinstance(held, list), f"{name} has a page that was not cleared"
+                behind = held[max(0, start - index * self._block) :]
+                own = {*self._known[name][max(start, index * self._block) + 1 :]}
+                assert own.issuperset(behind), f"{name}: another's tokens are behind its own"
 
     def _prefix(self, name: str, start: int) -> list[int]:
         """What the pages say of a request's first tokens."""
