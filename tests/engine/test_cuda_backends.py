@@ -76,4 +76,4 @@ def test_nan_of_other_owners_is_never_seen(backend, cache_dtype, block_size, smo
                 tokens = [*prompt, *output.outputs[0].token_ids]
                 error = relative_error(distributions(output, vocab_size), oracle.logprobs(tokens)[:-1])
                 assert error <= TOLERANCE[cache_dtype], f"{len(prompt)} tokens: {error:.1e}"
-        assert running.watch.spoiled > len(running.pool.memory)
+        assert running.watch.spoiled > 200
