@@ -16,8 +16,8 @@ former owner is before it in this order: steps in flight, and copies to the host
 NEW_PAGES = "kimi_new_pages"
 """On a `SchedulerOutput`: list of the blocks that are pages from this step on, to be cleared after its operations.
 
-What an earlier owner left in a page, a state's bits or a broken request's NaN, is behind its sequence's end; but
-kernels of attention multiply it by weights of 0."""
+An attention kernel may read a page to its end and multiply what an earlier owner left there by weights of 0. The bits
+of a state, and the latents of a broken request, can be NaN."""
 
 NONFINITE = "kimi_nonfinite"
 """On a `ModelRunnerOutput`: list of the slot ids that the step left with NaN or infinity in them."""

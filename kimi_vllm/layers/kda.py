@@ -204,7 +204,8 @@ class KimiDeltaAttention(nn.Module):
     def warm_up(self, max_num_tokens: int, dtype: torch.dtype) -> None:
         """Compile every kernel that a step of up to so many tokens in `dtype` can need. Touches no slot.
 
-        Launch parameters change with the number of sequences, and what Triton specialises with its powers of two.
+        Numbers of sequences are those where the launch table changes, and powers of two: Triton compiles a variant for
+        arguments that 16 divides.
         """
         device, width = self.dt_bias.device, self.dt_bias.shape[0]
         most = min(self.max_num_seqs, max_num_tokens)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from openai import OpenAI
 from support.checkpoints import GEOMETRIES, make_random
-from support.cuda import SMOOTH, distributions, relative_error
+from support.cuda import HEADS_OF_48B, SMOOTH, distributions, relative_error
 from support.engine import RECALL, STATE_BLOCKS, engine, random_prompts
 from support.server import serving
 
@@ -23,18 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 LENGTHS = [1, 2, 4, 5, 6, 63, 64, 65, 129, 321]
 CASES = {name: values | SMOOTH for name, values in GEOMETRIES.items()}
-# The heads of the 48B model, for which vLLM has other attention kernels than for small ones.
-CASES["heads-of-48b"] = SMOOTH | {
-    "linear_num_heads": 32,
-    "linear_head_dim": 128,
-    "num_attention_heads": 32,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "layer_types": "KKMK",
-    "mlp_layer_types": "dsss",
-}
+CASES["heads-of-48b"] = HEADS_OF_48B
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
 

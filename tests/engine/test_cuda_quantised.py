@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import hub_name, make_random
-from support.cuda import SMOOTH, distributions, relative_error
+from support.cuda import HEADS_OF_48B, distributions, relative_error
 from support.engine import RECALL, engine, random_prompts
 from support.quantised import SCHEMES, quantise
 from vllm.model_executor.layers.fused_moe import GateLinear
@@ -20,21 +20,8 @@ from serve.demo.recall_task import held_out_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
-# Heads of the 48B model, and sizes that quantised kernels take: inputs in 128s, outputs in 64s.
-GEOMETRY = SMOOTH | {
-    "hidden_size": 512,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 256,
-    "linear_num_heads": 32,
-    "linear_head_dim": 128,
-    "num_attention_heads": 32,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "layer_types": "KKMK",
-    "mlp_layer_types": "dsss",
-}
+# Sizes that quantised kernels take: inputs in 128s, outputs in 64s.
+GEOMETRY = HEADS_OF_48B | {"hidden_size": 512, "intermediate_size": 512, "moe_intermediate_size": 256}
 LENGTHS = [1, 4, 65, 321]
 # Of logits. Where weights are FP8 activations are rounded to it too, in every layer, and online the weights are not
 # those of transformers. A wrong scale of one tensor may hide in that: `check_linear_layers` is for those.

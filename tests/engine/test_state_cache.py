@@ -21,6 +21,27 @@ def test_nan_in_memory_that_nobody_owns_changes_nothing():
     assert [completion.tokens for completion in again] == expected
 
 
+def test_every_page_is_cleared_before_its_first_use():
+    with engine(RECALL, enable_prefix_caching=True, max_num_batched_tokens=100) as running:
+        execute, clear, cleared, seen = running.worker.execute_model, running.pool.clear, set(), set()
+        [pages] = running.scheduler._page_managers
+
+        def clearing(blocks):
+            clear(blocks)
+            cleared.update(blocks)
+
+        def looking(output):
+            result = execute(output)
+            used = {block.block_id for table in pages.req_to_blocks.values() for block in table}
+            assert used <= cleared
+            seen.update(used)
+            return result
+
+        running.worker.execute_model, running.pool.clear = looking, clearing
+        running.complete(random_prompts([1, 63, 64, 65, 200], 100, seed=24), max_tokens=70)
+    assert len(seen) >= 2 + 3 + 3 + 3 + 5
+
+
 def test_nan_in_one_live_slot_stays_there():
     """A broken state breaks its own request and no other, before and after its slot is reused."""
     from vllm import SamplingParams, TokensPrompt

@@ -9,6 +9,19 @@ import torch
 # tests transformers' own bfloat16 is 7 % off its float32.
 SMOOTH: dict[str, Any] = {"num_local_experts": 6, "num_experts_per_tok": 6, "initializer_range": 0.02}
 
+# For these vLLM has other attention kernels than for small heads.
+HEADS_OF_48B: dict[str, Any] = SMOOTH | {
+    "linear_num_heads": 32,
+    "linear_head_dim": 128,
+    "num_attention_heads": 32,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "layer_types": "KKMK",
+    "mlp_layer_types": "dsss",
+}
+
 
 def distributions(output: Any, vocab_size: int) -> torch.Tensor:
     """Log-probabilities of every token at every position but the first: ``[T - 1, vocab]``."""
