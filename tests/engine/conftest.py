@@ -1,9 +1,10 @@
 """Checkpoints and the preflight: every engine test first makes sure that it tests this plugin and not vLLM's own."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,21 +25,47 @@ def _our_class_is_resolved() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _imports_are_not_searched_for_garbage(_our_class_is_resolved: None) -> Iterator[None]:
-    """Collect garbage among what engines leave, and not among all modules of vLLM and torch as well.
+def _imports_are_not_searched_again(_our_class_is_resolved: None) -> Iterator[None]:
+    """Do not go through all modules of vLLM and torch for every engine, which takes longer than to start it.
 
-    vLLM collects eight times in an engine's life, each half a second here. It would freeze an engine with the modules,
-    and thaw everything at its end.
+    vLLM collects garbage eight times in an engine's life, and would freeze an engine with the modules, and thaw
+    everything at its end; and on a CPU each start looks everywhere for kernels to replace that are replaced already.
     """
-    worker = "gpu_worker" if torch.cuda.is_available() else "cpu_worker"
+    on_gpu = torch.cuda.is_available()
+    worker = "gpu_worker" if on_gpu else "cpu_worker"
     for module in ("vllm.entrypoints.llm", f"vllm.v1.worker.{worker}", "vllm.v1.engine.core", "kimi_vllm.model"):
         import_module(module)
-    gc.collect()
+    collect = gc.collect
+    collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "freeze", lambda: None)
         patch.setattr(gc, "unfreeze", lambda: None)
+        if not on_gpu:  # there the next engine needs the memory of the last
+            patch.setattr(gc, "collect", lambda generation=2: 0)
+            _collect_after(collect, patch)
+            _replace_kernels_once(patch)
         yield
+
+
+def _collect_after(collect: Callable[[], int], patch: pytest.MonkeyPatch) -> None:
+    """Collect garbage once an engine: when it is gone."""
+    from vllm import distributed
+
+    cleanup = distributed.cleanup_dist_env_and_memory
+    patch.setattr(distributed, "cleanup_dist_env_and_memory", lambda: (cleanup(), collect()))
+
+
+def _replace_kernels_once(patch: pytest.MonkeyPatch) -> None:
+    from vllm.triton_utils import dispatcher
+
+    register = dispatcher.register_kernels
+
+    def register_new(kernels: Mapping[str, Callable[..., Any]]) -> None:
+        if not kernels.keys() <= dispatcher._registry.keys():
+            register(kernels)
+
+    patch.setattr(dispatcher, "register_kernels", register_new)
 
 
 @pytest.fixture(scope="session")
