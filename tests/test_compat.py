@@ -1,9 +1,12 @@
 """What we use of vLLM is there; and the check that says so can say no."""
 
+import ast
 import importlib.util
+import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ spec = importlib.util.spec_from_file_location("compat", Path(__file__).parents[1
 compat = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compat)
 
+ROOT = Path(__file__).parents[1]
 VLLM = Path(importlib.util.find_spec("vllm").origin).parents[1]
 POOL = "vllm/v1/core/block_pool.py"
 
@@ -39,7 +43,8 @@ def test_a_change_in_vllm_is_reported_by_name(file, old, new, problem):
             return source.replace(old, new) if path == file and source else source
 
         def _module(self, name):
-            return super()._module(name) if name == file.removesuffix(".py").replace("/", ".") else INSTALLED.module(name)
+            changed = name.replace(".", "/") == file.removesuffix(".py")
+            return super()._module(name) if changed else INSTALLED.module(name)
 
     found = list(compat.problems(Changed("changed", VLLM)))
     assert any(problem in line for line in found), found
@@ -77,3 +82,37 @@ def test_only_what_needs_an_engine_is_skipped_where_vllm_is_not_compiled(pyteste
     result = pytester.runpytest_subprocess("-rs")
     result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines(["vLLM * without compiled operators", "*an engine needs its compiled operators"])
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What importing a module imports, and what a file of tests imports anywhere."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if path.name.startswith("test_") else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def reached(path: Path) -> set[str]:
+    """The packages that are imported with a file of tests, directly or by our own modules."""
+    packages, seen, left = set(), set(), [path]
+    while left:
+        if (path := left.pop()) in seen:
+            continue
+        seen.add(path)
+        for name in imported(path):
+            packages.add(name.split(".")[0])
+            parts = [Path(*name.split(".")[:count]) for count in range(1, name.count(".") + 2)]
+            files = [folder / part for part in parts for folder in (ROOT, ROOT / "tests")]
+            left += [file for at in files for file in (at.with_suffix(".py"), at / "__init__.py") if file.exists()]
+    return packages
+
+
+def test_what_compat_leaves_out_imports_no_vllm():
+    """A file of tests that runs once, on the installed vLLM, must not depend on its release."""
+    [recipe] = re.findall(r"^compat:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    files = [ROOT / name for name in re.findall(r"--ignore (\S+\.py)", recipe)]
+    assert {path.name: "vllm" in reached(path) for path in files} == {path.name: False for path in files} != {}
+    assert "vllm" in reached(ROOT / "tests" / "cache" / "test_manager.py")
+    assert "vllm" in reached(ROOT / "tests" / "cache" / "test_arena_checker.py")  # by kimi_vllm.cache.arena

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.engine import RECALL
+from serve.common.paths import RECALL
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     # Other head counts and sizes than the shipped checkpoint, and two shared experts.
