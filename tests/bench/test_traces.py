@@ -19,6 +19,11 @@ def workload(name):
     return Workload.of(name, seed=1, concurrency=4, **SMALL[name])
 
 
+@cache
+def run(name, regime, policy):
+    return workload(name).run(regime, policy)
+
+
 @pytest.mark.parametrize("name", TRACES)
 def test_a_seed_decides_everything(name):
     assert TRACES[name](3) == TRACES[name](3)
@@ -93,20 +98,20 @@ def test_nobody_reuses_more_than_there_is_and_no_slot_stays_live(name):
 
 @pytest.mark.parametrize("name", ["chat", "agent"])
 def test_with_memory_for_everything_a_conversation_is_computed_once(name):
-    assert workload(name).run(FITS, "value").share >= 0.95
+    assert run(name, FITS, "value").share >= 0.95
 
 
 @pytest.mark.parametrize(("name", "least"), [("agent", 1.05), ("rag", 1.3)])
 def test_with_a_third_of_the_states_value_saves_more_than_recency(name, least):
-    value, recency = (workload(name).run(THIRD, policy) for policy in ("value", "lru"))
+    value, recency = (run(name, THIRD, policy) for policy in ("value", "lru"))
     assert value.blocks == recency.blocks < workload(name).fits.most_blocks
     assert value.hit >= least * recency.hit > 0
 
 
 def test_vllms_own_rules_run_in_the_same_replay():
-    row = workload("chat").run(FITS, "align")
+    row = run("chat", FITS, "align")
     assert 0.2 < row.share < 0.95
-    assert row.hit < workload("chat").run(FITS, "value").hit
+    assert row.hit < run("chat", FITS, "value").hit
 
 
 def test_vllms_own_gets_the_bytes_of_our_blocks():
@@ -118,6 +123,6 @@ def test_vllms_own_gets_the_bytes_of_our_blocks():
 
 @pytest.mark.parametrize("name", TRACES)
 def test_a_finer_prefix_match_unit_is_vllms_better_setting(name):
-    plain, *finer = (workload(name).run(FITS, policy) for policy in ALIGNED)
+    plain, *finer = (run(name, FITS, policy) for policy in ALIGNED)
     assert plain.blocks == finer[0].blocks
     assert all(plain.hit < row.hit <= row.reusable for row in finer)
