@@ -122,11 +122,11 @@ def test_extreme_gates(gates: str, D: int, T: int, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_correlated_keys(form: str) -> None:
-    case = triton_case(129, 1, 128, exact=FORMS[form])
+    case = triton_case(65, 1, 128, exact=FORMS[form])
     keys = case.x.qkv[:, 128:256]
     keys.copy_(0.9 * case.random(1, 128).to(DEVICE) + (1 - 0.9**2) ** 0.5 * keys)
     case.x.beta.fill_(2.944)  # its sigmoid is 0.95
-    check_prefill(case, [129], [0], [[1]], tolerance=None if FORMS[form] else LOOSE)
+    check_prefill(case, [65], [0], [[1]], tolerance=None if FORMS[form] else LOOSE)
 
 
 @pytest.mark.parametrize("n", [1, 16, 64, 65], ids="n{}".format)
@@ -157,18 +157,17 @@ def test_chunked_prefill_in_odd_pieces_equals_one_shot(cuts: list[int]) -> None:
 
 
 def test_an_export_is_the_state_of_a_shorter_prefill() -> None:
-    case = triton_case(150, 1, S=6)
-    exporting, continued = case.copy(), case.copy()
-    out = exporting.prefill([150], [0], [[1, 2, 3]], BLOCK)
-    for slot, end in ((1, 64), (2, 128)):
-        shorter = case.rows(0, end).copy()
-        shorter.prefill([end], [0], [[4]])
-        assert relative_error(exporting.state[slot], shorter.state[4]) <= TOLERANCE
-        assert torch.equal(exporting.history(slot, end), shorter.history(4, end))
-    assert same_bits(continued.prefill([150], [0], [[0, 0, 5]], BLOCK), out)
+    # Two boundaries in one prefill: `test_a_slot_named_twice_keeps_the_later_state`.
+    case = triton_case(70, 1, S=6)
+    exporting, continued, shorter = case.copy(), case.copy(), case.rows(0, 64).copy()
+    out = exporting.prefill([70], [0], [[1, 3]], BLOCK)
+    shorter.prefill([64], [0], [[4]])
+    assert relative_error(exporting.state[1], shorter.state[4]) <= TOLERANCE
+    assert torch.equal(exporting.history(1, 64), shorter.history(4, 64))
+    assert same_bits(continued.prefill([70], [0], [[0, 5]], BLOCK), out)
     assert same_bits(continued.state[5], exporting.state[3])
-    resumed = exporting.rows(128, 150)
-    assert relative_error(resumed.prefill([22], [128], [[0, 2, 4]], BLOCK), out[128:]) <= TOLERANCE
+    resumed = exporting.rows(64, 70)
+    assert relative_error(resumed.prefill([6], [64], [[1, 4]], BLOCK), out[64:]) <= TOLERANCE
     assert relative_error(exporting.state[4], exporting.state[3]) <= TOLERANCE
 
 
@@ -179,7 +178,7 @@ def test_blocks_of_several_chunks() -> None:
 
 
 def test_a_slot_named_twice_keeps_the_later_state() -> None:
-    check_prefill(triton_case(140, 1), [140], [0], [[1, 2, 1]], BLOCK)
+    check_prefill(triton_case(130, 1), [130], [0], [[1, 2, 1]], BLOCK)
 
 
 def test_stale_table_entries_are_never_used() -> None:
@@ -266,7 +265,9 @@ def test_heads_split_or_whole_match_spec(D: int, value_block: int, form: str, pi
 @pytest.mark.parametrize(
     ("form", "sick"),
     [
-        *((form, sick) for form in ("exact", "short") for sick in SICK_INPUTS),
+        *(("short", sick) for sick in SICK_INPUTS),
+        # k and beta come to the state by the way of v, and these are slow in the interpreter.
+        *(pytest.param("exact", sick, marks=[ON_GPU] * (sick in ("k", "beta"))) for sick in SICK_INPUTS),
         ("fast", "gate"),  # whose bound must not hide a NaN
         ("fast", "q"),
     ],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_case import DEVICE
+from triton_case import DEVICE, ON_GPU
 
 from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.kernels.cuda.skinny_experts import choose_experts, skinny_experts
 
 pytestmark = pytest.mark.triton
+
+NARROW, WIDE = ((4, 32, 2), (4, 16, 2)), ((2, 128, 4), (8, 64, 1))
 
 
 def expected(x, w13, w2, weights, ids):
@@ -35,8 +37,17 @@ def case(tokens, hidden, inner, top_k, experts=7, dtype=torch.float32):
     return (*moved, weights.to(DEVICE), ids.to(DEVICE))
 
 
-@pytest.mark.parametrize(("tokens", "hidden", "inner", "top_k"), [(1, 96, 64, 4), (3, 72, 40, 2), (2, 130, 33, 1)])
-@pytest.mark.parametrize("config", [((4, 32, 2), (4, 16, 2)), ((2, 128, 4), (8, 64, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inner", "top_k", "config"),
+    [
+        (1, 96, 64, 4, NARROW),
+        (3, 72, 40, 2, NARROW),
+        (2, 130, 33, 1, NARROW),
+        (2, 72, 40, 2, WIDE),
+        (2, 130, 33, 1, WIDE),
+        pytest.param(1, 96, 64, 4, WIDE, marks=ON_GPU),
+    ],
+)
 def test_equals_torch(tokens, hidden, inner, top_k, config):
     inputs = case(tokens, hidden, inner, top_k)
     up, down = (launch.Skinny(*some) for some in config)
