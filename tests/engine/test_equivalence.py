@@ -8,13 +8,16 @@ pytestmark = pytest.mark.engine
 
 LENGTHS = [1, 2, 3, 15, 31, 63, 64, 65, 100, 127, 128, 129, 200, 321, 512, 700]
 CASES = [("recall", "hub"), ("odd-pattern", "hub"), *((name, "transformers") for name in ("recall", *GEOMETRIES))]
+TWICE = {"recall-transformers", "odd-pattern-transformers"}
+"""The same weights as in the hub's layout: any prompt shows whether they were read."""
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=["-".join(case) for case in CASES])
 def test_engine_equals_transformers(name, layout, checkpoints, oracles, record_property):
     record_property("covers", "float32")
     oracle = oracles[name]
-    prompts = random_prompts(LENGTHS, oracle.model.config.vocab_size)
+    lengths = LENGTHS[::5] if f"{name}-{layout}" in TWICE else LENGTHS
+    prompts = random_prompts(lengths, oracle.model.config.vocab_size)
     with engine(checkpoints[name, layout]) as running:
         for completion in running.complete(prompts):
             oracle.check(completion)
@@ -58,8 +61,8 @@ def test_chunked_prefill(budget, prompts, expected):
 def growing():
     """Requests that fit when admitted and need one or two more pages each while they decode."""
     prompts = random_prompts([63, 64, 127, 128, 62, 126, 190, 191, 5, 61, 125, 189], 100, seed=2)
-    with engine(RECALL, max_num_seqs=1) as running:
-        return [running.complete([prompt], max_tokens=80)[0] for prompt in prompts]
+    with engine(RECALL, max_num_seqs=len(prompts)) as running:
+        return running.complete(prompts, max_tokens=80)
 
 
 @pytest.mark.parametrize("caching", [False, True], ids=["nocache", "cache"])
@@ -75,7 +78,7 @@ def test_what_preemption_is_compared_with_equals_transformers(growing, oracles):
         oracles["recall"].check(completion)
 
 
-@pytest.mark.parametrize("states", [2, 3, 5])
+@pytest.mark.parametrize("states", [2, 5])
 def test_memory_for_fewer_states_than_requests(states, prompts, expected):
     longest = max(len(prompt) for prompt in prompts) + 24
     blocks = 1 + states * STATE_BLOCKS + -(-longest // 64)
