@@ -5,9 +5,13 @@
     T tokens of the step    N sequences    H heads    K key channels    V value channels (K == V == D)
     W conv width            R ring columns S slots    P blocks of a slot    B slot-table columns    C chunk length
 
-Every tensor of a call is on one device. Kernels do not check their arguments: a layer calls `check_decode` and
-`check_prefill` once, before it serves, with what vLLM's profiling run brings. What a later step brings anew is its
-rows, and these refuse a wrong dtype when they are made, once for all layers.
+A *window* is some tokens of a sequence of which only a prefix may turn out to be the sequence's (speculative decoding).
+A slot of pools with a window holds, beside its state, a record of each token of the window that was run from it. Who
+reads the slot *folds* the records of those that turned out to be the sequence's.
+
+Every tensor of a call is on one device. Kernels do not check their arguments: a layer calls those of
+`checks.py` once, before it serves, with what vLLM's profiling run brings. What a later step brings anew is its rows,
+and these refuse a wrong dtype when they are made, once for all layers.
 """
 
 from __future__ import annotations
@@ -19,12 +23,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kimi_vllm.kernels.cut import Cut
+from kimi_vllm.kernels.cut import RECORD_VECTORS, Cut
 
 HEAD_SIZES = (64, 128)
 CONV_WIDTHS = range(2, 9)
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = {"cpu": (torch.float32,), "cuda": ACTIVATION_DTYPES}
+
+MAX_WINDOW = 16
+"""Most tokens of a window."""
 
 NULL_SLOT = 0
 """The slot that holds nobody's state: never read, never written; as a write slot it marks a padded row."""
@@ -84,9 +91,10 @@ class Pools:
             slot, is never used.
         cut: How a state lies in its blocks.
         first_unit: Number of the layer's first unit in a state.
-        nonfinite: ``[S]`` int32 contiguous, or None. Set to 1 at a written slot whose state is infinite or NaN, or an
-            output of the step on the way to it, before its norm; never cleared. A kernel may set it as well where an
-            output's square exceeds float32.
+        nonfinite: ``[S, F]`` int32 contiguous, or None; F is `Cut.flags`. Entry 0 is set to 1 at a written slot whose
+            state is infinite or NaN, or an output of the step on the way to it, before its norm; never cleared. Of a
+            window, entry t is set where the output of its token t is. A kernel may set it as well where an output's
+            square exceeds float32.
     """
 
     memory: Tensor
@@ -106,9 +114,26 @@ class Pools:
         cut = self.cut
         pieces = self._every_unit()[self.units(slot)]  # [H·pieces, unit_bytes]
         state = pieces[:, : cut.state_bytes].contiguous().view(cut.state_dtype)
-        ring = pieces[:, cut.state_bytes :].contiguous().view(cut.conv_dtype)
+        ring = pieces[:, cut.state_bytes : cut.state_bytes + cut.ring_bytes].contiguous().view(cut.conv_dtype)
         by_head = ring.view(cut.H, cut.R, 3, cut.D)
         return state.view(cut.H, cut.D, cut.D), by_head.permute(1, 2, 0, 3).reshape(cut.R, -1)
+
+    def load_records(self, slot: int) -> Tensor:
+        """Return a copy of a slot's records ``[window, H, 3, D]`` float32: u, k and d of each token."""
+        cut = self.cut
+        pieces = self._every_unit()[self.units(slot)][:, cut.state_bytes + cut.ring_bytes :].contiguous()
+        by_head = pieces.view(torch.float32).view(cut.H, cut.pieces * cut.records, RECORD_VECTORS, cut.D)
+        return by_head[:, : cut.window].transpose(0, 1).contiguous()
+
+    def store_records(self, slot: int, records: Tensor) -> None:
+        """Write the first records of a slot, ``[up to window, H, 3, D]``, and nothing beside them."""
+        cut, every, places = self.cut, self._every_unit(), self.units(slot)
+        pieces = every[places]
+        kept = pieces[:, cut.state_bytes + cut.ring_bytes :].clone(memory_format=torch.contiguous_format)
+        by_head = kept.view(torch.float32).view(cut.H, cut.pieces * cut.records, RECORD_VECTORS, cut.D)
+        by_head[:, : len(records)] = records.transpose(0, 1)
+        pieces[:, cut.state_bytes + cut.ring_bytes :] = by_head.view(len(pieces), -1).view(torch.uint8)
+        every[places] = pieces
 
     def store(self, slot: int, state: Tensor | None = None, ring: Tensor | None = None) -> None:
         """Write a slot's state ``[H, V, K]``, its ring ``[R, 3·H·D]``, or both, and nothing beside them."""
@@ -119,7 +144,8 @@ class Pools:
             pieces[:, : cut.state_bytes] = rows.view(torch.uint8)
         if ring is not None:
             by_head = ring.to(cut.conv_dtype).view(cut.R, 3, cut.H, cut.D).permute(2, 0, 1, 3)
-            pieces[:, cut.state_bytes :] = by_head.contiguous().view(len(pieces), -1).view(torch.uint8)
+            vectors = by_head.contiguous().view(len(pieces), -1).view(torch.uint8)
+            pieces[:, cut.state_bytes : cut.state_bytes + cut.ring_bytes] = vectors
         every[places] = pieces
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -172,6 +198,7 @@ class PrefillRows:
             this order, so that a slot named twice keeps the later state. Other entries may be stale: they are never
             used. A sequence may overwrite the slot it read; no other sequence may read or write it.
         block_size: tokens per entry of the table; on CUDA a multiple of 64.
+        num_fold: ``[N]`` int32 contiguous, records to fold into the state that is read; None: none of any.
 
     Raises:
         ValueError: a dtype is another one.
@@ -181,10 +208,48 @@ class PrefillRows:
     context_len: Tensor
     slot_table: Tensor
     block_size: int
+    num_fold: Tensor | None = None
 
     def __post_init__(self) -> None:
         index = {"cu_seqlens": self.cu_seqlens, "context_len": self.context_len, "slot_table": self.slot_table}
         _require_dtype(torch.int32, **index)
+        if self.num_fold is not None:
+            _require_dtype(torch.int32, num_fold=self.num_fold)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WindowRows:
+    """Sequences with a window of new tokens each, packed one after another. All are contiguous.
+
+    No row may read or write a slot that another row writes.
+
+    Attributes:
+        cu_seqlens: ``[N + 1]`` int32; row n owns tokens ``cu_seqlens[n]`` up to ``cu_seqlens[n + 1]``, at most the
+            window of the pools. Output rows beyond ``cu_seqlens[N]`` become zeros.
+        position: ``[N]`` int64, of each row's first token in its sequence.
+        read_slot: ``[N]`` int32. `NULL_SLOT`: a fresh sequence, nothing is read.
+        write_slot: ``[N]`` int32. Afterwards it is complete: the state before the window, its records and the
+            convolution's history. Equal to `read_slot` or not; a read slot that is not written stays as it was.
+            `NULL_SLOT`: a padded row, zeros out, nothing touched.
+        second_slot: ``[N]`` int32. Unless it is `NULL_SLOT` it becomes equal to the write slot: the window ends in
+            another block than it begins in, and which of the two the next step reads is not known yet.
+        num_fold: ``[N]`` int32, records of the read slot to fold: tokens between its state and `position`.
+
+    Raises:
+        ValueError: a dtype is another one.
+    """
+
+    cu_seqlens: Tensor
+    position: Tensor
+    read_slot: Tensor
+    write_slot: Tensor
+    second_slot: Tensor
+    num_fold: Tensor
+
+    def __post_init__(self) -> None:
+        slots = {"read_slot": self.read_slot, "write_slot": self.write_slot, "second_slot": self.second_slot}
+        _require_dtype(torch.int32, cu_seqlens=self.cu_seqlens, num_fold=self.num_fold, **slots)
+        _require_dtype(torch.int64, position=self.position)
 
 
 class KdaDecode(Protocol):
@@ -234,6 +299,32 @@ class KdaPrefill(Protocol):
         """
 
 
+class KdaVerify(Protocol):
+    """A window more of every sequence, of which a prefix may turn out to be the sequence's."""
+
+    def __call__(self, x: Activations, weights: Weights, pools: Pools, rows: WindowRows, out: Tensor) -> None:
+        """Run every row over its window, and keep what each of its tokens does to the state beside the state.
+
+        The state that is written is the one *before* the window. With float32 states and activations the output of a
+        token, and the state after the tokens that count, are bit by bit those of as many decode steps.
+
+        Args:
+            x: the packed tokens.
+            weights: The layer's weights.
+            pools: The layer's slots; only write slots and second slots change, and their flags.
+            rows: the slots, and the position of each row's first token.
+            out: ``[T, H·V]`` in the dtype of the activations, written.
+
+        Cost:
+            Reads and writes the state once whatever the window: that of a decode step, and
+            ``2·N·H·window·3·D·4`` bytes of records.
+
+        Raises:
+            IndexError: on CPU, a slot outside the pools; it counts as 0. On CUDA it counts as 0 too, and nothing is
+                raised.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One platform's implementation.
@@ -242,106 +333,16 @@ class Backend:
         name: A name for people to read.
         kda_decode: one token more of every sequence.
         kda_prefill: several tokens more of every sequence.
-        prepare: compiles what heads of so many channels need, as far as that alone decides it.
+        kda_verify: a window more of every sequence.
+        prepare: ``prepare(head_dim, windows=False)`` compiles what heads of so many channels need, `kda_verify` or
+            `kda_decode` among it, as far as that alone decides it.
     """
 
     name: str
     kda_decode: KdaDecode
     kda_prefill: KdaPrefill
-    prepare: Callable[[int], None]
-
-
-def check_decode(x: Activations, weights: Weights, pools: Pools, rows: DecodeRows, out: Tensor) -> None:
-    """Check the arguments of a decode step without looking at their values.
-
-    Raises:
-        ValueError: names the tensor, what it is and what it must be.
-    """
-    _check_layer(x, weights, pools, out)
-    N = x.qkv.shape[0]
-    _expect("read_slot", rows.read_slot, (N,), (torch.int32,))
-    _expect("write_slot", rows.write_slot, (N,), (torch.int32,))
-    _expect("position", rows.position, (N,), (torch.int64,))
-
-
-def check_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
-    """Check the arguments of a prefill step without looking at their values.
-
-    Raises:
-        ValueError: names the tensor, what it is and what it must be.
-    """
-    _check_layer(x, weights, pools, out)
-    N = rows.context_len.shape[0] if rows.context_len.dim() == 1 else -1
-    _expect("context_len", rows.context_len, (N,), (torch.int32,))
-    _expect("cu_seqlens", rows.cu_seqlens, (N + 1,), (torch.int32,))
-    if rows.slot_table.dim() != 2 or rows.slot_table.shape[1] == 0:
-        raise ValueError(f"slot_table has shape {list(rows.slot_table.shape)}; it must be [{N}, B] with B >= 1")
-    _expect("slot_table", rows.slot_table, (N, rows.slot_table.shape[1]), (torch.int32,), contiguous=False)
-    if rows.block_size < 1:
-        raise ValueError(f"block_size is {rows.block_size}; it must be at least 1 token")
-
-
-def _check_layer(x: Activations, weights: Weights, pools: Pools, out: Tensor) -> None:
-    """Check what both operations share."""
-    cut, S = pools.cut, pools.pages.shape[0]
-    H, D, R = cut.H, cut.D, cut.R
-    if D not in HEAD_SIZES:
-        raise ValueError(f"heads have {D} channels; the kernels support {HEAD_SIZES}")
-    W = weights.conv_weight.shape[0]
-    if W not in CONV_WIDTHS:
-        raise ValueError(f"conv_weight has {W} taps; the kernels support 2 to 8")
-    if R < W:
-        raise ValueError(f"the conv ring has {R} columns; a convolution of width {W} needs at least {W}")
-    fp32 = (torch.float32,)
-    _expect("conv_weight", weights.conv_weight, (W, 3 * H * D), fp32)
-    _expect("A_log", weights.A_log, (H,), fp32)
-    _expect("dt_bias", weights.dt_bias, (H * D,), fp32)
-    _expect("norm_weight", weights.norm_weight, (D,), fp32)
-
-    T, same = x.qkv.shape[0], (x.qkv.dtype,)
-    _expect("qkv", x.qkv, (T, 3 * H * D), ACTIVATION_DTYPES, contiguous=False)
-    _expect("beta", x.beta, (T, H), same, contiguous=False)
-    for name, tensor in (("gate", x.gate), ("out_gate", x.out_gate), ("out", out)):
-        _expect(name, tensor, (T, H * D), same, contiguous=False)
-
-    kept = STATE_DTYPES.get(x.qkv.device.type, ACTIVATION_DTYPES)
-    for name, dtype in (("state", cut.state_dtype), ("conv ring", cut.conv_dtype)):
-        if dtype not in kept:
-            allowed = " or ".join(map(str, kept))
-            raise ValueError(f"the {name} is {dtype}; it must be {allowed} on {x.qkv.device.type}: set state_dtype")
-    if not 1 <= cut.pieces <= D or cut.pieces & (cut.pieces - 1) or 3 * R % cut.pieces:
-        raise ValueError(f"a head in {cut.pieces} pieces; it must be a power of two that divides {3 * R}, at most {D}")
-    if cut.unit_bytes % 16 or cut.block_bytes % 16:
-        raise ValueError(f"units and blocks have {cut.unit_bytes} and {cut.block_bytes} bytes; both must divide by 16")
-    if not cut.units:
-        raise ValueError(f"a block has {cut.block_bytes} bytes; it must hold a unit of {cut.unit_bytes}")
-    _expect("pools.memory", pools.memory, (pools.memory.shape[0], cut.block_bytes), (torch.uint8,))
-    first, last = pools.first_unit, pools.first_unit + H * cut.pieces - 1
-    if first < 0 or pools.pages.dim() != 2 or last // cut.units >= pools.pages.shape[1]:
-        shape = list(pools.pages.shape)
-        raise ValueError(f"pools.pages has shape {shape}; a layer needs units {first} to {last}, {cut.units} a block")
-    _expect("pools.pages", pools.pages, tuple(pools.pages.shape), (torch.int32,))
-    if pools.nonfinite is not None:
-        _expect("pools.nonfinite", pools.nonfinite, (S,), (torch.int32,))
-
-
-def _expect(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    *,
-    contiguous: bool = True,
-) -> None:
-    """Raise ValueError unless the tensor has this shape, one of these dtypes and unit stride at the end."""
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
-    if contiguous and not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"{name} has strides {tensor.stride()}; its last dimension must be contiguous")
+    kda_verify: KdaVerify
+    prepare: Callable[..., None]
 
 
 def _require_dtype(dtype: torch.dtype, **tensors: Tensor) -> None:

@@ -31,7 +31,7 @@ def load_backend(device_type: str) -> Backend:
         raise RuntimeError("the KDA kernels on cpu need numba: pip install 'kimi-vllm[cpu]'")
     from kimi_vllm.kernels.cpu import host
 
-    return Backend(host.describe(), host.kda_decode, host.kda_prefill, host.prepare)
+    return Backend(host.describe(), host.kda_decode, host.kda_prefill, host.kda_verify, host.prepare)
 
 
 def _cuda_backend() -> Backend:
@@ -53,9 +53,9 @@ def _cuda_backend() -> Backend:
         )
     import triton
 
-    from kimi_vllm.kernels.cuda import decode, prefill
+    from kimi_vllm.kernels.cuda import decode, prefill, verify
 
-    def prepare(head_dim: int) -> None:
+    def prepare(head_dim: int, windows: bool = False) -> None:
         """Compile nothing: Triton needs the number of heads, dtypes and strides too, which `warm_up` of a layer has."""
 
-    return Backend(f"triton {triton.__version__}", decode.kda_decode, prefill.kda_prefill, prepare)
+    return Backend(f"triton {triton.__version__}", decode.kda_decode, prefill.kda_prefill, verify.kda_verify, prepare)

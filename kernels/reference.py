@@ -1,8 +1,8 @@
 """The executable spec of Kimi Delta Attention: every formula once, plainly, in the precision of its inputs.
 
 Equation numbers are those of the Kimi Linear report (arXiv 2510.26692). `kda_recurrent` is Eq. 1, `kda_chunk`
-its chunkwise form (Eq. 6-9). `kda_decode` and `kda_prefill` are what the kernels are compared with; they run on any
-device, in float32 or, given float64 tensors, in float64. Letters are those of `contract.py`.
+its chunkwise form (Eq. 6-9). `kda_decode`, `kda_prefill` and `kda_verify` are what the kernels are compared with; they
+run on any device, in float32 or, given float64 tensors, in float64. Letters are those of `contract.py`.
 
 Rounding points, the same in every implementation: the convolution's output is rounded to the dtype of `qkv`,
 and so is the recurrence's output before its RMS norm. Everything else stays in the working precision.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, einsum
 
-from kimi_vllm.kernels.contract import NULL_SLOT, Activations, DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.contract import NULL_SLOT, Activations, DecodeRows, Pools, PrefillRows, Weights, WindowRows
 
 # A development dependency: annotations stay strings unless the tests' import hook evaluates them.
 with suppress(ImportError):
@@ -186,10 +186,18 @@ def working_dtype(qkv: Tensor, pools: Pools) -> torch.dtype:
     return torch.promote_types(torch.promote_types(qkv.dtype, pools.cut.state_dtype), torch.float32)
 
 
+def fold(state: Float[Tensor, "H V K"], records: Float[Tensor, "t H 3 D"]) -> Float[Tensor, "H V K"]:
+    """Advance a state by tokens of which their records are known: ``S·d + u k^T`` is what Eq. 1 made of each."""
+    for record in records.to(state.dtype):
+        u, k, d = record.unbind(1)
+        state = state * d[:, None, :] + einsum("hv,hk->hvk", u, k)
+    return state
+
+
 def load_slot(
-    pools: Pools, slot: int, position: int, num_past: int, work: torch.dtype
+    pools: Pools, slot: int, position: int, num_past: int, work: torch.dtype, num_fold: int = 0
 ) -> tuple[Float[Tensor, "H V K"], Float[Tensor, "past channels"]]:
-    """Return the state of `slot`, and the projections of the `num_past` tokens before `position`.
+    """Return the state of `slot` with `num_fold` records folded, and the `num_past` projections before `position`.
 
     Both are zeros for `NULL_SLOT`, whatever memory holds, and so is the history where there was no token.
     """
@@ -199,6 +207,8 @@ def load_slot(
     if slot != NULL_SLOT:
         kept, ring = pools.load(slot)
         state = kept.to(work)
+        if num_fold:
+            state = fold(state, pools.load_records(slot)[:num_fold])
         for row, past in enumerate(range(position - num_past, position)):
             if past >= 0:
                 history[row] = ring[past % cut.R]
@@ -223,11 +233,15 @@ def store_slot(
 
 
 def flag_nonfinite(
-    nonfinite: Int[Tensor, " S"] | None, slot: int, outputs: Float[Tensor, "T H V"], state: Float[Tensor, "H V K"]
+    nonfinite: Int[Tensor, "S F"] | None,
+    slot: int,
+    outputs: Float[Tensor, "T H V"],
+    state: Float[Tensor, "H V K"],
+    token: int = 0,
 ) -> None:
-    """Set the flag of a slot whose state, or an output of this step on the way to it, is infinite or NaN."""
+    """Set a flag of a slot whose state, or an output of this step on the way to it, is infinite or NaN."""
     if nonfinite is not None and not (outputs.isfinite().all() and state.isfinite().all()):
-        nonfinite[slot] = 1
+        nonfinite[slot, token] = 1
 
 
 def kda_decode(x: Activations, weights: Weights, pools: Pools, rows: DecodeRows, out: Tensor) -> None:
@@ -255,13 +269,14 @@ def kda_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRow
     num_past, block_size = len(weights.conv_weight) - 1, rows.block_size
     out.zero_()
     bounds = rows.cu_seqlens.tolist()
+    num_fold = [0] * len(rows.context_len) if rows.num_fold is None else rows.num_fold.tolist()
     for n, context in enumerate(rows.context_len.tolist()):
         begin, end = bounds[n], context + bounds[n + 1] - bounds[n]
         if end == context:
             continue
         tokens = x.tokens(begin, bounds[n + 1])
         read = int(rows.slot_table[n, (context - 1) // block_size]) if context > 0 else NULL_SLOT
-        state, history = load_slot(pools, read, context, num_past, work)
+        state, history = load_slot(pools, read, context, num_past, work, num_fold[n])
         inputs = features(tokens, history, weights)
         padded = torch.cat([history, tokens.qkv.to(work)])
         o = torch.empty_like(inputs.v)
@@ -277,6 +292,43 @@ def kda_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRow
                 flag_nonfinite(pools.nonfinite, slot, o[: piece.stop], stored)
             start = stop
         out[begin : bounds[n + 1]] = finish(o, tokens, weights)
+
+
+def kda_verify(x: Activations, weights: Weights, pools: Pools, rows: WindowRows, out: Tensor) -> None:
+    """Run every row over a window of which a prefix may turn out to be the sequence's; see `contract.KdaVerify`.
+
+    What is written is the state before the window, and of each token the record of what it does to the state:
+    ``u = beta (v - (S·d) k)``, k and d, so that the state after it is ``S·d + u k^T``.
+    """
+    work = working_dtype(x.qkv, pools)
+    num_past = len(weights.conv_weight) - 1
+    out.zero_()
+    bounds = rows.cu_seqlens.tolist()
+    columns = (rows.position, rows.read_slot, rows.write_slot, rows.second_slot, rows.num_fold)
+    for n, (p, read, write, second, count) in enumerate(zip(*(each.tolist() for each in columns), strict=True)):
+        if write == NULL_SLOT or bounds[n] == bounds[n + 1]:
+            continue
+        tokens = x.tokens(bounds[n], bounds[n + 1])
+        state, history = load_slot(pools, read, p, num_past, work, count)
+        inputs = features(tokens, history, weights)
+        length, before = len(inputs.q), state
+        records = state.new_empty(length, state.shape[0], 3, state.shape[2])
+        o = torch.empty_like(inputs.v)
+        for t in range(length):
+            decay = inputs.g[t].exp()
+            error = inputs.v[t] - einsum("hvk,hk->hv", state * decay[:, None, :], inputs.k[t])
+            records[t] = torch.stack([inputs.beta[t][:, None] * error, inputs.k[t], decay], 1)
+            o[t : t + 1], state = kda_recurrent(*Features(*(feature[t : t + 1] for feature in inputs)), state)
+        o = o.to(x.qkv.dtype).to(work)
+        # The first column that the next window can need is that of the token W - 2 before this one.
+        kept = torch.cat([history, tokens.qkv.to(work)])[1:]
+        for slot in {write, second} - {NULL_SLOT}:
+            stored = store_slot(pools, slot, p + length, before, kept)
+            pools.store_records(slot, records)
+            flag_nonfinite(pools.nonfinite, slot, o[:1], stored)
+            for t in range(1, length):
+                flag_nonfinite(pools.nonfinite, slot, o[t : t + 1], stored, t)
+        out[bounds[n] : bounds[n + 1]] = finish(o, tokens, weights)
 
 
 def finish(o: Float[Tensor, "T H V"], x: Activations, weights: Weights) -> Float[Tensor, "T gates"]:

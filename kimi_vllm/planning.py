@@ -12,7 +12,7 @@ from typing import Self
 import torch
 
 from kimi_vllm.cache.capacity import Capacity
-from kimi_vllm.cache.layout import StateLayout, block_bytes
+from kimi_vllm.cache.layout import StateLayout, block_bytes, ring_columns
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.kernels.cut import Cut
 from kimi_vllm.precision import conv_dtype, router_dtype
@@ -57,6 +57,7 @@ class Costs:
         gpu_dtype: torch.dtype | None = None,
         quantization: WeightFormat | None = None,
         first_layer: int = 0,
+        window: int = 0,
     ) -> Self:
         """The costs of a model, or of one pipeline stage given as a geometry of fewer layers.
 
@@ -70,6 +71,7 @@ class Costs:
             gpu_dtype: The model's dtype on a GPU; None on a CPU. See `precision`.
             quantization: How linear layers are stored. Default: in the model's dtype.
             first_layer: Number of the pipeline stage's first layer, by which `quantization` may name it.
+            window: See `window.window_of`.
 
         Raises:
             ValueError: The heads do not divide over the ranks, or a block is smaller than any part of a head.
@@ -98,6 +100,7 @@ class Costs:
                 cache_itemsize=cache_itemsize,
                 state_dtype=state_dtype,
                 conv_dtype=conv_dtype(device, dtype),
+                window=window,
             )
         return cls(
             weights=weight_bytes(
@@ -122,6 +125,7 @@ def least_block_size(
     cache_itemsize: int,
     state_dtype: torch.dtype = torch.float32,
     gpu_dtype: torch.dtype | None = None,
+    window: int = 0,
 ) -> int:
     """Tokens per block: `natural`, doubled until a block holds the smallest part of a KDA head.
 
@@ -129,13 +133,11 @@ def least_block_size(
 
     Args:
         geometry: A model, or one pipeline stage with layers of both kinds.
-        cache_itemsize, state_dtype, gpu_dtype: See `Costs.of`.
+        cache_itemsize, state_dtype, gpu_dtype, window: See `Costs.of`.
     """
     device, dtype = ("cpu", torch.float32) if gpu_dtype is None else ("cuda", gpu_dtype)
-    vectors, size = 3 * geometry.conv_width, geometry.linear_head_dim
-    pieces = min(size, vectors & -vectors)
-    shape = (geometry.linear_num_heads, size, geometry.conv_width)
-    part = Cut(*shape, state_dtype, conv_dtype(device, dtype), pieces, block_bytes=0).unit_bytes
+    shape = (geometry.linear_num_heads, geometry.linear_head_dim, ring_columns(geometry.conv_width, window))
+    part = Cut.possible(*shape, state_dtype, conv_dtype(device, dtype), window=window)[-1].unit_bytes
     num_mla = geometry.num_layers - sum(geometry.kda)
     while block_bytes(geometry, num_mla, natural, cache_itemsize) < part:
         natural *= 2

@@ -13,6 +13,11 @@ from vllm.config import MambaConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from kimi_vllm import ARCHITECTURE
+from kimi_vllm.cache.window import window_of
+from kimi_vllm.kernels.contract import MAX_WINDOW
+
+DRAFTS = ("ngram",)
+"""Methods of speculative decoding that have run."""
 
 OUR_OPERATIONS = ("vllm::kimi_delta_attention", "vllm::kimi_latent_attention")
 """The operators at which vLLM's compiler must split graphs, as at its own attention."""
@@ -60,7 +65,27 @@ def _additional(name: str) -> Callable[[VllmConfig], bool]:
 _MAMBA_UNSET = (None, "none", "auto")
 
 REFUSALS = (
-    Refusal("--speculative-config", _set("speculative_config")),
+    Refusal(
+        "--speculative-config",
+        lambda config: config.speculative_config and not current_platform.is_cpu(),
+        "windows of drafts have run on CPUs only.",
+    ),
+    Refusal(
+        "--speculative-config (method)",
+        lambda config: config.speculative_config and config.speculative_config.method not in DRAFTS,
+        "a draft model or a head needs cache groups beside ours.",
+        f"Drop the option, or use one of the methods {', '.join(DRAFTS)}.",
+    ),
+    Refusal(
+        "--speculative-config (num_speculative_tokens)",
+        lambda config: window_of(config) > min(MAX_WINDOW, config.cache_config.block_size),
+        f"a step verifies at most {MAX_WINDOW} tokens of a request, drafts included.",
+        f"Drop the option, or use at most {MAX_WINDOW - 1}.",
+    ),
+    Refusal(
+        "--speculative-config with --pipeline-parallel-size",
+        lambda config: config.speculative_config and config.parallel_config.pipeline_parallel_size > 1,
+    ),
     Refusal("--diffusion-config", _set("diffusion_config")),
     Refusal("--enable-lora", _set("lora_config")),
     # A prompt is cut into chunks where other requests leave room, and another cut is another rounding.

@@ -16,6 +16,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from kimi_vllm.cache.capacity import Capacity
+from kimi_vllm.cache.window import window_of
 from kimi_vllm.geometry import KimiGeometry, geometry_of, stages_of
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.planning import Costs, Demand, afforded, cache_bytes, check_one_fits, least_block_size
@@ -68,7 +69,8 @@ def natural_block_size(vllm_config: VllmConfig, options: KimiOptions, least: int
         if len(set(stage.kda)) == 2:
             itemsize = STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype).itemsize
             gpu_dtype = None if current_platform.is_cpu() else model.dtype
-            sizes.append(least_block_size(stage, least, itemsize, getattr(torch, options.state_dtype), gpu_dtype))
+            state_dtype, window = getattr(torch, options.state_dtype), window_of(vllm_config)
+            sizes.append(least_block_size(stage, least, itemsize, state_dtype, gpu_dtype, window))
     return max(sizes)
 
 
@@ -109,6 +111,7 @@ def _stages(vllm_config: VllmConfig, options: KimiOptions, quantization: WeightF
             gpu_dtype=None if current_platform.is_cpu() else model.dtype,
             quantization=quantization,
             first_layer=first_layer,
+            window=window_of(vllm_config),
         )
         stages.append(costs)
     return stages

@@ -129,7 +129,7 @@ WITHOUT_EFFECT_ALONE = {
 }
 """A refused argument to those that only say how."""
 
-LOOKS_AHEAD = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+LOOKS_AHEAD = {"method": "ngram", "num_speculative_tokens": 16, "prompt_lookup_max": 3}
 IN_TREE = {"KimiLinearForCausalLM": "vllm.model_executor.models.kimi_linear:KimiLinearForCausalLM"}
 ASKS_FOR = {
     "attention_backend": "TRITON_MLA",

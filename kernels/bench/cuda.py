@@ -188,7 +188,7 @@ def missing_peers() -> dict[str, str]:
 
 
 def _guarded(pools: Pools) -> Pools:
-    return replace(pools, nonfinite=torch.zeros(len(pools.pages), dtype=torch.int32, device="cuda"))
+    return replace(pools, nonfinite=torch.zeros(len(pools.pages), pools.cut.flags, dtype=torch.int32, device="cuda"))
 
 
 def _prefill_steps(

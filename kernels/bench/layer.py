@@ -95,7 +95,15 @@ class Layer:
 
 
 def scattered(
-    conv: Tensor, state: Tensor, *, pieces: int = 2, units: int = 3, layer: int = 1, layers: int = 3, gap: int = 16
+    conv: Tensor,
+    state: Tensor,
+    *,
+    pieces: int = 2,
+    units: int = 3,
+    layer: int = 1,
+    layers: int = 3,
+    gap: int = 16,
+    window: int = 0,
 ) -> Pools:
     """Return slots that hold these rings and states, in blocks in random order, with NaN wherever nothing is kept.
 
@@ -104,9 +112,10 @@ def scattered(
         pieces, units: Units of a head, and of a block.
         layer, layers: Which layer of a state it is, and how many there are; the others hold NaN.
         gap: Bytes of a block behind its units; fewer than a unit.
+        window: Records of a head, all of them NaN.
     """
     S, H, _, D = state.shape
-    cut = Cut(H, D, conv.shape[1], state.dtype, conv.dtype, pieces, block_bytes=0)
+    cut = Cut(H, D, conv.shape[1], state.dtype, conv.dtype, pieces, block_bytes=0, window=window)
     cut = replace(cut, block_bytes=units * cut.unit_bytes + gap)
     P = cut.blocks(layers)
     order = torch.randperm(S * P + 3, generator=torch.Generator().manual_seed(S))[: S * P]

@@ -54,10 +54,11 @@ class Field(IntEnum):
     QKV, QKV_STRIDE, GATE, GATE_STRIDE, BETA, BETA_STRIDE = range(6)
     OUT_GATE, OUT_GATE_STRIDE, OUT, OUT_STRIDE = range(6, 10)
     DTYPE, CONV_WEIGHT, W, A_LOG, DT_BIAS, NORM_WEIGHT, NORM_EPS, H, D, N = range(10, 20)
-    R, PIECES, VECTORS, UNITS, UNIT_BYTES, BLOCK_BYTES, FIRST_UNIT = range(20, 27)
-    MEMORY, PAGES, PAGES_STRIDE, S, NONFINITE, SCRATCH, SCRATCH_STRIDE = range(27, 34)
-    READ_SLOT, WRITE_SLOT, POSITION = range(34, 37)
-    CU_SEQLENS, CONTEXT_LEN, SLOT_TABLE, SLOT_TABLE_STRIDE, B, BLOCK_SIZE, T = range(37, 44)
+    R, PIECES, VECTORS, RECORDS, FLAGS, UNITS, UNIT_BYTES, BLOCK_BYTES, FIRST_UNIT = range(20, 29)
+    MEMORY, PAGES, PAGES_STRIDE, S, NONFINITE, SCRATCH, SCRATCH_STRIDE = range(29, 36)
+    READ_SLOT, WRITE_SLOT, POSITION = range(36, 39)
+    CU_SEQLENS, CONTEXT_LEN, SLOT_TABLE, SLOT_TABLE_STRIDE, B, BLOCK_SIZE, T = range(39, 46)
+    NUM_FOLD, SECOND_SLOT = range(46, 48)
     # Written by the workers, therefore on a cache line of their own.
     NEXT_TASK, NEXT_WORKER, BAD_SLOT = range(48, 51)
 
@@ -128,6 +129,27 @@ def ring_address(params, places, D, vector):
     vectors = parameter(params, Field.VECTORS)
     rows = D // parameter(params, Field.PIECES)
     return load_int64(places + 8 * (vector // vectors)) + (rows + vector % vectors) * 4 * D
+
+
+@njit(forceinline=True)
+def record_address(params, places, D, t):
+    """Return where the record of a window's token t lies: u, k and d, D floats each."""
+    records = parameter(params, Field.RECORDS)
+    rows = D // parameter(params, Field.PIECES)
+    within = rows + parameter(params, Field.VECTORS) + t % records * 3
+    return load_int64(places + 8 * (t // records)) + within * 4 * D
+
+
+@njit(forceinline=True)
+def fold_row(params, places, D, i, count, row):
+    """Advance row i of a head's matrix, D floats, by the first `count` records of its slot."""
+    for t in range(count):
+        record = record_address(params, places, D, t)
+        u = splat(load_scalar(record + 4 * i))
+        k, d = record + 4 * D, record + 8 * D
+        for c in range(0, 4 * D, VECTOR_BYTES):
+            # As decode does it, so that nothing differs from a token that was not speculated on.
+            store(row + c, fma(load(row + c), load(d + c), u * load(k + c)))
 
 
 @njit
@@ -232,11 +254,11 @@ def finish(params, row, h, D, o):
 
 
 @njit(forceinline=True)
-def flag_nonfinite(params, slot, sick):
-    """Set the flag of a slot if the caller asked for flags and `sick`, a sum of what `finish` returned, is NaN."""
+def flag_nonfinite(params, slot, sick, token=0):
+    """Set a flag of a slot if the caller asked for flags and `sick`, a sum of what `finish` returned, is NaN."""
     flags = parameter(params, Field.NONFINITE)
     if flags != 0 and sick != _ZERO:
-        store_int32(flags + 4 * slot, 1)
+        store_int32(flags + 4 * (slot * parameter(params, Field.FLAGS) + token), 1)
 
 
 @njit

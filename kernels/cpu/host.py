@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_vllm.kernels import contract
-from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels import checks
+from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights, WindowRows
 from kimi_vllm.kernels.cpu.head import NUM_FIELDS, Field, scratch_bytes
 from kimi_vllm.kernels.cpu.math import BF16, FP16, FP32
-from kimi_vllm.kernels.cpu.worker import compile_worker
+from kimi_vllm.kernels.cpu.worker import DECODE, PREFILL, VERIFY, compile_worker
 from kimi_vllm.kernels.cut import Cut
 
 _DTYPES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
@@ -38,10 +38,10 @@ def describe() -> str:
     return f"numba, {threads}"
 
 
-def prepare(head_dim: int) -> None:
-    """Compile both operations for heads of this size, or load them from the cache."""
-    for decode in (True, False):
-        _worker(decode, head_dim)
+def prepare(head_dim: int, windows: bool = False) -> None:
+    """Compile the operations of heads of this size, with windows or without; or load them from the cache."""
+    for kind in (VERIFY if windows else DECODE, PREFILL):
+        _worker(kind, head_dim)
 
 
 def kda_decode(x: Activations, weights: Weights, pools: Pools, rows: DecodeRows, out: Tensor) -> None:
@@ -50,9 +50,9 @@ def kda_decode(x: Activations, weights: Weights, pools: Pools, rows: DecodeRows,
     if N == 0:
         return
     if not _as_compiled(x, pools, out):
-        contract.check_decode(x, weights, pools, rows, out)
+        checks.check_decode(x, weights, pools, rows, out)
     addresses = (rows.read_slot.data_ptr(), rows.write_slot.data_ptr(), rows.position.data_ptr())
-    _launch(True, pools, _layer_fields(x, weights, pools, out, N) + addresses, N)
+    _launch(DECODE, pools, _layer_fields(x, weights, pools, out, N) + addresses, N)
 
 
 def kda_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
@@ -61,12 +61,26 @@ def kda_prefill(x: Activations, weights: Weights, pools: Pools, rows: PrefillRow
     if T == 0:
         return
     if not _as_compiled(x, pools, out):
-        contract.check_prefill(x, weights, pools, rows, out)
+        checks.check_prefill(x, weights, pools, rows, out)
     table = rows.slot_table
     fields = _layer_fields(x, weights, pools, out, N)
     fields += (0, 0, 0, rows.cu_seqlens.data_ptr(), rows.context_len.data_ptr())
     fields += (table.data_ptr(), 4 * table.stride(0), table.shape[1], rows.block_size, T)
-    _launch(False, pools, fields, T)
+    fields += (0 if rows.num_fold is None else rows.num_fold.data_ptr(),)
+    _launch(PREFILL, pools, fields, T)
+
+
+def kda_verify(x: Activations, weights: Weights, pools: Pools, rows: WindowRows, out: Tensor) -> None:
+    """Run every row over its window; see `contract.KdaVerify`."""
+    T, N = x.qkv.shape[0], rows.position.shape[0]
+    if T == 0:
+        return
+    if not _as_compiled(x, pools, out):
+        checks.check_windows(x, weights, pools, rows, out)
+    fields = _layer_fields(x, weights, pools, out, N)
+    fields += (rows.read_slot.data_ptr(), rows.write_slot.data_ptr(), rows.position.data_ptr())
+    fields += (rows.cu_seqlens.data_ptr(), 0, 0, 0, 0, 0, T, rows.num_fold.data_ptr(), rows.second_slot.data_ptr())
+    _launch(VERIFY, pools, fields, T)
 
 
 def _as_compiled(x: Activations, pools: Pools, out: Tensor) -> bool:
@@ -105,10 +119,10 @@ def _layer_fields(x: Activations, weights: Weights, pools: Pools, out: Tensor, N
 @lru_cache(maxsize=8)
 def _cut_fields(cut: Cut) -> tuple[int, ...]:
     """Return the parameters from `Field.R` to `Field.BLOCK_BYTES`."""
-    return cut.R, cut.pieces, cut.vectors, cut.units, cut.unit_bytes, cut.block_bytes
+    return cut.R, cut.pieces, cut.vectors, cut.records, cut.flags, cut.units, cut.unit_bytes, cut.block_bytes
 
 
-def _launch(decode: bool, pools: Pools, fields: tuple[int, ...], tokens: int) -> None:
+def _launch(kind: int, pools: Pools, fields: tuple[int, ...], tokens: int) -> None:
     """Run one worker per thread on a parameter block.
 
     Raises:
@@ -119,7 +133,7 @@ def _launch(decode: bool, pools: Pools, fields: tuple[int, ...], tokens: int) ->
     scratch, stride = _scratch(threads, D)
     head = Field.SCRATCH.value
     params = _Params(*fields[:head], scratch, stride, *fields[head:])
-    address, worker = _worker(decode, D)
+    address, worker = _worker(kind, D)
     parallel = _parallel()
     if threads == 1 or parallel is None:
         worker(params)
@@ -135,9 +149,9 @@ _BAD_SLOT = Field.BAD_SLOT.value
 
 
 @cache
-def _worker(decode: bool, D: int) -> tuple[int, Any]:
+def _worker(kind: int, D: int) -> tuple[int, Any]:
     """Return the compiled worker as an address and as a callable."""
-    address = compile_worker(decode, D)
+    address = compile_worker(kind, D)
     return address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 

@@ -21,6 +21,7 @@ from kimi_vllm.kernels.cpu.head import (
     fill_zero,
     finish,
     flag_nonfinite,
+    fold_row,
     load_history,
     load_tokens,
     locate,
@@ -196,6 +197,11 @@ def prefill_task(params, n, h, D, scratch):
     else:
         locate(params, read, h, places)
         _load_state(params, places, D, state)
+        counts = parameter(params, Field.NUM_FOLD)
+        if counts != 0:
+            count = load_int32(counts + 4 * n)
+            for i in range(D):
+                fold_row(params, places, D, i, count, state + i * size)
     load_history(params, read, places, D, position, window)
 
     sick = _ZERO

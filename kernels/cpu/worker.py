@@ -19,22 +19,25 @@ from kimi_vllm.kernels.cpu.decode import decode_task
 from kimi_vllm.kernels.cpu.head import Field, parameter
 from kimi_vllm.kernels.cpu.prefill import prefill_task
 from kimi_vllm.kernels.cpu.simd import fetch_add
+from kimi_vllm.kernels.cpu.verify import verify_task
+
+DECODE, PREFILL, VERIFY = range(3)
 
 
-def compile_worker(decode: bool, D: int) -> int:
+def compile_worker(kind: int, D: int) -> int:
     """Return the address of a ``void(int64 parameters)`` that works until no task is left.
 
     Args:
-        decode: Decode if true, else prefill.
+        kind: `DECODE`, `PREFILL` or `VERIFY`.
         D: Channels of a head; one specialisation each.
     """
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    return int(_compile(decode, D, digest.hexdigest()).address)
+    return int(_compile(kind, D, digest.hexdigest()).address)
 
 
-def _compile(decode: bool, D: int, sources: str) -> Any:
+def _compile(kind: int, D: int, sources: str) -> Any:
     """Compile a worker, or take it from numba's cache.
 
     numba looks at the date of this file and at the values the worker closes over: `sources` stands for the
@@ -46,13 +49,15 @@ def _compile(decode: bool, D: int, sources: str) -> Any:
         H, N = parameter(params, Field.H), parameter(params, Field.N)
         worker = fetch_add(params + 8 * Field.NEXT_WORKER, 1)
         scratch = parameter(params, Field.SCRATCH) + worker * parameter(params, Field.SCRATCH_STRIDE)
-        num_tasks = N * H if decode else (N + 1) * H
+        num_tasks = N * H if kind == DECODE else (N + 1) * H
         while True:
             task = fetch_add(params + 8 * Field.NEXT_TASK, 1)
             if task >= num_tasks:
                 break
-            if decode:
+            if kind == DECODE:
                 decode_task(params, task // H, task % H, D, scratch)
+            elif kind == VERIFY:
+                verify_task(params, task // H, task % H, D, scratch)
             else:
                 prefill_task(params, task // H, task % H, D, scratch)
 

@@ -77,7 +77,7 @@ def _decode(
     num_slots, pages_stride, first_unit, qkv_stride, gate_stride, beta_stride, out_gate_stride, out_stride,
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     BLOCK_STEPS: tl.constexpr, UNIT_STEPS: tl.constexpr, UNITS: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr,
-    ROWS: tl.constexpr, FOLD: tl.constexpr, launch_pdl: tl.constexpr,
+    FLAGS: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Advance one head of one row; ROWS value channels of the state at a time."""
     program = tl.program_id(0)
@@ -164,7 +164,7 @@ def _decode(
             sick = (square < float("inf")) == 0
             if WATCHED:
                 sick = sick | (tl.max(size, axis=0) == float("inf"))
-            tl.store(nonfinite_ptr + write, 1, mask=sick)
+            tl.store(nonfinite_ptr + write * FLAGS, 1, mask=sick)
     else:
         if launch_pdl:
             tl.extra.cuda.gdc_wait()
@@ -198,6 +198,6 @@ def kda_decode(
         *pools.pages.shape, pools.first_unit,
         x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), x.out_gate.stride(0), out.stride(0),
         W=weights.conv_weight.shape[0], **launch.sizes(cut),
-        ROWS=config.rows, FOLD=config.fold,
+        FLAGS=cut.flags, ROWS=config.rows, FOLD=config.fold,
         num_warps=config.warps, num_stages=1, maxnreg=config.registers, **launch.pdl(x.qkv.device),
     )  # fmt: skip

@@ -16,13 +16,15 @@ from torch import Tensor
 from kimi_vllm.kernels.contract import Activations, Pools, PrefillRows, Weights
 from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.kernels.cuda.math import LOG2E, everywhere, exp2, largest, silu
-from kimi_vllm.kernels.cuda.slots import column_ptrs, export_history, head_places, slot_or_null
+from kimi_vllm.kernels.cuda.slots import column_ptrs, export_history, head_places, records_to_fold, slot_or_null
 from kimi_vllm.kernels.cuda.step import (
     decay_and_strength,
     decayed_products,
     delta_rule,
     finish,
     fold,
+    fold_records,
+    folded_channels,
     normalise,
     state_tile,
 )
@@ -54,11 +56,13 @@ def _feature(qkv_ptr, ring_ptr, places, conv_weight_ptr, row, stride, position, 
 def extend(
     qkv_ptr, gate_ptr, beta_ptr, out_gate_ptr, out_ptr,
     conv_weight_ptr, A_log_ptr, dt_bias_ptr, norm_weight_ptr, norm_eps,
-    ring_ptr, state_ptr, pages_ptr, cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size, nonfinite_ptr,
+    ring_ptr, state_ptr, memory_ptr, pages_ptr,
+    cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size, num_fold_ptr, nonfinite_ptr,
     num_sequences, num_tokens, num_slots, pages_stride, first_unit, table_stride, table_width,
     qkv_stride, gate_stride, beta_stride, out_gate_stride, out_stride,
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     BLOCK_STEPS: tl.constexpr, UNIT_STEPS: tl.constexpr, UNITS: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr,
+    WINDOW: tl.constexpr, RECORDS: tl.constexpr, FIRST_RECORD: tl.constexpr, FLAGS: tl.constexpr,
     FOLD: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Run one head of one sequence over its new tokens; the last programs clear rows that belong to nobody."""
@@ -85,6 +89,10 @@ def extend(
     source_ptrs = state_tile(state_ptr, places, 0, D, FOLD, D, PIECES)
     state = tl.load(source_ptrs, mask=everywhere(read > 0, (D, FOLD, D // FOLD)), other=0.0)
     state = state.to(tl.float32)  # [D, FOLD, D/FOLD]
+    if num_fold_ptr is not None:
+        count = records_to_fold(num_fold_ptr, n, read, WINDOW)
+        column = folded_channels(FOLD, D)
+        state = fold_records(state, memory_ptr, places, count, c, column, D, PIECES, RECORDS, FIRST_RECORD)
     rate = exp2(tl.load(A_log_ptr + head) * LOG2E)
     bias, weight = tl.load(dt_bias_ptr + head * D + c), tl.load(norm_weight_ptr + c)
     WIDTH: tl.constexpr = 3 * H * D
@@ -121,19 +129,22 @@ def extend(
                     sick = finite == 0
                     if state_ptr.dtype.element_ty == tl.float16:
                         sick = sick | (tl.max(largest(stored.to(tl.float32)), axis=0) == float("inf"))
-                    tl.store(nonfinite_ptr + slot, 1, mask=sick)
+                    tl.store(nonfinite_ptr + slot * FLAGS, 1, mask=sick)
 
 
 def extend_sequences(x: Activations, weights: Weights, pools: Pools, rows: PrefillRows, out: Tensor) -> None:
     """Run every sequence over its few new tokens; see `contract.KdaPrefill`."""
     T, N = x.qkv.shape[0], rows.context_len.shape[0]
     cut, table = pools.cut, rows.slot_table
+    memory = None if rows.num_fold is None else launch.records(pools)
     extend[((N + 1) * cut.H,)](
         x.qkv, x.gate, x.beta, x.out_gate, out,
         weights.conv_weight, weights.A_log, weights.dt_bias, weights.norm_weight, weights.norm_eps,
-        *launch.typed(pools), pools.pages, rows.cu_seqlens, rows.context_len, table, rows.block_size, pools.nonfinite,
+        *launch.typed(pools), memory, pools.pages,
+        rows.cu_seqlens, rows.context_len, table, rows.block_size, rows.num_fold, pools.nonfinite,
         N, T, *pools.pages.shape, pools.first_unit, table.stride(0), table.shape[1],
         x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), x.out_gate.stride(0), out.stride(0),
-        W=weights.conv_weight.shape[0], **launch.sizes(cut), FOLD=2,
+        W=weights.conv_weight.shape[0], **launch.sizes(cut),
+        **launch.window_sizes(cut), FLAGS=cut.flags, FOLD=2,
         num_warps=4, num_stages=1, **launch.pdl(x.qkv.device),
     )  # fmt: skip

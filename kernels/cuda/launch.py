@@ -27,7 +27,7 @@ SKINNY_ROWS = (1, 2, 4)
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Launch parameters of the decode kernel.
+    """Launch parameters of the decode kernel, and of the kernel of windows, for which nothing else was measured.
 
     Attributes:
         rows: value channels a program updates at a time.
@@ -151,6 +151,21 @@ def sizes(cut: Cut) -> dict[str, int]:
         "PIECES": cut.pieces,
         "RING": cut.state_bytes // cut.conv_dtype.itemsize,
     }
+
+
+@cache
+def window_sizes(cut: Cut) -> dict[str, int]:
+    """Return what kernels that read or write records take beside `sizes`; slots.py describes it."""
+    return {
+        "WINDOW": cut.window,
+        "RECORDS": cut.records,
+        "FIRST_RECORD": (cut.state_bytes + cut.ring_bytes) // torch.float32.itemsize,
+    }
+
+
+def records(pools: Pools) -> Tensor:
+    """Return the memory as records."""
+    return pools.memory.view(torch.float32)
 
 
 def typed(pools: Pools) -> tuple[Tensor, Tensor]:

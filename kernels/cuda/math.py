@@ -37,6 +37,11 @@ if INTERPRETED:
         return 1.0 / x
 
     @triton.jit
+    def fused(x, y, z):
+        """Return x·y + z, rounded twice: nothing that the interpreter runs is fused."""
+        return x * y + z
+
+    @triton.jit
     def narrow(x, dtype: tl.constexpr):
         """Round to another dtype."""
         return x.to(dtype)
@@ -57,6 +62,11 @@ else:
     def reciprocal(x):
         """Return 1/x."""
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+    @triton.jit
+    def fused(x, y, z):
+        """Return x·y + z, rounded once."""
+        return tl.fma(x, y, z)
 
     @triton.jit
     def narrow(x, dtype: tl.constexpr):

@@ -6,10 +6,11 @@ chunks of each sequence with the state in registers (Eq. 8 and 9)::
 
     v' = u - w S    o = qg S + qk v'    S = decay*S + kg^T v'
 
-It reads the first state from the pool by slot, writes the states at block ends where the table has a slot, and
-the last one, and with each the convolution's history. A program that owns a whole head also applies the gated
-norm; heads split along their value channels, which is faster wherever it was measured, leave the norm to a fourth.
-Steps of a few tokens take one launch instead (`extend.py`). Nothing is planned on the host or waits for the device.
+It reads the first state from the pool by slot, folds the records that count, and writes the states at block ends
+where the table has a slot, and the last one, and with each the convolution's history. A program that owns a whole
+head also applies the gated norm; heads split along their value channels, which is faster wherever it was measured,
+leave the norm to a fourth. Steps of a few tokens take one launch instead (`extend.py`). Nothing is planned on the
+host or waits for the device.
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 
@@ -26,7 +27,15 @@ from kimi_vllm.kernels.cuda.extend import extend_sequences
 from kimi_vllm.kernels.cuda.math import everywhere, gated_rms_norm
 from kimi_vllm.kernels.cuda.prefill_features import BLOCK, CHUNK, SLACK, chunk_features, first_chunk
 from kimi_vllm.kernels.cuda.prefill_intra import intra_chunk
-from kimi_vllm.kernels.cuda.slots import export_history, head_places, matrix_rows, slot_or_null
+from kimi_vllm.kernels.cuda.slots import (
+    export_history,
+    head_places,
+    matrix_rows,
+    record_ptr,
+    records_to_fold,
+    slot_or_null,
+)
+from kimi_vllm.kernels.cuda.step import replay
 
 _CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
 
@@ -36,13 +45,14 @@ _CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
     do_not_specialize_on_alignment=["slot_table_ptr"],
 )
 def inter_chunk(
-    qkv_ptr, out_gate_ptr, out_ptr, norm_weight_ptr, norm_eps, ring_ptr, state_ptr, pages_ptr,
-    cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size,
+    qkv_ptr, out_gate_ptr, out_ptr, norm_weight_ptr, norm_eps, ring_ptr, state_ptr, memory_ptr, pages_ptr,
+    cu_seqlens_ptr, context_len_ptr, slot_table_ptr, block_size, num_fold_ptr,
     w_in_ptr, u_in_ptr, qg_in_ptr, kg_in_ptr, qk_in_ptr, decay_in_ptr,
     num_sequences, num_tokens, num_slots, pages_stride, first_unit, table_stride, table_width,
     qkv_stride, out_gate_stride, out_stride, nonfinite_ptr,
     H: tl.constexpr, D: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     BLOCK_STEPS: tl.constexpr, UNIT_STEPS: tl.constexpr, UNITS: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr,
+    WINDOW: tl.constexpr, RECORDS: tl.constexpr, FIRST_RECORD: tl.constexpr, FLAGS: tl.constexpr,
     STAGES: tl.constexpr, EXACT: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Walk one sequence with BV value channels of one head; the last programs clear rows that belong to nobody."""
@@ -74,6 +84,11 @@ def inter_chunk(
     source_ptrs = state_ptr + matrix_rows(state_ptr, places, first + v, D, PIECES)[None, :] + k[:, None]
     state = tl.load(source_ptrs, mask=everywhere(read > 0, (D, BV)), other=0.0)
     state = state.to(tl.float32)  # [D, BV], keys first: the transposed rows of the pool
+    if num_fold_ptr is not None:
+        for t in range(0, records_to_fold(num_fold_ptr, n, read, WINDOW)):
+            u_ptr = record_ptr(memory_ptr, places, t, D, PIECES, RECORDS, FIRST_RECORD)
+            past_u = tl.load(u_ptr + first + v)[None, :]
+            state = replay(state, past_u, tl.load(u_ptr + D + k)[:, None], tl.load(u_ptr + 2 * D + k)[:, None])
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -129,7 +144,7 @@ def inter_chunk(
                 if nonfinite_ptr is not None:
                     stored = state.to(state_ptr.dtype.element_ty).to(tl.float32)
                     total = tl.sum(tl.sum(stored * 0.0, axis=0), axis=0) + tl.sum(tl.sum(spoiled, axis=0), axis=0)
-                    tl.store(nonfinite_ptr + slot, 1, mask=(total == 0.0) == 0)
+                    tl.store(nonfinite_ptr + slot * FLAGS, 1, mask=(total == 0.0) == 0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -195,6 +210,7 @@ def kda_prefill(
     table = rows.slot_table
     index = (rows.cu_seqlens, rows.context_len, table, rows.block_size)
     ring, state = launch.typed(pools)
+    memory = None if rows.num_fold is None else launch.records(pools)
     slots = (*pools.pages.shape, pools.first_unit, table.stride(0), table.shape[1])
     form = {"EXACT": exact, **launch.pdl(device)}
     sizes = {"W": weights.conv_weight.shape[0], **launch.sizes(pools.cut), **form}
@@ -211,10 +227,11 @@ def kda_prefill(
     # From here on q, k, down and v hold what the second launch made of them: qg, w, kg and u.
     splits = D // config.value_block
     inter_chunk[(splits * H * (N + 1),)](
-        x.qkv, x.out_gate, out, weights.norm_weight, weights.norm_eps, ring, state, pools.pages,
-        *index, k, v, q, down, scores, decay,
+        x.qkv, x.out_gate, out, weights.norm_weight, weights.norm_eps, ring, state, memory, pools.pages,
+        *index, rows.num_fold, k, v, q, down, scores, decay,
         N, T, *slots, x.qkv.stride(0), x.out_gate.stride(0), out.stride(0), pools.nonfinite,
-        **sizes, BV=config.value_block, STAGES=config.inter_stages, num_warps=config.inter_warps,
+        **sizes, **launch.window_sizes(pools.cut), FLAGS=pools.cut.flags,
+        BV=config.value_block, STAGES=config.inter_stages, num_warps=config.inter_warps,
     )  # fmt: skip
     if splits > 1:
         rows_per_program = 2048 // D

@@ -4,7 +4,9 @@ A slot lies in blocks of memory that its row of the page table names, cut as `cu
 counted in steps of 16 bytes, of which units and blocks are multiples: so the compiler knows how pointers are aligned.
 
 Kernels take these sizes of a cut, as `launch.sizes` has them: BLOCK_STEPS and UNIT_STEPS, in steps of 16 bytes, UNITS
-of a block, PIECES of a head, and RING, where a unit's ring begins, in elements of the ring.
+of a block, PIECES of a head, and RING, where a unit's ring begins, in elements of the ring. Those that fold or write
+records take, as `launch.window_sizes` has them, WINDOW, most tokens of a window, RECORDS of a unit, and FIRST_RECORD,
+where a unit's begin, in float32 elements.
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 # mypy: disable-error-code="assignment, misc"
@@ -70,6 +72,20 @@ def column_ptrs(ring_ptr, places, position, D: tl.constexpr, R: tl.constexpr, PI
     column = (position % R).to(tl.int32)
     place = elements(pick(places, column // COLUMNS, PIECES), ring_ptr)
     return ring_ptr + place + RING + column % COLUMNS * (3 * D)
+
+
+@triton.jit
+def record_ptr(memory_ptr, places, token, D: tl.constexpr, PIECES: tl.constexpr, RECORDS: tl.constexpr, FIRST_RECORD: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Return where a head's record of a window's token begins: its u, then k, then d."""
+    place = elements(pick(places, token // RECORDS, PIECES), memory_ptr)
+    return memory_ptr + place + FIRST_RECORD + token % RECORDS * (3 * D)
+
+
+@triton.jit
+def records_to_fold(num_fold_ptr, n, read, WINDOW: tl.constexpr):
+    """Return how many records of the slot that row n reads count: none of the null slot, and never more than it has."""
+    count = tl.load(num_fold_ptr + n)
+    return tl.where(read > 0, tl.minimum(tl.maximum(count, 0), WINDOW), 0)
 
 
 @triton.jit

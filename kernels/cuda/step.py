@@ -1,4 +1,4 @@
-"""One token of KDA in Triton, once for the kernels that go token by token: decode.py and extend.py (Eq. 1 and 10).
+"""One token of KDA in Triton, once for the kernels that go token by token: decode, extend, verify (Eq. 1 and 10).
 
 With ``d`` the decay, both products of the decayed state are taken in one pass, and the output follows without a
 second one::
@@ -19,14 +19,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_vllm.kernels.cuda.math import add3, gated_rms_norm, inverse_norm, log2_decay, sigmoid
-from kimi_vllm.kernels.cuda.slots import elements, matrix_rows
+from kimi_vllm.kernels.cuda.math import add3, fused, gated_rms_norm, inverse_norm, log2_decay, sigmoid
+from kimi_vllm.kernels.cuda.slots import elements, matrix_rows, record_ptr
+
+
+@triton.jit
+def folded_channels(FOLD: tl.constexpr, D: tl.constexpr):
+    """Return the channels of a head as they lie along the rows of a state's tile: ``[1, FOLD, D/FOLD]``."""
+    return tl.arange(0, FOLD)[None, :, None] * (D // FOLD) + tl.arange(0, D // FOLD)[None, None, :]
 
 
 @triton.jit
 def state_tile(state_ptr, places, first: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip  # noqa: E501
     """Return where the elements of ROWS rows of a head's matrix lie, from row `first` on: ``[ROWS, FOLD, D/FOLD]``."""
-    column = tl.arange(0, FOLD)[None, :, None] * (D // FOLD) + tl.arange(0, D // FOLD)[None, None, :]
+    column = folded_channels(FOLD, D)
     UNIT_ROWS: tl.constexpr = D // PIECES
     if ROWS <= UNIT_ROWS:
         # Rows of one unit: the step from one tile to the next is a constant in the instruction.
@@ -71,7 +77,7 @@ def decayed_products(s, d, q, k):
         The rows, ``e`` and ``o'``.
     """
     s = s * d
-    return s, tl.sum(tl.sum(s * k, axis=1), axis=1), tl.sum(tl.sum(s * q, axis=1), axis=1)  # [rows]
+    return s, tl.sum(tl.sum(s * k, axis=-2), axis=-1), tl.sum(tl.sum(s * q, axis=-2), axis=-1)  # [rows]
 
 
 @triton.jit
@@ -88,7 +94,32 @@ def delta_rule(s, k, e, v, b):
         The rows, and ``u``, from which the output follows: ``o = o' + u (k·q)``.
     """
     u = b * (v - e)
-    return s + u[:, None, None] * k, u
+    return s + tl.expand_dims(u, (-2, -1)) * k, u
+
+
+@triton.jit
+def replay(s, u, k, d):
+    """Do to some rows of a state what a token did of which the record is known; arguments in shapes that broadcast.
+
+    In `delta_rule` the decayed rows are used thrice, so that what the compiler fuses with the sum is the product with
+    the key. Here it could as well fuse the decay, and round otherwise.
+    """
+    return fused(u, k, s * d)
+
+
+@triton.jit
+def fold_records(s, memory_ptr, places, count, row, column, D: tl.constexpr, PIECES: tl.constexpr, RECORDS: tl.constexpr, FIRST_RECORD: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Advance a state's tile by the tokens of the first `count` records of its slot.
+
+    Args:
+        s: the tile, ``[rows, FOLD, D/FOLD]``.
+        row, column: which of the head's rows and channels it has, ``[rows]`` and as `folded_channels`.
+    """
+    for t in range(0, count):
+        u_ptr = record_ptr(memory_ptr, places, t, D, PIECES, RECORDS, FIRST_RECORD)
+        u = tl.expand_dims(tl.load(u_ptr + row), (-2, -1))
+        s = replay(s, u, tl.load(u_ptr + D + column), tl.load(u_ptr + 2 * D + column))
+    return s
 
 
 @triton.jit

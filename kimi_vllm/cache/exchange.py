@@ -19,8 +19,12 @@ NEW_PAGES = "kimi_new_pages"
 An attention kernel may read a page to its end and multiply what an earlier owner left there by weights of 0. The bits
 of a state, and the latents of a broken request, can be NaN."""
 
+Sick = tuple[int, int]
+"""``(slot, token)``: with the token of this number, of those that the step computed from the slot, NaN or infinity
+came up. It is 0 unless drafts follow the first, and of a draft that was rejected nothing is in the slot."""
+
 NONFINITE = "kimi_nonfinite"
-"""On a `ModelRunnerOutput`: list of the slot ids that the step left with NaN or infinity in them."""
+"""On a `ModelRunnerOutput`: list of `Sick`."""
 
 STATS = "kimi_state:"
 """Prefix of our keys in `SchedulerStats.running_lora_adapters`. LoRA is refused with KDA state, so the field is

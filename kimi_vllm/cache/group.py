@@ -18,6 +18,7 @@ from kimi_vllm.cache.layout import StateLayout
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.metadata import KDAStateBackend
 from kimi_vllm.cache.pool import StatePool
+from kimi_vllm.cache.window import window_of
 from kimi_vllm.geometry import KimiGeometry, stages_of
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.precision import conv_dtype
@@ -92,6 +93,7 @@ class StateHome:
             "num_host_slots": num_host_slots,
             "checkpoint_interval": options.checkpoint_interval,
             "eviction": options.eviction,
+            "window": window_of(vllm_config),
         }
         self.pool = StatePool(layout, state_blocks, device, num_host_slots)
         self.metadata_name = self.member_name(next(layer for layer in stages[rank] if not geometry.kda[layer]))
@@ -125,4 +127,5 @@ def _layout(geometry: KimiGeometry, vllm_config: VllmConfig, stage: range, optio
         cache_itemsize=STR_DTYPE_TO_TORCH_DTYPE.get(cache.cache_dtype, model.dtype).itemsize,
         state_dtype=getattr(torch, options.state_dtype),
         conv_dtype=conv_dtype(vllm_config.device_config.device.type, model.dtype),
+        window=window_of(vllm_config),
     )

@@ -1,7 +1,8 @@
 """How the KDA state of a request lies in the blocks of vLLM's KV cache.
 
 A state is, for each KDA layer, a recurrent matrix ``[H, V, K]`` and a conv ring ``[R, 3·H·D]`` in which token p owns
-column p mod R. vLLM keeps the pages of all MLA layers of a block side by side, so a block is one piece of memory. A
+column p mod R; with speculative decoding also the records of a window's tokens (`kernels/contract.py`). vLLM keeps
+the pages of all MLA layers of a block side by side, so a block is one piece of memory. A
 state is cut into units that fit into blocks (`kernels/cut.py`): then any blocks, anywhere, hold it.
 """
 
@@ -53,6 +54,7 @@ class StateLayout:
         cache_itemsize: int,
         state_dtype: torch.dtype = torch.float32,
         conv_dtype: torch.dtype = torch.float32,
+        window: int = 0,
     ) -> Self:
         """The layout that needs the fewest blocks for a state.
 
@@ -61,6 +63,7 @@ class StateLayout:
             block_size: Tokens of a block.
             cache_itemsize: Bytes of an element of a cached latent.
             state_dtype, conv_dtype: Dtypes of matrix and ring.
+            window: See `window.window_of`.
 
         Raises:
             ValueError: The heads do not divide over the ranks, or a block is too small for any part of a head.
@@ -74,12 +77,22 @@ class StateLayout:
             num_kda_layers,
             heads // tensor_parallel_size,
             geometry.linear_head_dim,
-            geometry.conv_width,
+            ring_columns(geometry.conv_width, window),
             state_dtype,
             conv_dtype,
             block_bytes(geometry, num_mla_layers, block_size, cache_itemsize),
+            window,
         )
         return cls(cut, num_kda_layers)
+
+
+def ring_columns(conv_width: int, window: int) -> int:
+    """Fewest columns of a conv ring, R.
+
+    The window after one that began at token p may begin at token p + 1: it needs the W - 2 tokens before p, and this
+    window's.
+    """
+    return max(conv_width, conv_width - 2 + window)
 
 
 def block_bytes(geometry: KimiGeometry, num_mla_layers: int, block_size: int, cache_itemsize: int) -> int:

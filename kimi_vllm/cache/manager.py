@@ -44,6 +44,7 @@ class KDAStateSpec(AttentionSpec):
         state_blocks: Blocks of a slot, on the pipeline stage that needs the most.
         num_host_slots: States that fit into host memory on every rank.
         checkpoint_interval, eviction: See `KimiOptions`.
+        window: See `window.window_of`.
     """
 
     dcp_sharded: bool = False
@@ -51,6 +52,7 @@ class KDAStateSpec(AttentionSpec):
     num_host_slots: int = 0
     checkpoint_interval: int = 0
     eviction: Eviction = "value"
+    window: int = 0
 
     @classmethod
     def beside(cls, attention: AttentionSpec, **values: Any) -> Self:
@@ -78,7 +80,11 @@ class KDAStateSpec(AttentionSpec):
 
 
 class KDAStateManager(SingleTypeKVCacheManager):
-    """Decides step by step which slots a request reads and writes, in the scheduler's process."""
+    """Decides step by step which slots a request reads and writes, in the scheduler's process.
+
+    Attributes:
+        scheduling: Whether a step is being scheduled; what is published at other times has been written.
+    """
 
     block_pool: SlotPool
 
@@ -105,6 +111,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._expected_pages = self._step_pages = 0
         # Published while a step is being scheduled, so written only when that step runs.
         self._unsettled: set[int] = set()
+        self.scheduling = True
 
     def share(self, arena: ArenaPool) -> None:
         """States come out of this pool, which the pages come out of. Before the first request."""
@@ -163,7 +170,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
         """Blocks of the states that this step cannot do without; or more than there are: "not now"."""
         table = self.req_to_blocks.get(request_id)
         if table:
-            if cdiv(num_tokens, self.block_size) <= len(table):
+            if cdiv(num_tokens_main_model, self.block_size) <= len(table):
                 return 0
             return 0 if self._can_stay(table) else self._state_blocks
         wanted = 1
@@ -197,14 +204,15 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._num_retired[request_id] = max(0, len(new_computed_blocks) - 1)  # all before the checkpoint are null
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """Extend the table to cover `num_tokens`: null entries, then the slot that this step writes last.
+        """Extend the table to cover the step: null entries, then the slot that this step writes last.
 
         The scheduler turns the returned list into ids later; before that, `cache_blocks` turns null entries of it into
         checkpoints.
         """
         table = self.req_to_blocks[request_id]
         num_old = len(table)
-        num_new = cdiv(num_tokens, self.block_size) - num_old
+        # Not for tokens that only a draft model looks ahead to: the last entry is the block in which the step ends.
+        num_new = cdiv(num_tokens_main_model, self.block_size) - num_old
         if num_new <= 0:
             return []
         self._expected_pages -= num_new
@@ -250,7 +258,8 @@ class KDAStateManager(SingleTypeKVCacheManager):
                 continue
             if not self.block_pool.publish(block, hashes, index + 1, self.kv_cache_group_id):
                 continue
-            self._unsettled.add(block.block_id)
+            if self.scheduling:
+                self._unsettled.add(block.block_id)
             if (index + 1) * block_size not in kept:
                 self._roll(request_id, index, hashes[index])
         self.num_cached_block[request_id] = max(num_full, num_cached)
@@ -264,6 +273,9 @@ class KDAStateManager(SingleTypeKVCacheManager):
             return
         first = self._num_retired.get(request_id, 0)
         last = min(max(0, processed_computed_tokens - 1) // self.block_size, len(table))
+        if self.kv_cache_spec.window and self.enable_caching:
+            # Drafts that turn out to count carry a request past boundaries that `cache_blocks` is told of later.
+            last = min(last, self.num_cached_block.get(request_id, 0))
         for index in range(first, last):
             block, table[index] = table[index], self._null_block
             if not block.is_null:

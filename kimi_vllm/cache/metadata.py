@@ -5,6 +5,12 @@ the state after token p - 1 is in slot ``row[(p - 1) // b]``, and the state afte
 differ exactly when p is the first token of a block: the kernel reads one slot and writes another, without a copy.
 
 Entries before the read slot may be stale, because worker rows are append-only. No kernel uses them.
+
+With speculative decoding a step computes a window of tokens before it is known which of them count. A slot holds the
+state before its last window (after `StatePool.base` tokens) and the window's records; whoever reads it at position p
+folds p - base of them. In which block the next step will find itself is not known either, so a window that ends in
+another block than it begins in goes to the slots of both. The one that is left behind lags: it is a checkpoint all the
+same, with the records up to its boundary.
 """
 
 from dataclasses import dataclass
@@ -25,36 +31,46 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.slots import NULL_SLOT
-from kimi_vllm.kernels.contract import DecodeRows, PrefillRows
+from kimi_vllm.kernels.contract import DecodeRows, PrefillRows, WindowRows
 
 
 @dataclass(frozen=True, slots=True)
 class KDAMetadata:
-    """A step. Tokens are ordered decodes first, then prefills, then padding.
+    """A step. Tokens are ordered decodes (or windows) first, then prefills, then padding.
 
     Attributes:
-        num_decodes: Decode rows, and as many tokens.
+        num_decodes: Tokens of decode rows or of windows.
         num_tokens: Tokens of the step without padding.
+        windows: With speculative decoding, in the place of `decode`.
     """
 
     num_decodes: int
     num_tokens: int
     decode: DecodeRows | None
     prefill: PrefillRows | None
+    windows: WindowRows | None = None
 
 
-def rehearsal(num_tokens: int, num_sequences: int, block_size: int, device: torch.device) -> KDAMetadata:
-    """A step of new sequences that leaves no state: decodes if each has one token, else prefills of equal length.
+def rehearsal(
+    num_tokens: int, num_sequences: int, block_size: int, device: torch.device, window: int = 0
+) -> KDAMetadata:
+    """A step of new sequences of equal length that leaves no state.
+
+    Decodes if each has one token, or windows if that suffices, else prefills.
 
     Args:
         num_tokens, num_sequences: Size of the step; at least one token per sequence.
+        window: See `window.window_of`.
     """
     null = torch.zeros(num_sequences, dtype=torch.int32, device=device)
-    if num_tokens == num_sequences:
+    if num_tokens == num_sequences and not window:
         return KDAMetadata(num_tokens, num_tokens, DecodeRows(null, null, null.long()), None)
     # Made on the device: a graph may be under capture.
-    cu_seqlens = torch.arange(num_sequences + 1, device=device) * num_tokens // num_sequences
-    packed = PrefillRows(cu_seqlens.int(), null, null[:, None], block_size)
+    cu_seqlens = (torch.arange(num_sequences + 1, device=device) * num_tokens // num_sequences).int()
+    if num_tokens <= num_sequences * window:
+        windows = WindowRows(cu_seqlens, null.long(), null, null, null, null)
+        return KDAMetadata(num_tokens, num_tokens, None, None, windows)
+    packed = PrefillRows(cu_seqlens, null, null[:, None], block_size, null if window else None)
     return KDAMetadata(0, num_tokens, None, packed)
 
 
@@ -63,7 +79,7 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
 
     # A graph holds the addresses of the row buffers; every decode step writes its rows there.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    reorder_batch_threshold = 1
+    reorder_batch_threshold: int = 1
 
     def __init__(
         self, kv_cache_spec: KDAStateSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -72,6 +88,9 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         member = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         self._pool = member.home.pool
         self.block_size = kv_cache_spec.block_size
+        self.window = kv_cache_spec.window
+        # vLLM puts rows of so many tokens before longer ones.
+        self.reorder_batch_threshold = max(1, self.window)
         self._buffers = None if device.type == "cpu" else _RowBuffers(vllm_config, device)
 
     @property
@@ -84,6 +103,8 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     ) -> KDAMetadata:
         """Describe the step, on device tensors only, without synchronising."""
         step = common_attn_metadata
+        if self.window:
+            return self._build_windows(step)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(step, decode_threshold=1)
         table = step.block_table_tensor[: step.num_reqs]
         seq_lens = step.seq_lens[: step.num_reqs]
@@ -105,6 +126,49 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
             )
         return KDAMetadata(num_decodes, step.num_actual_tokens, decode, prefill)
 
+    def _build_windows(self, step: CommonAttentionMetadata) -> KDAMetadata:
+        """A step with speculative decoding, on a CPU: rows of up to `window` tokens, then longer ones.
+
+        Advances the bases of the slots that the step writes: all layers fold by what this says.
+
+        Raises:
+            RuntimeError: A slot lags by more than its records.
+        """
+        num_rows, num_prefills, num_window_tokens, _ = split_decodes_and_prefills(step, decode_threshold=self.window)
+        table, starts = step.block_table_tensor[: step.num_reqs], step.query_start_loc[: step.num_reqs + 1]
+        lengths = starts[1:] - starts[:-1]
+        end = step.seq_lens[: step.num_reqs].to(torch.int64)
+        context = end - lengths
+        read, write, last = self._entries(table, torch.stack((context - 1, context, end - 1)))
+        base = self._pool.base
+        fold = torch.where(read > 0, context - base[read.long()], 0).to(torch.int32)
+        if ((fold < 0) | (fold > self.window)).any():
+            raise RuntimeError(f"states lag by {fold.tolist()} tokens, and have records of {self.window}")
+        windows = prefill = None
+        if num_rows:
+            some = slice(num_rows)
+            busy = lengths[some] > 0
+            first, second = torch.where(busy, write[some], NULL_SLOT), torch.where(busy, last[some], NULL_SLOT)
+            base[first.long()] = base[second.long()] = context[some]
+            second = torch.where(second == first, NULL_SLOT, second)
+            bounds = starts[: num_rows + 1].to(torch.int32)
+            windows = WindowRows(bounds, context[some], read[some].contiguous(), first, second, fold[some])
+        if num_prefills:
+            late = slice(num_rows, step.num_reqs)
+            slots = self._slots(table[late]).contiguous()
+            prefill = PrefillRows(
+                cu_seqlens=(starts[num_rows:] - num_window_tokens).to(torch.int32),
+                context_len=context[late].to(torch.int32),
+                slot_table=slots,
+                block_size=self.block_size,
+                num_fold=fold[late],
+            )
+            boundary = torch.arange(1, slots.shape[1] + 1) * self.block_size
+            stop = torch.minimum(boundary, end[late, None])
+            written = (slots > 0) & (boundary > context[late, None]) & (boundary - self.block_size < end[late, None])
+            base[slots[written].long()] = stop[written]
+        return KDAMetadata(num_window_tokens, step.num_actual_tokens, None, prefill, windows)
+
     def _decode_rows(self, table: Tensor, seq_lens: Tensor) -> DecodeRows:
         # A padded row has length 0, hence position -1: both of its slots must be the null slot.
         position = seq_lens.to(torch.int64) - 1
@@ -113,7 +177,7 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         return DecodeRows(read_slot, write_slot, position)
 
     def _entries(self, table: Tensor, position: Tensor) -> Tensor:
-        """The slots ``[2, N]`` at two positions of each row."""
+        """The slots ``[P, N]`` at P positions of each row."""
         column = position.clamp(min=0).div_(self.block_size, rounding_mode="floor")
         slot = table.gather(1, column.T).T.contiguous()
         known = (slot < self.num_slots).logical_and_(position >= 0)

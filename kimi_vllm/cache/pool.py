@@ -23,13 +23,16 @@ class StatePool:
     Attributes:
         memory: ``[B, block_bytes]`` uint8: vLLM's blocks. One that nobody uses until `bind`.
         pages: ``[S, P]`` int32; the blocks of each slot. Row 0 is the null slot's.
-        nonfinite: ``[S]`` int32, set by the kernels of all layers where they write a state that is not finite.
+        nonfinite: ``[S, F]`` int32, set by the kernels of all layers where a state or an output is not finite.
+        base: ``[S]`` int64, with speculative decoding: the state in a slot is that after so many tokens of its
+            sequence, and its records are of those that follow. Whoever reads it folds as many as count.
         layers: Arguments for the kernels of each KDA layer of the stage, in order.
     """
 
     memory: Tensor
     pages: Tensor
     nonfinite: Tensor
+    base: Tensor
     layers: list[Pools]
 
     def __init__(
@@ -40,6 +43,7 @@ class StatePool:
         at_host = {"device": "cpu", "pin_memory": self.device.type != "cpu"}
         shape = (num_host_slots, layout.blocks, layout.block_bytes)
         self.host = torch.empty(shape, dtype=torch.uint8, **at_host)  # type: ignore[call-overload]
+        self._host_base = torch.empty(num_host_slots, dtype=torch.int64, **at_host)  # type: ignore[call-overload]
         self.release()
 
     @property
@@ -74,8 +78,9 @@ class StatePool:
     def _take(self, memory: Tensor, slots: int) -> None:
         self.memory = memory
         self.pages = torch.zeros(slots, self.state_blocks, dtype=torch.int32, device=self.device)
-        self.nonfinite = torch.zeros(slots, dtype=torch.int32, device=self.device)
         cut = self.layout.cut
+        self.nonfinite = torch.zeros(slots, cut.flags, dtype=torch.int32, device=self.device)
+        self.base = torch.zeros(slots, dtype=torch.int64, device=self.device)
         self.layers = [
             Pools(self.memory, self.pages, cut, layer * cut.H * cut.pieces, self.nonfinite)
             for layer in range(self.layout.num_layers)
@@ -113,11 +118,18 @@ class StatePool:
         self.pages.index_copy_(0, rows[:, 0].long(), rows[:, 1:])
 
     def _copy(self, source: int, target: int) -> None:
-        state = self.host[source - self.num_slots] if source >= self.num_slots else self.memory[self._blocks(source)]
+        base, before = self._base(source)
+        kept, after = self._base(target)
+        kept[after : after + 1].copy_(base[before : before + 1], non_blocking=True)
+        state = self.host[before] if source >= self.num_slots else self.memory[self._blocks(source)]
         if target >= self.num_slots:
-            self.host[target - self.num_slots].copy_(state, non_blocking=True)
+            self.host[after].copy_(state, non_blocking=True)
         else:
             self.memory[self._blocks(target)] = state.to(self.device, non_blocking=True)
+
+    def _base(self, slot: int) -> tuple[Tensor, int]:
+        """Where the base of a slot is kept, on the device or on the host, and at which index."""
+        return (self._host_base, slot - self.num_slots) if slot >= self.num_slots else (self.base, slot)
 
     def _blocks(self, slot: int) -> Tensor:
         return self.pages[slot, : self.layout.blocks].long()

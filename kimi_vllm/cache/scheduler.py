@@ -25,7 +25,7 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 from kimi_vllm.cache.arena import install
 from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.cache.contagion import Access, Step, spread
-from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, STATS
+from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, STATS, Sick
 from kimi_vllm.cache.manager import KDAStateManager
 from kimi_vllm.options import KimiOptions
 
@@ -63,6 +63,7 @@ class _StateScheduling:
         assert pages.kv_cache_group_id < self._states.kv_cache_group_id
         self.arena = install(self.kv_cache_manager, pages.kv_cache_group_id)
         self._states.share(self.arena)
+        self._states.scheduling = False
         spec = self._states.kv_cache_spec
         # A page is one MLA layer's, a block all of theirs.
         layers = self.kv_cache_config.kv_cache_groups[self._states.kv_cache_group_id].layer_names
@@ -83,7 +84,9 @@ class _StateScheduling:
         # With steps in flight, more may be computed than is known.
         left = sum([more for r in self.running if (more := r.num_tokens - r.num_computed_tokens) > 0])
         self._states.expect(left, self.max_num_scheduled_tokens)
+        self._states.scheduling = True
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._states.scheduling = False
         if operations := self._states.block_pool.take_operations():
             setattr(output, OPERATIONS, operations)
         if pages := self.arena.take_new_pages():
@@ -100,7 +103,7 @@ class _StateScheduling:
         """Take requests whose state is not finite out of the step, then let vLLM handle the others."""
         ended: list[Request] = []
         if sick := getattr(model_runner_output, NONFINITE, None):
-            ended = self._quarantine(set(sick), scheduler_output)
+            ended = self._quarantine(sick, scheduler_output, model_runner_output)
         while self._steps and self._steps.popleft()[0] is not scheduler_output:
             pass  # a step without a result
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
@@ -171,7 +174,14 @@ class _StateScheduling:
         return accesses
 
     def _handle_stopped_request(self, request: Request) -> bool:
-        """Note a session that gets more input while steps are in flight: its slot is ahead of its tokens."""
+        """Publish the boundaries of a last window, and note a session whose slot is ahead of its tokens.
+
+        The latter gets more input while steps are in flight.
+        """
+        if self._states.kv_cache_spec.window and not request.resumable:
+            # vLLM publishes when it schedules, and no step follows. Drafts beyond an answer's end may have counted.
+            known = min(request.num_computed_tokens, request.num_tokens)
+            self.kv_cache_manager.cache_blocks(request, known)
         if request.resumable and request.num_in_flight_tokens:
             self._overrun.add(request)
             for _, step in self._steps:
@@ -196,7 +206,9 @@ class _StateScheduling:
             self.kv_cache_manager.evict_blocks({block.block_id for block in unwritten})
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
-    def _quarantine(self, sick: set[int], scheduler_output: SchedulerOutput) -> list[Request]:
+    def _quarantine(
+        self, sick: list[Sick], scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> list[Request]:
         """Withdraw all that came from the slots a step left sick, and end or restart the requests concerned.
 
         Returns:
@@ -206,7 +218,7 @@ class _StateScheduling:
         if reported is None:
             return []
         steps = [step for _, step in list(self._steps)[reported:]]
-        found = spread(sick, steps)
+        found = spread(_that_count(sick, steps[0], scheduler_output, model_runner_output), steps)
         self._states.block_pool.withdraw_slots(found.slots)
         self.kv_cache_manager.evict_blocks(found.pages)
         ended = []
@@ -248,6 +260,18 @@ class _StateScheduling:
         self._preempt_request(request, time.monotonic(), drop_stale_output=True)
         # If it is back in the next step, the first model runner needs all its tokens, not only the last.
         self.prev_step_scheduled_req_ids.discard(request.request_id)
+
+
+def _that_count(
+    sick: list[Sick], step: Step, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+) -> set[int]:
+    """The slots that are sick with a token of their sequence, and not only with a draft that was rejected."""
+    counted: dict[int, int] = {}
+    for name in scheduler_output.scheduled_spec_decode_tokens:
+        sampled = model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[name]]
+        # As many tokens are sampled as count: the last comes from the last draft that was accepted.
+        counted.update(dict.fromkeys(step.accesses[name].written, max(1, len(sampled))))
+    return {slot for slot, token in sick if token < counted.get(slot, token + 1)}
 
 
 def _pages(tables: list[tuple[list[KVCacheBlock], int]], first: int, end: int) -> tuple[set[int], set[int]]:

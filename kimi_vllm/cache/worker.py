@@ -17,7 +17,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS
+from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, Sick
 from kimi_vllm.cache.guard import take_flags
 from kimi_vllm.cache.pool import StatePool
 from kimi_vllm.cache.warm_up import logprob_columns, sampled_rows, step_sizes
@@ -36,7 +36,7 @@ Output: TypeAlias = ModelRunnerOutput | AsyncModelRunnerOutput
 class KimiWorker(PlatformWorker):
     """Does the state pool's part of a step. Models without KDA run as with vLLM's worker."""
 
-    _pending: Callable[[], list[int]] | None = None
+    _pending: Callable[[], list[Sick]] | None = None
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile our kernels for all kinds of steps, then vLLM's, so that no request waits for a compiler."""
@@ -146,7 +146,7 @@ class KimiWorker(PlatformWorker):
 class _AsyncOutput(AsyncModelRunnerOutput):
     """An output that is still being copied from the device, and the flags that were sent before it."""
 
-    def __init__(self, inner: AsyncModelRunnerOutput, sick: Callable[[], list[int]]) -> None:
+    def __init__(self, inner: AsyncModelRunnerOutput, sick: Callable[[], list[Sick]]) -> None:
         self._inner, self._sick = inner, sick
 
     def get_output(self) -> ModelRunnerOutput:
@@ -159,7 +159,7 @@ class _AsyncOutput(AsyncModelRunnerOutput):
         return self._inner.get_kv_connector_output()  # type: ignore[no-any-return]  # vLLM asks since 0.33
 
 
-def _with_sick_slots(output: Output, sick: Callable[[], list[int]]) -> Output:
+def _with_sick_slots(output: Output, sick: Callable[[], list[Sick]]) -> Output:
     if isinstance(output, AsyncModelRunnerOutput):
         return _AsyncOutput(output, sick)
     if isinstance(output, ModelRunnerOutput) and output is not EMPTY_MODEL_RUNNER_OUTPUT and (slots := sick()):

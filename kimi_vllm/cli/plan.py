@@ -71,6 +71,10 @@ _Lengths = Annotated[
     typer.Option(parser=parse_lengths, help="Lengths of those that run, in shares: 1K:0.5,8K:0.4,128K:0.1."),
 ]
 _Plot = Annotated[Path | None, typer.Option(help="Also draw this file (.png, .svg, .pdf); needs matplotlib.")]
+_Drafts = Annotated[
+    int,
+    typer.Option(min=0, help="num_speculative_tokens of --speculative-config: a state keeps records of so many."),
+]
 _AS_VLLM = "As for `vllm serve`."
 
 
@@ -84,6 +88,7 @@ def plan(
     kv_cache_dtype: Annotated[Literal["auto", "fp8"], typer.Option(help=_AS_VLLM)] = "auto",
     contexts: Annotated[str, typer.Option(help="Tokens per request, a table row each.")] = "1k,4k,32k,128k,1M",
     lengths: _Lengths = None,
+    speculative_tokens: _Drafts = 0,
     max_num_seqs: Annotated[int, typer.Option(min=1, help=_AS_VLLM)] = 1024,
     max_model_len: Annotated[int | None, typer.Option(parser=parse_tokens, help=_AS_VLLM)] = None,
     prefix_caching: Annotated[bool, typer.Option(help=_AS_VLLM)] = True,
@@ -129,6 +134,7 @@ def plan(
             ),
             contexts=shown,
             lengths=lengths or {},
+            speculative_tokens=speculative_tokens,
         )
         made.check()
     except ValueError as error:

@@ -11,6 +11,7 @@ import torch
 
 from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.geometry import GeometryError, KimiGeometry
+from kimi_vllm.kernels.contract import MAX_WINDOW
 from kimi_vllm.planning import Costs, Demand, PlanError, afforded, cache_bytes, check_one_fits, memory_needed
 from kimi_vllm.quantization import WeightFormat
 from kimi_vllm.weight_bytes import num_parameters
@@ -69,6 +70,7 @@ class Plan:
     demand: Demand
     contexts: tuple[int, ...]
     lengths: Mapping[int, float]
+    speculative_tokens: int = 0
 
     @cached_property
     def costs(self) -> Costs:
@@ -82,6 +84,7 @@ class Plan:
             cache_itemsize=self.cache_itemsize,
             gpu_dtype=self.gpu_dtype,
             quantization=self.quantization,
+            window=1 + self.speculative_tokens if self.speculative_tokens else 0,
         )
 
     @cached_property
@@ -107,6 +110,8 @@ class Plan:
             raise PlanError(
                 "--kv-cache-dtype fp8: kimi-vllm on CPUs and in float32 keeps latents in the model's dtype."
             )
+        if self.speculative_tokens >= MAX_WINDOW:
+            raise PlanError(f"--speculative-tokens {self.speculative_tokens}: at most {MAX_WINDOW - 1}.")
         remedy = "raise --gpu-memory-utilization or --tensor-parallel-size"
         check_one_fits(self.capacity, self.demand, self.costs.block, remedy, self.costs.weights)
 
@@ -156,6 +161,7 @@ class Plan:
             "parameters": num_parameters(self.geometry),
             "quantization": None if self.quantization is None else self.quantization.method,
             "tensor_parallel_size": self.ranks,
+            "speculative_tokens": self.speculative_tokens,
             "state_dtype": str(self.state_dtype).removeprefix("torch."),
             "memory": self.memory,
             "available": self.available,

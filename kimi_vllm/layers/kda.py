@@ -18,9 +18,11 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from kimi_vllm.cache.group import StateHome
 from kimi_vllm.cache.metadata import KDAMetadata, rehearsal
+from kimi_vllm.cache.window import window_of
 from kimi_vllm.geometry import KimiGeometry, input_filling
 from kimi_vllm.kernels import dispatch
-from kimi_vllm.kernels.contract import Activations, Pools, Weights, check_decode, check_prefill
+from kimi_vllm.kernels.checks import check_decode, check_prefill, check_windows
+from kimi_vllm.kernels.contract import Activations, Pools, Weights
 from kimi_vllm.kernels.cuda import launch
 
 
@@ -137,7 +139,7 @@ class KimiDeltaAttention(nn.Module):
         self.block_size = vllm_config.cache_config.block_size
         self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.backend = dispatch.load_backend(vllm_config.device_config.device.type)
-        self.backend.prepare(head_dim)
+        self.backend.prepare(head_dim, windows=bool(window_of(vllm_config)))
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     @property
@@ -173,6 +175,8 @@ class KimiDeltaAttention(nn.Module):
             out[end:].zero_()
         if step.decode is not None:
             self.backend.kda_decode(x.tokens(0, decodes), self.weights, self.pools, step.decode, out[:decodes])
+        if step.windows is not None:
+            self.backend.kda_verify(x.tokens(0, decodes), self.weights, self.pools, step.windows, out[:decodes])
         if step.prefill is not None:
             self.backend.kda_prefill(x.tokens(decodes, end), self.weights, self.pools, step.prefill, out[decodes:end])
 
@@ -191,9 +195,12 @@ class KimiDeltaAttention(nn.Module):
         # Loaders that share or map weights build on the meta device and register other parameters afterwards. Reloading
         # keeps the parameters: graphs rely on their addresses too.
         self.weights = self._kernel_weights()
-        step = rehearsal(out.shape[0], min(out.shape[0], self.max_num_seqs), self.block_size, out.device)
+        sequences = min(out.shape[0], self.max_num_seqs)
+        step = rehearsal(out.shape[0], sequences, self.block_size, out.device, self.pools.cut.window)
         if step.decode is not None:
             check_decode(x, self.weights, self.pools, step.decode, out)
+        if step.windows is not None:
+            check_windows(x, self.weights, self.pools, step.windows, out)
         if step.prefill is not None:
             check_prefill(x, self.weights, self.pools, step.prefill, out)
         if out.device.type == "cpu":
@@ -219,7 +226,7 @@ class KimiDeltaAttention(nn.Module):
                 projected = torch.zeros(tokens, sum(self.in_proj.splits), dtype=dtype, device=device)
                 qkv, _, beta, _ = projected.split(self.in_proj.splits, dim=-1)
                 gate, out_gate = torch.zeros(2, tokens, width, dtype=dtype, device=device)
-                step = rehearsal(tokens, sequences, self.block_size, device)
+                step = rehearsal(tokens, sequences, self.block_size, device, self.pools.cut.window)
                 self.advance(Activations(qkv, gate, beta, out_gate), torch.empty_like(out_gate), step)
 
 

@@ -22,6 +22,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
+from kimi_vllm.cache.window import window_of
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.layers.mla_latent_metadata import DeviceDecodes, LatentBackend, LatentMetadata
 
@@ -96,6 +97,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.scale = geometry.qk_head_dim**-0.5
         self._kv_b_proj = [kv_b_proj]  # in a list, so that nn.Module does not adopt the layer twice
         self._expand: Tensor | None = None
+        self._drafts = window_of(vllm_config) > 0
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
@@ -123,11 +125,16 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         if len(step.fresh_blocks):
             # Attention weights past a sequence's end are 0, but 0 · NaN left by the page's last owner would be NaN.
             self.kv_cache[step.fresh_blocks] = 0
-        self.kv_cache[step.blocks, 0, step.offsets] = latent[:num_tokens]
+        latent = latent[:num_tokens]
+        if self._drafts:
+            # A draft may be NaN, be rejected, and be multiplied by 0 all the same by tokens before it. If it is
+            # accepted, the guard of the states has seen it.
+            latent = latent.nan_to_num(0, 0, 0)
+        self.kv_cache[step.blocks, 0, step.offsets] = latent
         query = query.view(-1, self.num_heads, self.nope + self.latent_dim - self.rank)
         heads = out.view(-1, self.num_heads, self.value)
-        if step.num_decodes:
-            heads[: step.num_decodes] = self._decode(query[: step.num_decodes], step)
+        if decodes := step.num_decode_tokens:
+            heads[:decodes] = self._decode(query[:decodes], step)
         prefill = self._prefill_flash if query.device.type in FLASH_DEVICES else self._prefill
         for first, end, context, table in step.prefills:
             heads[first:end] = prefill(query[first:end], context, table)
@@ -179,20 +186,27 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return keys.transpose(1, 2), values
 
     def _decode(self, query: Tensor, step: LatentMetadata) -> Tensor:
-        rows, query = query.shape[0], self._absorbed(query)
+        query, bias = self._absorbed(query), step.decode_bias
+        if step.windows is not None:
+            # All tokens of a row at once: the latents are gathered once for them.
+            query = query[step.windows[0]].flatten(1, 2)  # [N, t·H, R + rope]
+            bias = bias.repeat_interleave(self.num_heads, dim=1)
+        rows, per_row = query.shape[:2]
         tile = self._tile(rows * self.latent_dim) // self._block_size
         num_blocks = step.decode_tables.shape[1]
         if num_blocks <= tile:
-            scores, values = self._decode_tile(query, step.decode_tables, step.decode_bias)
+            scores, values = self._decode_tile(query, step.decode_tables, bias)
             averages = scores.softmax(-1).to(values.dtype) @ values
         else:
-            softmax = RunningSoftmax((rows, self.num_heads), self.rank, query.device)
+            softmax = RunningSoftmax((rows, per_row), self.rank, query.device)
             for first in range(0, num_blocks, tile):
                 start, end = first * self._block_size, (first + tile) * self._block_size
                 active = torch.nonzero(step.decode_lens > start)[:, 0] if start else slice(None)
-                tables, bias = step.decode_tables[active, first : first + tile], step.decode_bias[active, :, start:end]
-                softmax.add(*self._decode_tile(query[active], tables, bias), active)
+                tables = step.decode_tables[active, first : first + tile]
+                softmax.add(*self._decode_tile(query[active], tables, bias[active, :, start:end]), active)
             averages = softmax.result().to(query.dtype)
+        if step.windows is not None:
+            averages = averages.unflatten(1, (-1, self.num_heads)).flatten(0, 1)[step.windows[1]]
         return torch.bmm(averages.transpose(0, 1), self._projections[1]).transpose(0, 1)  # [N, H, v]
 
     def _absorbed(self, query: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kimi_vllm.cache.metadata import OwnKernels
+from kimi_vllm.cache.window import window_of
 
 MAX_GRAPH_ELEMENTS = 1 << 28
 """Maximum latent elements of all sequences at full length for which decode steps are captured in CUDA graphs."""
@@ -28,13 +29,16 @@ class LatentMetadata:
     Attributes:
         blocks, offsets: ``[T]`` int64; where each token's latent is written.
         fresh_blocks: Blocks that get their first token in this step.
-        decode_tables, decode_lens: ``[N, B]`` and ``[N]``; the lengths include the current token. Entries past a
+        decode_tables, decode_lens: ``[N, B]`` and ``[N]``; the lengths include the step's tokens. Entries past a
             sequence's end repeat its first block.
-        decode_bias: ``[N, 1, B · block_size]`` fp32; 0 for a sequence's tokens, -inf past its end.
+        decode_bias: ``[N, t, B · block_size]`` fp32, for the up to t tokens of a row; 0 for what a token sees, -inf
+            behind it.
+        windows: None where every row has one token, as without speculative decoding. Else ``[N, t]``, which token of
+            the step each row's are, its last repeated; and where among these each token stands.
         prefills: Per request: first and last token in the step, context before it, row of the block table.
     """
 
-    num_decodes: int
+    num_decode_tokens: int
     num_tokens: int
     blocks: Tensor
     offsets: Tensor
@@ -42,6 +46,7 @@ class LatentMetadata:
     decode_tables: Tensor
     decode_lens: Tensor
     decode_bias: Tensor
+    windows: tuple[Tensor, Tensor] | None
     prefills: list[tuple[int, int, int, Tensor]]
 
 
@@ -63,7 +68,7 @@ class DeviceDecodes:
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDecodes]):
     """Builds the metadata of a step once."""
 
-    reorder_batch_threshold = 1
+    reorder_batch_threshold: int = 1
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
@@ -77,6 +82,8 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Of all groups' thresholds the least counts, and states want windows before longer rows.
+        self.reorder_batch_threshold = max(1, window_of(vllm_config))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -84,7 +91,9 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
         """Describe the step; tables are cut to the blocks in use."""
         step = common_attn_metadata
         block_size = self.kv_cache_spec.block_size
-        num_decodes, *_ = split_decodes_and_prefills(step, decode_threshold=1)
+        num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(
+            step, decode_threshold=self.reorder_batch_threshold
+        )
         if num_decodes == step.num_reqs and self.device.type != "cpu":
             rows = slice(num_decodes)
             return DeviceDecodes(step.block_table_tensor[rows], step.seq_lens[rows], step.slot_mapping[rows])
@@ -100,9 +109,12 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
         places = step.slot_mapping[: step.num_actual_tokens].long()
         blocks, offsets = places.div(block_size, rounding_mode="floor"), places.remainder(block_size)
         decode_lens = step.seq_lens[:num_decodes].long()
-        decode_tables, decode_bias = self._decode_view(tables[:num_decodes], decode_lens)
+        seen, windows = decode_lens[:, None], None
+        if num_decode_tokens > num_decodes:
+            seen, windows = _windows(decode_lens, step.query_start_loc[: num_decodes + 1].long(), num_decode_tokens)
+        decode_tables, decode_bias = self._decode_view(tables[:num_decodes], seen)
         return LatentMetadata(
-            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
             num_tokens=step.num_actual_tokens,
             blocks=blocks,
             offsets=offsets,
@@ -110,19 +122,36 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
             decode_tables=decode_tables,
             decode_lens=decode_lens,
             decode_bias=decode_bias,
+            windows=windows,
             prefills=prefills,
         )
 
-    def _decode_view(self, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode_view(self, tables: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables and bias of rows whose tokens see so many latents each, ``[N, t]``."""
         block_size = self.kv_cache_spec.block_size
         # A padded row of the batch has length 0 and sees one latent, so that no row is empty.
-        lengths = lengths.clamp(min=1)[:, None]
-        longest = int(lengths.max()) if len(lengths) else 1
+        seen = seen.clamp(min=1)
+        longest = int(seen.max()) if len(seen) else 1
         tables = tables[:, : cdiv(longest, block_size)]
-        owned = torch.arange(tables.shape[1], device=tables.device) * block_size < lengths
-        unseen = torch.arange(tables.shape[1] * block_size, device=tables.device) >= lengths
-        bias = torch.zeros(unseen.shape, device=tables.device).masked_fill_(unseen, -torch.inf)[:, None]
+        owned = torch.arange(tables.shape[1], device=tables.device) * block_size < seen[:, -1:]
+        unseen = torch.arange(tables.shape[1] * block_size, device=tables.device) >= seen[..., None]
+        bias = torch.zeros(unseen.shape, device=tables.device).masked_fill_(unseen, -torch.inf)
         return torch.where(owned, tables, tables[:, :1]), bias
+
+
+def _windows(lengths: Tensor, starts: Tensor, num_tokens: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """How many latents each token of windows sees, ``[N, t]``, and `LatentMetadata.windows`.
+
+    Args:
+        lengths: ``[N]``, the tokens of each sequence with its window.
+        starts: ``[N + 1]``, where the windows begin in the step.
+    """
+    counts = starts[1:] - starts[:-1]
+    widest = int(counts.max())
+    token = torch.minimum(torch.arange(widest, device=starts.device), (counts - 1).clamp(min=0)[:, None])
+    row = torch.repeat_interleave(counts, output_size=num_tokens)
+    places = row * widest + torch.arange(num_tokens, device=starts.device) - starts[row]
+    return lengths[:, None] - counts[:, None] + 1 + token, (starts[:-1, None] + token, places)
 
 
 class LatentBackend(OwnKernels, AttentionBackend):

@@ -9,6 +9,9 @@ SERVER = {
     # A model of a few MB is fastest on one thread, and pinned threads wait for each other on a busy machine.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # vLLM's n-gram proposer sets numba's threads, and with them OpenMP's. oneDNN then lays out the weights of the next
+    # engine in the process otherwise, and vLLM multiplies them by what it compiled for the first one's.
+    "NUMBA_NUM_THREADS": "1",
     # Start-up is Python importing vLLM, once per process. A worker inside the engine saves one of three.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }

@@ -47,11 +47,13 @@ def test_operations_are_done_in_their_order():
     pool.apply([(1, low)])
     state, ring = random_state()
     pool.layers[1].store(1, state, ring)
+    pool.base[1] = 77
     # Out to the host, its blocks to another slot, and back into that one's place in memory.
     pool.apply([(1, S + 1), (3, low), (2, high), (S + 1, 2), (2, 3)])
     for slot in (2, 3):
         assert torch.equal(pool.layers[1].load(slot)[0], state)
         assert torch.equal(pool.layers[1].load(slot)[1], ring)
+        assert pool.base[slot] == 77
     assert pool.pages[3, :P].tolist() == low
 
 

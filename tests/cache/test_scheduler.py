@@ -30,7 +30,7 @@ def report(scheduler, output, sick=(), token=7):
         sampled_token_ids=[[token] if name in done(scheduler) else [] for name in names],
     )
     if sick:
-        setattr(result, NONFINITE, list(sick))
+        setattr(result, NONFINITE, [(slot, 0) for slot in sick])
     return scheduler.update_from_output(output, result)
 
 

@@ -25,7 +25,7 @@ def on_its_way(**answers):
     return type("OnItsWay", (AsyncModelRunnerOutput,), methods)()
 
 
-@pytest.mark.parametrize("slots", [[], [3, 5]])
+@pytest.mark.parametrize("slots", [[], [(3, 0), (5, 2)]])
 def test_a_result_on_its_way_brings_the_sick_slots_when_it_lands(slots):
     inner = result()
     output = _with_sick_slots(on_its_way(get_output=inner), lambda: slots)

@@ -30,13 +30,13 @@ def scarce(sequences, chunk, blocks, kimi=None, **more):
 
 
 CONFIGURATIONS = {
-    "states": scarce(3, 97, 44),
-    "host": scarce(3, 97, 44, kimi={"host_memory_gib": 6.5 * STATE_GIB}),
-    "pages": scarce(4, 150, 27),
+    "states": scarce(3, 97, 3 * STATE_BLOCKS + 20),
+    "host": scarce(3, 97, 3 * STATE_BLOCKS + 20, kimi={"host_memory_gib": 6.5 * STATE_GIB}),
+    "pages": scarce(4, 150, 2 * STATE_BLOCKS + 11),
     "lru-host-pages-priority": scarce(
         4,
         61,
-        27,
+        2 * STATE_BLOCKS + 11,
         scheduling_policy="priority",
         kimi={"host_memory_gib": 4.5 * STATE_GIB, "eviction": "lru", "checkpoint_interval": 128},
     ),

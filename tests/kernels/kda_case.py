@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kimi_vllm.kernels import contract, reference
+from kimi_vllm.kernels import checks, reference
 from kimi_vllm.kernels.bench.layer import scattered
-from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights
+from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights, WindowRows
 from kimi_vllm.kernels.dispatch import load_backend
 
 Record = TypeVar("Record", Activations, Weights, Pools, DecodeRows, PrefillRows)
@@ -66,7 +66,10 @@ def copied(pools: Pools, dtype: torch.dtype | None = None) -> Pools:
     if dtype is None:
         return replace(pools, memory=pools.memory.clone())
     conv, state = pools.dense()
-    return scattered(conv.to(dtype), state.to(dtype), pieces=pools.cut.pieces)
+    wide = scattered(conv.to(dtype), state.to(dtype), pieces=pools.cut.pieces, window=pools.cut.window)
+    for slot in range(len(pools.pages)) if pools.cut.window else ():
+        wide.store_records(slot, pools.load_records(slot))
+    return wide
 
 
 def decode_rows(read: list[int], write: list[int], position: list[int], device: str = "cpu") -> DecodeRows:
@@ -87,20 +90,44 @@ def prefill_rows(
     )
 
 
+def window_rows(
+    lengths: list[int],
+    position: list[int],
+    read: list[int],
+    write: list[int],
+    second: list[int],
+    num_fold: list[int],
+    device: str = "cpu",
+) -> WindowRows:
+    """Return the rows of a step of windows of such lengths."""
+    slots = torch.tensor([read, write, second, num_fold], dtype=torch.int32, device=device)
+    return WindowRows(
+        torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
+        torch.tensor(position, dtype=torch.int64, device=device),
+        *slots.unbind(),
+    )
+
+
 class CheckedCpu:
     """The kernels of CPUs, their arguments checked on every call."""
 
     @staticmethod
     def kda_decode(*arguments: Any) -> None:
         """Check and run a decode step."""
-        contract.check_decode(*arguments)
+        checks.check_decode(*arguments)
         load_backend("cpu").kda_decode(*arguments)
 
     @staticmethod
     def kda_prefill(*arguments: Any) -> None:
         """Check and run a prefill step."""
-        contract.check_prefill(*arguments)
+        checks.check_prefill(*arguments)
         load_backend("cpu").kda_prefill(*arguments)
+
+    @staticmethod
+    def kda_verify(*arguments: Any) -> None:
+        """Check and run a step of windows."""
+        checks.check_windows(*arguments)
+        load_backend("cpu").kda_verify(*arguments)
 
 
 @dataclass
@@ -114,7 +141,8 @@ class Case:
         filling: Columns of the merged projection that belong to nobody; odd ones leave rows unaligned.
         device: Where all tensors are.
         pieces: Units of a head.
-        kernels: Has `kda_decode` and `kda_prefill`, which `decode` and `prefill` call.
+        window: Records of a head.
+        kernels: Has `kda_decode`, `kda_prefill` and `kda_verify`, which `decode`, `prefill` and `verify` call.
         x, weights, pools: Made from the above unless given. Activations are slices with a long row stride, as in
             the layer, and slots are scattered over memory that holds three layers.
     """
@@ -133,6 +161,7 @@ class Case:
     filling: int = 3
     device: str = "cpu"
     pieces: int = 2
+    window: int = 0
     kernels: Any = CheckedCpu
     generator: torch.Generator = field(default_factory=torch.Generator)
     x: Activations = None  # type: ignore[assignment]
@@ -154,7 +183,7 @@ class Case:
         self.weights = Weights(*(weight.to(self.device) for weight in weights), norm_eps=1e-5)
         poison = torch.tensor(POISON, dtype=self.state_dtype, device=self.device).repeat(self.S)[: self.S, None, None]
         conv, state = poison.expand(-1, self.R, 3 * H * D), poison[..., None].expand(-1, H, D, D)
-        self.pools = scattered(conv, state, pieces=self.pieces)
+        self.pools = scattered(conv, state, pieces=self.pieces, window=self.window)
 
     def random(self, *shape: int) -> Tensor:
         """Return normal random numbers from this case's own generator."""
@@ -188,8 +217,8 @@ class Case:
         return replace(self, T=stop - start, x=self.x.tokens(start, stop))
 
     def flags(self) -> Tensor:
-        """Return a cleared flag for every slot."""
-        return torch.zeros(self.S, dtype=torch.int32, device=self.device)
+        """Return cleared flags for every slot."""
+        return torch.zeros(self.S, self.pools.cut.flags, dtype=torch.int32, device=self.device)
 
     def decode(
         self,
@@ -211,13 +240,33 @@ class Case:
         table: list[list[int]],
         block_size: int = 1 << 20,
         *,
+        num_fold: list[int] | None = None,
         spec: bool = False,
         nonfinite: Tensor | None = None,
     ) -> Tensor:
         """Run one prefill step on this case's pools, by the kernels or (`spec`) by the reference."""
         kernels = reference if spec else self.kernels
         rows = prefill_rows(lengths, context, table, block_size, self.device)
+        if num_fold is not None:
+            rows = replace(rows, num_fold=torch.tensor(num_fold, dtype=torch.int32, device=self.device))
         return self._run(kernels.kda_prefill, rows, nonfinite)
+
+    def verify(
+        self,
+        lengths: list[int],
+        position: list[int],
+        read: list[int],
+        write: list[int],
+        second: list[int],
+        num_fold: list[int],
+        *,
+        spec: bool = False,
+        nonfinite: Tensor | None = None,
+    ) -> Tensor:
+        """Run one step of windows on this case's pools, by the kernels or (`spec`) by the reference."""
+        kernels = reference if spec else self.kernels
+        rows = window_rows(lengths, position, read, write, second, num_fold, self.device)
+        return self._run(kernels.kda_verify, rows, nonfinite)
 
     def _run(self, operation: Callable[..., None], rows: Any, nonfinite: Tensor | None) -> Tensor:
         """Call an operation with a poisoned output, whose rows have a gap that must stay as it is."""
@@ -297,51 +346,6 @@ def check_no_sequence(case: Case) -> None:
         ours = case.copy()
         assert not ours.prefill([], [], [], 64, spec=spec).any()
         assert same_bits(ours.pools.memory, case.pools.memory)
-
-
-SICK_INPUTS = ("q", "k", "v", "gate", "beta", "out_gate", "state")
-"""Where `poison` may put a NaN."""
-
-
-def poison(case: Case, sick: str, token: int, slot: int) -> None:
-    """Put a NaN into one channel of a token's input, or of a slot's state; of the last head, so that all must look."""
-    head = case.H - 1
-    channel = head * case.D + 5
-    nan = float("nan")
-    if sick == "state":
-        state, _ = case.pools.load(slot)
-        state[head, 7, 5] = nan
-        case.pools.store(slot, state)
-    elif sick in ("q", "k", "v"):
-        case.x.qkv[token, "qkv".index(sick) * case.H * case.D + channel] = nan
-    else:
-        getattr(case.x, sick)[token, head if sick == "beta" else channel] = nan
-
-
-def check_decode_flags(case: Case, sick: str) -> None:
-    """Step five rows, one of them sick, a fork; by kernel and spec only its write slot must be flagged."""
-    for slot in (1, 2, 3):
-        case.fill(slot, 9)
-    poison(case, sick, 1, 2)
-    for spec in (True, False):
-        flags = case.flags()
-        flags[7] = 5  # somebody's, and never cleared
-        case.copy().decode([1, 2, 0, 3, 1], [1, 4, 5, 3, 0], [9, 9, 0, 9, 9], spec=spec, nonfinite=flags)
-        assert flags.tolist() == [0, 0, 0, 0, int(sick != "out_gate"), 0, 0, 5], f"spec={spec}"
-
-
-def check_prefill_flags(case: Case, sick: str) -> None:
-    """Run two tokens of one sequence, and six of one that is sick after a boundary: only its end must be flagged."""
-    for slot in (1, 2):
-        case.fill(slot, 60)
-    poison(case, sick, 7, 2)
-    early = int(sick == "state")  # which is sick from the first token on
-    late = int(sick != "out_gate")
-    for spec in (True, False):
-        flags = case.flags()
-        flags[7] = 5
-        case.copy().prefill([2, 6], [60, 60], [[1, 0], [2, 6]], 64, spec=spec, nonfinite=flags)
-        assert flags.tolist() == [0, 0, early, 0, 0, 0, late, 5], f"spec={spec}"
 
 
 def assert_matches(ours: Case, gold: Case, written: dict[int, int], before: Case, tolerance: Tolerance) -> None:

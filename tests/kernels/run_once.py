@@ -12,7 +12,7 @@ from triton_case import triton_case
 
 
 def main() -> None:
-    """Decode, extend and prefill in both forms, with history, a boundary inside the step and a row that is padding."""
+    """Decode, extend, windows and prefill in both forms: with history, a boundary inside the step, a row of padding."""
     for D, state_dtype in ((128, torch.float32), (128, torch.bfloat16), (64, torch.float16)):
         options = {"dtype": torch.bfloat16, "state_dtype": state_dtype, "filling": 15}
         case = triton_case(3, 1, D, **options)
@@ -21,6 +21,11 @@ def main() -> None:
         case = triton_case(4, 1, D, **options)
         case.fill(1, 62)
         case.prefill([4], [62], [[1, 2]], 64, nonfinite=case.flags())
+        case = triton_case(8, 1, D, R=8, window=4, **options)
+        case.fill(1, 61)
+        case.verify([4, 3], [61, 0], [1, 0], [1, 2], [3, 0], [0, 0], nonfinite=case.flags())
+        case.verify([4, 3], [63, 2], [3, 2], [3, 4], [0, 0], [2, 2], nonfinite=case.flags())
+        case.rows(0, 4).prefill([4], [66], [[1, 3]], 64, num_fold=[3], nonfinite=case.flags())
         for exact in (True, False):
             case = triton_case(70, 1, D, exact=exact, **options)
             case.fill(1, 60)

@@ -11,7 +11,7 @@ from kda_case import Case, decode_rows, prefill_rows
 
 from kimi_vllm import geometry
 from kimi_vllm.cache import slots
-from kimi_vllm.kernels import contract
+from kimi_vllm.kernels import checks, contract
 from kimi_vllm.kernels.cut import Cut
 from kimi_vllm.kernels.dispatch import load_backend
 
@@ -87,8 +87,12 @@ WRONG = {
     "qkv-dtype": ("x.qkv", torch.zeros(5, 384, dtype=torch.float64), "qkv is torch.float64"),
     "gate-dtype": ("x.gate", torch.zeros(5, 128, dtype=torch.bfloat16), "gate is torch.bfloat16; it must be torch.f"),
     "weights-dtype": ("weights.A_log", torch.zeros(2, dtype=torch.bfloat16), "A_log is torch.bfloat16"),
-    "flags-dtype": ("pools.nonfinite", torch.zeros(8, dtype=torch.bool), "nonfinite is torch.bool"),
-    "flags-slots": ("pools.nonfinite", torch.zeros(7, dtype=torch.int32), r"nonfinite has shape \[7\]; .* be \[8\]"),
+    "flags-dtype": ("pools.nonfinite", torch.zeros(8, 1, dtype=torch.bool), "nonfinite is torch.bool"),
+    "flags-slots": (
+        "pools.nonfinite",
+        torch.zeros(7, 1, dtype=torch.int32),
+        r"nonfinite has shape \[7, 1\]; .* be \[8, 1\]",
+    ),
     "out-rows": ("out", torch.zeros(4, 128), r"out has shape \[4, 128\]"),
 }
 WRONG_ROWS = {
@@ -112,7 +116,7 @@ WRONG_ROWS = {
 def test_wrong_arguments_are_named(operation: str, wrong: str) -> None:
     name, value, message = (WRONG | WRONG_ROWS[operation])[wrong]
     with pytest.raises(ValueError, match=message):
-        getattr(contract, f"check_{operation}")(**changed(operation, name, value))
+        getattr(checks, f"check_{operation}")(**changed(operation, name, value))
 
 
 @pytest.mark.parametrize("operation", WRONG_ROWS)
@@ -122,7 +126,7 @@ def test_wrong_arguments_are_named(operation: str, wrong: str) -> None:
         ("pools.cut", cut(state_dtype=torch.bfloat16), "set state_dtype"),
         ("pools.cut", cut(conv_dtype=torch.bfloat16), "set state_dtype"),
         ("pools.pages", torch.zeros(8, 4, dtype=torch.int64), "pages is torch.int64"),
-        ("pools.nonfinite", torch.zeros(8, dtype=torch.int64), "int32"),
+        ("pools.nonfinite", torch.zeros(8, 1, dtype=torch.int64), "int32"),
         ("x.gate", torch.zeros(5, 128, dtype=torch.bfloat16), "gate is torch.bfloat16"),
         ("out", torch.zeros(5, 128, dtype=torch.float64), "out is torch.float64"),
     ],

@@ -149,3 +149,11 @@ def test_units_of_a_slot_may_lie_in_any_blocks_in_any_order() -> None:
     numbers = range(16, 24)
     assert blocks.tolist() == [7 - number // 3 for number in numbers]
     assert within.tolist() == [number % 3 for number in numbers]
+
+
+def test_records_of_a_window_lie_behind_the_ring() -> None:
+    cut = Cut.fewest_blocks(20, 32, 128, 6, FP32, BF16, BLOCK, window=4)
+    assert (cut.R, cut.pieces, cut.records, cut.flags, cut.blocks(20)) == (6, 2, 2, 4, 99)
+    assert cut.unit_bytes == cut.state_bytes + cut.ring_bytes + 2 * 3 * 128 * 4
+    assert min(c.unit_bytes for c in Cut.possible(32, 128, 6, FP32, BF16, window=4)) < cut.unit_bytes
+    assert {c.R for c in Cut.possible(32, 128, 6, FP32, BF16)} == {6}

@@ -8,17 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from kda_case import (
-    SICK_INPUTS,
     TOLERANCE,
     Tolerance,
     check_no_sequence,
     check_prefill,
-    check_prefill_flags,
     copied,
     prefill_rows,
     relative_error,
     same_bits,
 )
+from sick_case import SICK_INPUTS, check_prefill_flags
 from triton_case import (
     DEVICE,
     DTYPES,

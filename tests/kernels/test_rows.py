@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from triton_case import DEVICE
 
-from kimi_vllm.kernels.contract import DecodeRows
-from kimi_vllm.kernels.cuda.rows import step_rows
+from kimi_vllm.kernels.contract import DecodeRows, WindowRows
+from kimi_vllm.kernels.cuda.rows import step_rows, window_rows
 
 pytestmark = pytest.mark.triton
 
@@ -71,3 +73,101 @@ def test_rows_of_a_wider_table():
     wide = torch.arange(40, dtype=torch.int32).reshape(2, 20)
     read, write, *_ = run([130, 3], [], wide[:, :5])
     assert (read[:2].tolist(), write[:2].tolist()) == ([2, 20], [2, 20])
+
+
+WINDOW = 4
+
+
+def expected_windows(table, lengths, query, num_windows, base):
+    """Row by row in Python: window rows, prefill rows and the new `base`."""
+    slot_at = partial(expected_slot, num_slots=len(base))
+    base, before, windows, prefills = base.tolist(), base.tolist(), [], []
+    starts = [0]
+    for row, (end, new) in enumerate(zip(lengths, query, strict=True)):
+        starts.append(starts[-1] + new)
+        context = end - new
+        read = slot_at(table[row], context - 1) if new else 0
+        fold = min(max(context - before[read], 0), WINDOW) if read else 0
+        if row >= num_windows:
+            prefills.append((starts[row] - starts[num_windows], context, fold))
+            for entry in range(context // 64, (end - 1) // 64 + 1 if new else 0):
+                if slot := slot_at(table[row], entry * 64):
+                    base[slot] = min((entry + 1) * 64, end)
+            continue
+        if not new or not end:
+            windows.append((0, 0, 0, 0, 0))
+            continue
+        write, last = (slot_at(table[row], at) for at in (context, end - 1))
+        windows.append((context, read, write, last if last != write else 0, fold))
+        for slot in {write, last} - {0}:
+            base[slot] = context
+    return starts, windows, prefills, base
+
+
+def check_window_rows(table, lengths, query, num_windows, base):
+    """Compare with Python; all buffers are longer than the step."""
+    most, num_prefills = len(lengths) + 2, len(lengths) - num_windows
+    ints = torch.full((8, most), -7, dtype=torch.int32, device=DEVICE)
+    position = torch.full((most,), -7, dtype=torch.int64, device=DEVICE)
+    rows = WindowRows(ints[0], position, *ints[1:5])
+    starts = torch.tensor([0, *query], device=DEVICE).cumsum(0).int()
+    seq_lens, ours = torch.tensor(lengths, dtype=torch.int32, device=DEVICE), base.to(DEVICE, copy=True)
+    window_rows(table.to(DEVICE), seq_lens, starts, num_windows, 64, WINDOW, ours, rows, *ints[5:])
+    expected_starts, windows, prefills, expected_base = expected_windows(table, lengths, query, num_windows, base)
+    assert rows.cu_seqlens.tolist() == expected_starts[: num_windows + 1] + [-7] * (most - num_windows - 1)
+    columns = (position, rows.read_slot, rows.write_slot, rows.second_slot, rows.num_fold)
+    found = list(zip(*(column[:num_windows].tolist() for column in columns), strict=True))
+    assert found == windows
+    assert all((column[num_windows:] == -7).all() for column in columns)
+    cu_seqlens, context_len, num_fold = ints[5:]
+    total = expected_starts[-1] - expected_starts[num_windows]
+    assert cu_seqlens[: num_prefills + 1].tolist() == [first for first, _, _ in prefills] + [total]
+    assert context_len[:num_prefills].tolist() == [context for _, context, _ in prefills]
+    assert num_fold[:num_prefills].tolist() == [fold for _, _, fold in prefills]
+    assert all((late[num_prefills + 1 :] == -7).all() for late in (cu_seqlens, context_len, num_fold))
+    assert ours.tolist() == expected_base
+
+
+def busy_tables(count, width, generator):
+    """Slots that no other row has, and some entries of none; as many of them as the rows need."""
+    slots = torch.randperm(count * width, generator=generator).view(count, width).int() + 1
+    return torch.where(torch.rand(count, width, generator=generator) < 0.2, 0, slots)
+
+
+@pytest.mark.parametrize(("num_windows", "num_prefills"), [(1, 0), (3, 2), (127, 1), (129, 0), (0, 2)])
+def test_windows_find_their_slots_and_how_far_these_lag(num_windows, num_prefills):
+    generator = torch.Generator().manual_seed(num_windows)
+    count, width = num_windows + num_prefills, 6
+    table = busy_tables(count, width, generator)
+    slots = count * width - 2  # the last two are outside
+    query = torch.randint(0, WINDOW + 1, (num_windows,), generator=generator).tolist()
+    query += torch.randint(5, 200, (num_prefills,), generator=generator).tolist()
+    # Lengths around a boundary, so that windows begin and end on either side of it.
+    contexts = torch.randint(58, 70, (count,), generator=generator).tolist()
+    lengths = [context + new for context, new in zip(contexts, query, strict=True)]
+    base = torch.full((slots,), -100, dtype=torch.int64)
+    for row, context in zip(table, contexts, strict=True):
+        read = expected_slot(row, context - 1, num_slots=slots)
+        base[read] = context - int(torch.randint(0, WINDOW + 1, (), generator=generator))
+    check_window_rows(table, lengths, query, num_windows, base)
+
+
+def test_padded_windows_touch_nothing():
+    table = torch.full((4, 3), 5, dtype=torch.int32)
+    table[0] = torch.tensor([1, 2, 3])
+    # A window that runs in its block's last token, a row of no tokens, and two of no length.
+    check_window_rows(table, [64, 70, 0, 0], [1, 0, 0, 3], 4, torch.arange(50).long())
+
+
+def test_a_fresh_row_reads_nothing_and_an_impossible_lag_is_cut():
+    table = torch.arange(1, 13, dtype=torch.int32).view(4, 3)
+    base = torch.zeros(50, dtype=torch.int64)
+    base[7], base[10] = 9000, 3  # after more than the row has, and far behind it
+    check_window_rows(table, [3, 67, 12, 70], [3, 3, 2, 65], 3, base)
+
+
+def test_a_slot_named_twice_keeps_the_later_state():
+    table = torch.tensor([[2, 2, 2, 3] + [4] * 200], dtype=torch.int32)
+    base = torch.full((50,), 10**12, dtype=torch.int64)
+    base[2] = 60
+    check_window_rows(table, [64 * 190 + 7], [64 * 190 - 55], 0, base)

@@ -17,7 +17,7 @@ from triton.runtime import JITFunction
 
 from kimi_vllm.kernels.bench.layer import scattered
 from kimi_vllm.kernels.contract import Pools
-from kimi_vllm.kernels.cuda import decode, launch, prefill
+from kimi_vllm.kernels.cuda import decode, launch, prefill, verify
 from kimi_vllm.kernels.cuda.math import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -51,11 +51,12 @@ def triton_case(
     kernels = SimpleNamespace(
         kda_decode=partial(decode.kda_decode, config=decode_config),
         kda_prefill=partial(prefill.kda_prefill, exact=exact, config=prefill_config),
+        kda_verify=partial(verify.kda_verify, config=decode_config),
     )
     case = Case(T, H, D, device=DEVICE, kernels=kernels, **options)
     if conv_dtype is not None:
         conv, state = case.pools.dense()
-        case.pools = scattered(conv.to(conv_dtype), state, pieces=case.pieces)
+        case.pools = scattered(conv.to(conv_dtype), state, pieces=case.pieces, window=case.window)
     return case
 
 

@@ -31,7 +31,7 @@ def small_layer() -> kda.KimiDeltaAttention:
     layer.o_norm.weight, layer.norm_eps = nn.Parameter(torch.ones(D), requires_grad=False), 1e-5
     layer.weights = Weights(layer.conv_weight, layer.A_log, layer.dt_bias, layer.o_norm.weight, layer.norm_eps)
     pools = scattered(torch.zeros(SLOTS, 8, 3 * H * D), torch.zeros(SLOTS, H, D, D))
-    pools = replace(pools, nonfinite=torch.zeros(SLOTS, dtype=torch.int32))
+    pools = replace(pools, nonfinite=torch.zeros(SLOTS, 1, dtype=torch.int32))
     layer.home, layer.layer = SimpleNamespace(pool=SimpleNamespace(layers=[pools])), 0
     layer.backend = load_backend("cpu")
     layer.metadata_name, layer.block_size, layer.max_num_seqs = "rows", 64, 4
@@ -90,7 +90,7 @@ def test_torch_compile_sees_one_graph(layer, backend: str) -> None:
     for ours, gold in zip((result, *layer.pools.dense()), (expected, *pools), strict=True):
         torch.testing.assert_close(ours, gold, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(layer.pools.nonfinite, flags)
-    assert flags.nonzero().flatten().tolist() == ([] if get_forward_context().attn_metadata is None else [1])
+    assert flags.flatten().nonzero().flatten().tolist() == ([] if get_forward_context().attn_metadata is None else [1])
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda"])

@@ -14,13 +14,14 @@ HEADS, RANK, NOPE, ROPE, VALUE, BLOCK = 3, 20, 12, 4, 8, 16
 class Layer(LatentAttention):
     """The layer without a model around it."""
 
-    def __init__(self, num_blocks):
+    def __init__(self, num_blocks, drafts=False):
         torch.nn.Module.__init__(self)
         self.num_heads, self.rank, self.nope, self.value = HEADS, RANK, NOPE, VALUE
         self.latent_dim, self.scale = RANK + ROPE, (NOPE + ROPE) ** -0.5
         self.weight = torch.randn(HEADS * (NOPE + VALUE), RANK)
         self._kv_b_proj = [lambda latents: (latents @ self.weight.T, None)]
         self._expand = None
+        self._drafts = drafts
         self.kv_cache = torch.full((num_blocks, 1, BLOCK, RANK + ROPE), torch.nan)
 
 
@@ -35,7 +36,7 @@ def dense(layer, query, latents):
     return torch.einsum("hnt,thd->nhd", weights, expanded[..., NOPE:]).reshape(num_queries, -1)
 
 
-def run(layer, query_lens, seq_lens, latents, query, out, device="cpu"):
+def run(layer, query_lens, seq_lens, latents, query, out, device="cpu", window=1):
     """One step of requests whose pages are dealt out in a mixed-up order."""
     per_request = [-(-length // BLOCK) for length in seq_lens]
     order = torch.randperm(sum(per_request), generator=torch.Generator().manual_seed(1)) + 1
@@ -55,6 +56,7 @@ def run(layer, query_lens, seq_lens, latents, query, out, device="cpu"):
                 slots.append(page * BLOCK + offset)
     builder = object.__new__(LatentMetadataBuilder)
     builder.kv_cache_spec = type("Spec", (), {"block_size": BLOCK})
+    builder.reorder_batch_threshold = window
     builder.device = torch.device(device)  # decides how a step is told; the tensors are on the CPU
     step = builder.build(
         0,
@@ -109,10 +111,12 @@ def test_padded_rows_of_a_graph_write_to_the_null_page_and_give_zeros():
         ([1, 1, 1, 1], [1, 17, 160, 33]),
         ([1, 70, 2, 33], [40, 70, 50, 133]),
         ([64, 130], [64, 400]),
+        ([4, 1, 3, 2, 4], [40, 17, 160, 2, 33]),
+        ([1, 4, 33, 2], [160, 35, 133, 40]),
     ],
-    ids=["decodes", "mixed", "prefills"],
+    ids=["decodes", "mixed", "prefills", "windows", "windows-mixed"],
 )
-def test_equals_dense_attention_over_dirty_pages(query_lens, seq_lens, tile, flash, monkeypatch):
+def test_equals_dense_attention_over_dirty_pages(query_lens, seq_lens, tile, flash, monkeypatch, request):
     monkeypatch.setattr(mla_latent, "TILE_ELEMENTS", tile)
     if not flash:  # as on GPUs
         monkeypatch.setattr(mla_latent, "FLASH_DEVICES", ())
@@ -122,7 +126,7 @@ def test_equals_dense_attention_over_dirty_pages(query_lens, seq_lens, tile, fla
     num_tokens, padding = sum(query_lens), 2
     query = torch.randn(num_tokens + padding, HEADS * (NOPE + ROPE))
     out = torch.full((num_tokens + padding, HEADS * VALUE), torch.nan)
-    run(layer, query_lens, seq_lens, latents, query, out)
+    run(layer, query_lens, seq_lens, latents, query, out, window=4 if "windows" in request.node.callspec.id else 1)
     first = 0
     for row, count in enumerate(query_lens):
         expected = dense(layer, query[first : first + count], latents[row])
@@ -138,3 +142,16 @@ def test_running_softmax_equals_softmax():
     for first in range(0, 50, 13):
         running.add(scores[..., first : first + 13], values[:, first : first + 13])
     torch.testing.assert_close(running.result(), scores.softmax(-1) @ values)
+
+
+def test_a_draft_that_is_not_finite_spoils_its_own_row_only():
+    torch.manual_seed(0)
+    layer = Layer(6, drafts=True)
+    latents = [torch.randn(20, RANK + ROPE)]
+    query = torch.randn(4, HEADS * (NOPE + ROPE))
+    expected = dense(layer, query[:2], latents[0][:18])
+    latents[0][18] = torch.nan
+    latents[0][19, 3] = torch.inf
+    out = torch.full((4, HEADS * VALUE), torch.nan)
+    run(layer, [4], [20], latents, query, out, window=4)
+    torch.testing.assert_close(out[:2], expected, rtol=1e-4, atol=1e-5)

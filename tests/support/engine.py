@@ -14,9 +14,14 @@ from serve.common import engine as common
 from serve.common.paths import RECALL as RECALL
 from support.memory import Watch
 
-STATE_BLOCKS = 8
+DRAFTS = int(os.environ.get("KIMI_TEST_DRAFTS", "0"))
+"""Tokens that every engine drafts, except those called `PLAIN`."""
+
+STATE_BLOCKS = 10 if DRAFTS == 3 else 8
 """Blocks of 64 tokens that a state of the recall model takes, in float32 on a CPU."""
 
+PLAIN = "plain"
+"""Name of an engine that others are compared with."""
 
 BLOCKS = 1000
 """Blocks of an engine in tests, unless it is told otherwise."""
@@ -80,8 +85,11 @@ def engines(checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -
 
     A test that takes ``VLLM_CPU_KVCACHE_SPACE`` out of the environment gets what the plugin asks vLLM for.
     """
-    little = {"num_gpu_blocks_override": BLOCKS} if "VLLM_CPU_KVCACHE_SPACE" in os.environ else {}
-    configurations = {name: little | options for name, options in configurations.items()}
+    little: dict[str, Any] = {"num_gpu_blocks_override": BLOCKS} if "VLLM_CPU_KVCACHE_SPACE" in os.environ else {}
+    drafts = {"speculative_config": ngram(DRAFTS)} if DRAFTS else {}
+    configurations = {
+        name: little | (drafts if name != PLAIN else {}) | options for name, options in configurations.items()
+    }
     with common.engines(Engine, checkpoint, configurations) as started:
         yield started
 
@@ -106,6 +114,11 @@ def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> li
     """Prompts of random tokens, specials excluded."""
     rng = random.Random(seed)
     return [[rng.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
+
+
+def ngram(drafts: int) -> dict[str, Any]:
+    """Speculation at every step: most drafts of random tokens are wrong, and most of periodic answers right."""
+    return {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 4}
 
 
 def poison(pool: Any, slots: Sequence[int]) -> None:

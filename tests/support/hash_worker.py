@@ -118,7 +118,7 @@ class HashWorker:
         result = ModelRunnerOutput(
             req_ids=list(spans), req_id_to_index={name: i for i, name in enumerate(spans)}, sampled_token_ids=sampled
         )
-        if sick := sorted(slot for slot in writers if self.slot(slot) == SICK):
+        if sick := sorted((slot, 0) for slot in writers if self.slot(slot) == SICK):
             setattr(result, NONFINITE, sick)
         return result
 

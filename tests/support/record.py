@@ -21,6 +21,7 @@ FEATURES = (
     "FP8",
     "4 bits",
     "FP8 latents",
+    "n-gram drafts",
     "TP 2",
     "EP 2",
     "PP 2",
