@@ -56,7 +56,7 @@ docs: $(VENV) ## write the tables of README.md and docs/ anew from results, opti
 
 compat: $(VENV) ## vLLM 0.33, which is built for GPUs only: the names we use, and the unit tests on its Python sources (340 MB, once)
 	.venv/bin/python requirements/compat.py && sources=$$(.venv/bin/python requirements/compat.py --where) && \
-	PYTHONPATH=$$sources $(PYTEST) -m "not gpu and not triton and not slow" --ignore tests/kernels --ignore tests/synthetic --ignore tests/docs --ignore tests/serve --ignore tests/test_demo.py \
+	PYTHONPATH=$$sources $(PYTEST) -m "not gpu and not triton and not slow" --ignore tests/kernels --ignore tests/bench --ignore tests/synthetic --ignore tests/docs --ignore tests/serve --ignore tests/test_demo.py \
 	--ignore tests/cli/test_inspection.py --ignore tests/test_recall_checkpoint.py --ignore tests/test_compat.py
 
 clean: ## remove what can be made again, .venv too
