@@ -173,6 +173,18 @@ def versus_transformers() -> str:
     return table([what, "tokens/s", "kimi-vllm is faster by"], cells)
 
 
+def drafts() -> str:
+    """N-gram drafts on a CPU, where answers repeat themselves and where they do not."""
+    rows = json.loads((ENGINE / "drafts-2core.json").read_text())["rows"]
+    cells = []
+    for row in rows:
+        rate = sorted(row["tokens_per_second"])[len(row["tokens_per_second"]) // 2]
+        gain = f"{row['ratio']:.2f}×" if row["drafts"] else NONE
+        accepted = f"{row['accepted_per_window']:.2f}" if row["drafts"] else NONE
+        cells.append([row["answers"], f"{row['requests']}", f"{row['drafts']}", f"{rate:,.0f}", gain, accepted])
+    return table(["answers", "requests at once", "drafts", "tokens/s", "to no drafts", "accepted per window"], cells)
+
+
 _TRACES = {"chat": "chat, 32 users", "agent": "branching agents", "rag": "questions about documents"}
 
 
