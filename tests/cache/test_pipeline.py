@@ -22,6 +22,7 @@ def stage_specs(config, geometry, stage, stages, host_memory_gib):
     options = {"kimi": {"host_memory_gib": host_memory_gib}}
     attention = SimpleNamespace(get_kv_cache_spec=lambda _: attention_spec(config, 64))
     worker = SimpleNamespace(
+        num_speculative_tokens=0,
         device_config=SimpleNamespace(device=torch.device("cpu")),
         additional_config=options,
         parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=stages),
