@@ -65,6 +65,7 @@ def _additional(name: str) -> Callable[[VllmConfig], bool]:
 _MAMBA_UNSET = (None, "none", "auto")
 
 REFUSALS = (
+    Refusal("--diffusion-config", _set("diffusion_config")),
     Refusal(
         "--speculative-config",
         lambda config: config.speculative_config and not current_platform.is_cpu(),
@@ -73,20 +74,19 @@ REFUSALS = (
     Refusal(
         "--speculative-config (method)",
         lambda config: config.speculative_config and config.speculative_config.method not in DRAFTS,
-        "a draft model or a head needs cache groups beside ours.",
+        "no other method has run; a draft model or a head would need cache groups beside ours.",
         f"Drop the option, or use one of the methods {', '.join(DRAFTS)}.",
     ),
     Refusal(
         "--speculative-config (num_speculative_tokens)",
         lambda config: window_of(config) > min(MAX_WINDOW, config.cache_config.block_size),
-        f"a step verifies at most {MAX_WINDOW} tokens of a request, drafts included.",
-        f"Drop the option, or use at most {MAX_WINDOW - 1}.",
+        f"a step verifies at most {MAX_WINDOW} tokens of a request, drafts included, and no more than a block has.",
+        f"Drop the option, use at most {MAX_WINDOW - 1}, or raise --block-size.",
     ),
     Refusal(
         "--speculative-config with --pipeline-parallel-size",
         lambda config: config.speculative_config and config.parallel_config.pipeline_parallel_size > 1,
     ),
-    Refusal("--diffusion-config", _set("diffusion_config")),
     Refusal("--enable-lora", _set("lora_config")),
     # A prompt is cut into chunks where other requests leave room, and another cut is another rounding.
     Refusal("VLLM_BATCH_INVARIANT=1", lambda config: envs.VLLM_BATCH_INVARIANT),

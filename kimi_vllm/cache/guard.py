@@ -38,5 +38,7 @@ def take_flags(flags: Tensor) -> Callable[[], list[Sick]]:
 
 
 def _first_tokens(flags: Tensor) -> list[Sick]:
+    if not flags.any():
+        return []
     slots = flags.any(1).nonzero()[:, 0]
     return list(zip(slots.tolist(), flags[slots].ne(0).int().argmax(1).tolist(), strict=True))

@@ -166,7 +166,8 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
             boundary = torch.arange(1, slots.shape[1] + 1) * self.block_size
             stop = torch.minimum(boundary, end[late, None])
             written = (slots > 0) & (boundary > context[late, None]) & (boundary - self.block_size < end[late, None])
-            base[slots[written].long()] = stop[written]
+            # A slot that went along is named twice, and its later state counts.
+            base.scatter_reduce_(0, slots[written].long(), stop[written], "amax", include_self=False)
         return KDAMetadata(num_window_tokens, step.num_actual_tokens, None, prefill, windows)
 
     def _decode_rows(self, table: Tensor, seq_lens: Tensor) -> DecodeRows:

@@ -120,7 +120,8 @@ class StatePool:
     def _copy(self, source: int, target: int) -> None:
         base, before = self._base(source)
         kept, after = self._base(target)
-        kept[after : after + 1].copy_(base[before : before + 1], non_blocking=True)
+        if self.layout.cut.window:
+            kept[after : after + 1].copy_(base[before : before + 1], non_blocking=True)
         state = self.host[before] if source >= self.num_slots else self.memory[self._blocks(source)]
         if target >= self.num_slots:
             self.host[after].copy_(state, non_blocking=True)

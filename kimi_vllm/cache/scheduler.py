@@ -52,6 +52,8 @@ class _StateScheduling:
     prev_step_scheduled_req_ids: set[str]
     _free_request_blocks: Any
     deferred_frees: deque[tuple[int, list[KVCacheBlock]]]
+    num_spec_tokens: int
+    dynamic_sd_lookup: list[int] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -64,6 +66,10 @@ class _StateScheduling:
         self.arena = install(self.kv_cache_manager, pages.kv_cache_group_id)
         self._states.share(self.arena)
         self._states.scheduling = False
+        if self._states.kv_cache_spec.window and self.dynamic_sd_lookup is None:
+            # Without a schedule by batch size, vLLM fills a prompt of one token up with drafts of -1, for CUDA graphs,
+            # and orders it as what it is: behind longer prompts, where all tokens count.
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.vllm_config.scheduler_config.max_num_seqs + 1)
         spec = self._states.kv_cache_spec
         # A page is one MLA layer's, a block all of theirs.
         layers = self.kv_cache_config.kv_cache_groups[self._states.kv_cache_group_id].layer_names
@@ -178,10 +184,13 @@ class _StateScheduling:
 
         The latter gets more input while steps are in flight.
         """
-        if self._states.kv_cache_spec.window and not request.resumable:
-            # vLLM publishes when it schedules, and no step follows. Drafts beyond an answer's end may have counted.
-            known = min(request.num_computed_tokens, request.num_tokens)
-            self.kv_cache_manager.cache_blocks(request, known)
+        if self._states.kv_cache_spec.window:
+            # Drafts beyond an answer's end may have counted.
+            if request.resumable:
+                request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+            else:  # vLLM publishes when it schedules, and no step follows
+                known = min(request.num_computed_tokens, request.num_tokens)
+                self.kv_cache_manager.cache_blocks(request, known)
         if request.resumable and request.num_in_flight_tokens:
             self._overrun.add(request)
             for _, step in self._steps:

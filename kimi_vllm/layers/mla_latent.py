@@ -127,8 +127,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             self.kv_cache[step.fresh_blocks] = 0
         latent = latent[:num_tokens]
         if self._drafts:
-            # A draft may be NaN, be rejected, and be multiplied by 0 all the same by tokens before it. If it is
-            # accepted, the guard of the states has seen it.
+            # A draft may be NaN, be rejected, and be multiplied by 0 all the same by tokens before it. Of an accepted
+            # one the states are NaN as well, which ends the request.
             latent = latent.nan_to_num(0, 0, 0)
         self.kv_cache[step.blocks, 0, step.offsets] = latent
         query = query.view(-1, self.num_heads, self.nope + self.latent_dim - self.rank)
@@ -190,9 +190,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         if step.windows is not None:
             # All tokens of a row at once: the latents are gathered once for them.
             query = query[step.windows[0]].flatten(1, 2)  # [N, t·H, R + rope]
-            bias = bias.repeat_interleave(self.num_heads, dim=1)
         rows, per_row = query.shape[:2]
-        tile = self._tile(rows * self.latent_dim) // self._block_size
+        tile = self._tile(rows * max(self.latent_dim, per_row)) // self._block_size
         num_blocks = step.decode_tables.shape[1]
         if num_blocks <= tile:
             scores, values = self._decode_tile(query, step.decode_tables, bias)
@@ -217,6 +216,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     def _decode_tile(self, query: Tensor, tables: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``[N, H, t]`` of absorbed queries against the latents in the given blocks, and their values."""
         latents = self.kv_cache[tables, 0].flatten(1, 2)
+        if bias.shape[1] > 1:  # tokens of a window
+            bias = bias.repeat_interleave(self.num_heads, dim=1)
         if query.dtype == torch.float32:
             scores = torch.baddbmm(bias, query, latents.transpose(1, 2), alpha=self.scale)
         else:

@@ -151,7 +151,8 @@ def _windows(lengths: Tensor, starts: Tensor, num_tokens: int) -> tuple[Tensor, 
     token = torch.minimum(torch.arange(widest, device=starts.device), (counts - 1).clamp(min=0)[:, None])
     row = torch.repeat_interleave(counts, output_size=num_tokens)
     places = row * widest + torch.arange(num_tokens, device=starts.device) - starts[row]
-    return lengths[:, None] - counts[:, None] + 1 + token, (starts[:-1, None] + token, places)
+    index = (starts[:-1, None] + token).clamp(max=num_tokens - 1)  # a padded row has no token
+    return lengths[:, None] - counts[:, None] + 1 + token, (index, places)
 
 
 class LatentBackend(OwnKernels, AttentionBackend):

@@ -8,7 +8,7 @@ from kimi_vllm.cache.pool import StatePool
 from kimi_vllm.kernels.cut import Cut
 
 LAYERS, H, D, R = 3, 2, 64, 4
-CUT = Cut(H, D, R, torch.float32, torch.float32, pieces=2, block_bytes=3 * 34 * 4 * D + 16 * 34 * 4)
+CUT = Cut(H, D, R, torch.float32, torch.float32, pieces=2, block_bytes=3 * 44 * 4 * D + 16 * 34 * 4, window=2)
 LAYOUT = StateLayout(CUT, LAYERS)
 B = 30
 

@@ -111,6 +111,28 @@ def test_answers_are_the_plain_ones(running, name):
         assert [done.cached for done in turns[1]] == [length // block * block for length in known]
 
 
+def test_a_prompt_of_one_token_beside_a_longer_hit(running):
+    """Left alone, vLLM fills it up with drafts of -1 and orders it behind the other, as a prompt of six tokens."""
+    from vllm import SamplingParams, TokensPrompt
+
+    trunk, first, more = random_prompts([40, 20, 30], 100, seed=8)
+    prompts = {"0": first, "1": [7], "2": trunk + more}
+    chosen = running["ample"]
+    chosen.complete([trunk])
+    parameters = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+    core, answers = chosen.llm.llm_engine, {}
+    for name, prompt in prompts.items():
+        core.add_request(name, TokensPrompt(prompt_token_ids=prompt), parameters)
+        if name == "0":
+            core.step()
+            core.step()
+    while core.has_unfinished_requests():
+        answers |= {done.request_id: list(done.outputs[0].token_ids) for done in core.step() if done.finished}
+    chosen.check_idle()
+    for name, prompt in prompts.items():
+        assert answers[name] == running[PLAIN].complete([prompt], max_tokens=40)[0].tokens, name
+
+
 def test_periodic_answers_take_fewer_steps(running):
     prompts = random_prompts([40, 50], 100, seed=5)
     steps = []
@@ -172,7 +194,7 @@ def test_an_accepted_draft_that_breaks_its_state_ends_its_request(sick_checkpoin
 
 
 def test_structured_answers():
-    """A grammar forbids drafts, which vLLM replaces by -1: windows of garbage are normal input."""
+    """A grammar cuts drafts off where it forbids them."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
