@@ -236,11 +236,12 @@ def flag_nonfinite(
     nonfinite: Int[Tensor, "S F"] | None,
     slot: int,
     outputs: Float[Tensor, "T H V"],
-    state: Float[Tensor, "H V K"],
+    state: Float[Tensor, "H V K"] | None,
     token: int = 0,
 ) -> None:
     """Set a flag of a slot whose state, or an output of this step on the way to it, is infinite or NaN."""
-    if nonfinite is not None and not (outputs.isfinite().all() and state.isfinite().all()):
+    finite = outputs.isfinite().all() and (state is None or state.isfinite().all())
+    if nonfinite is not None and not finite:
         nonfinite[slot, token] = 1
 
 
@@ -325,9 +326,8 @@ def kda_verify(x: Activations, weights: Weights, pools: Pools, rows: WindowRows,
         for slot in {write, second} - {NULL_SLOT}:
             stored = store_slot(pools, slot, p + length, before, kept)
             pools.store_records(slot, records)
-            flag_nonfinite(pools.nonfinite, slot, o[:1], stored)
-            for t in range(1, length):
-                flag_nonfinite(pools.nonfinite, slot, o[t : t + 1], stored, t)
+            for t in range(length):
+                flag_nonfinite(pools.nonfinite, slot, o[t : t + 1], None if t else stored, t)
         out[bounds[n] : bounds[n + 1]] = finish(o, tokens, weights)
 
 
