@@ -102,8 +102,8 @@ def test_a_checkpoint_larger_than_its_config_is_refused(overrides, message):
             "kimi.state_dtype: on CPUs states are float32, not torch.bfloat16",
         ),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-            "--speculative-config: kimi-vllm does not support it",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 16, "prompt_lookup_max": 3}},
+            "--speculative-config .num_speculative_tokens.: a step verifies at most 16 tokens of a request",
         ),
         ({"enable_lora": True}, "--enable-lora: kimi-vllm does not support it|does not support LoRA"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
