@@ -72,7 +72,7 @@ def check_windows(x: Activations, weights: Weights, pools: Pools, rows: WindowRo
 
 
 def _check_layer(x: Activations, weights: Weights, pools: Pools, out: Tensor) -> None:
-    """Check what both operations share."""
+    """Check what all operations share."""
     cut, S = pools.cut, pools.pages.shape[0]
     H, D, R = cut.H, cut.D, cut.R
     if D not in HEAD_SIZES:

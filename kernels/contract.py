@@ -305,8 +305,8 @@ class KdaVerify(Protocol):
     def __call__(self, x: Activations, weights: Weights, pools: Pools, rows: WindowRows, out: Tensor) -> None:
         """Run every row over its window, and keep what each of its tokens does to the state beside the state.
 
-        The state that is written is the one *before* the window. With float32 states and activations the output of a
-        token, and the state after the tokens that count, are bit by bit those of as many decode steps.
+        The state that is written is the one *before* the window. On CPUs the output of a token, and the state after
+        the tokens that count, are bit by bit those of as many decode steps.
 
         Args:
             x: the packed tokens.

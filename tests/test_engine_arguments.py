@@ -17,6 +17,7 @@ from vllm.config import AttentionConfig, CompilationConfig, KernelConfig, KVEven
 from vllm.config.aux_output import AuxOutputConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
+from kimi_vllm import refusals
 from kimi_vllm._vllm import installed_vllm
 from kimi_vllm.refusals import OUR_OPERATIONS, REFUSALS, refuse_unserved
 
@@ -336,3 +337,26 @@ def test_pipeline_stages_are_for_cpus_only(create, monkeypatch):
 def test_each_refusal_has_one_name():
     options = [refusal.option for refusal in REFUSALS]
     assert len(options) == len(set(options))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "method", "stages", "block", "refused"),
+    [
+        (True, "ngram", 1, 64, []),
+        (False, "ngram", 1, 64, ["--speculative-config"]),
+        (True, "suffix", 1, 64, ["--speculative-config (method)"]),
+        (True, "ngram", 2, 64, ["--speculative-config with --pipeline-parallel-size"]),
+        (True, "ngram", 1, 2, ["--speculative-config (num_speculative_tokens)"]),
+    ],
+    ids=["served", "gpu", "method", "stages", "small-blocks"],
+)
+def test_drafts_that_have_not_run_are_refused(cpu, method, stages, block, refused, monkeypatch):
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(method=method),
+        num_speculative_tokens=3,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        cache_config=SimpleNamespace(block_size=block),
+    )
+    about = [each for each in REFUSALS if each.option.startswith("--speculative-config")]
+    assert [each.option for each in about if each.asked(config)] == refused
