@@ -16,8 +16,8 @@ from kimi_vllm import ARCHITECTURE
 from kimi_vllm.cache.window import window_of
 from kimi_vllm.kernels.contract import MAX_WINDOW
 
-DRAFTS = ("ngram",)
-"""Methods of speculative decoding that have run."""
+DRAFTS, GPU_DRAFTS = ("ngram",), ("ngram", "ngram_gpu")
+"""Methods of speculative decoding that have run, on CPUs and on GPUs."""
 
 OUR_OPERATIONS = ("vllm::kimi_delta_attention", "vllm::kimi_latent_attention")
 """The operators at which vLLM's compiler must split graphs, as at its own attention."""
@@ -62,20 +62,30 @@ def _additional(name: str) -> Callable[[VllmConfig], bool]:
     return lambda config: isinstance(config.additional_config, dict) and name in config.additional_config
 
 
+def _drafts() -> tuple[str, ...]:
+    return DRAFTS if current_platform.is_cpu() else GPU_DRAFTS
+
+
 _MAMBA_UNSET = (None, "none", "auto")
 
 REFUSALS = (
     Refusal("--diffusion-config", _set("diffusion_config")),
     Refusal(
-        "--speculative-config",
-        lambda config: config.speculative_config and not current_platform.is_cpu(),
-        "windows of drafts have run on CPUs only.",
+        "--speculative-config (method)",
+        lambda config: config.speculative_config and config.speculative_config.method not in _drafts(),
+        "no other method has run; a draft model or a head would need cache groups beside ours.",
+        f"Drop the option, or use {' or '.join(DRAFTS)}, on GPUs {' or '.join(GPU_DRAFTS)}.",
     ),
     Refusal(
-        "--speculative-config (method)",
-        lambda config: config.speculative_config and config.speculative_config.method not in DRAFTS,
-        "no other method has run; a draft model or a head would need cache groups beside ours.",
-        f"Drop the option, or use one of the methods {', '.join(DRAFTS)}.",
+        "--speculative-config (ngram_gpu) with VLLM_USE_V2_MODEL_RUNNER=0",
+        lambda config: (
+            not current_platform.is_cpu()
+            and config.speculative_config
+            and config.speculative_config.method == "ngram_gpu"
+            and not config.use_v2_model_runner
+        ),
+        "the first model runner changes what was scheduled behind the scheduler's back.",
+        "Drop the variable, or use ngram.",
     ),
     Refusal(
         "--speculative-config (num_speculative_tokens)",
@@ -110,7 +120,13 @@ REFUSALS = (
     Refusal("--mamba-cache-mode", _set("cache_config.mamba_cache_mode", *_MAMBA_UNSET), _OTHER_CACHE, _DTYPE),
     Refusal("--mamba-block-size", _set("cache_config.mamba_block_size", *_MAMBA_UNSET), _OTHER_CACHE, _DTYPE),
     Refusal("--mamba-cache-dtype", _set("cache_config.mamba_cache_dtype", *_MAMBA_UNSET), _OTHER_CACHE, _DTYPE),
-    Refusal("--mamba-ssm-cache-dtype", _set("cache_config.mamba_ssm_cache_dtype", *_MAMBA_UNSET), _OTHER_CACHE, _DTYPE),
+    Refusal(
+        "--mamba-ssm-cache-dtype",
+        # On CPUs with AVX512-BF16 vLLM itself sets float32, which is what states are in anyway.
+        _set("cache_config.mamba_ssm_cache_dtype", *_MAMBA_UNSET, "float32"),
+        _OTHER_CACHE,
+        _DTYPE,
+    ),
     Refusal("--use-replayssm", _set("cache_config.use_replayssm"), _OTHER_CACHE),
     Refusal(
         "--enable-mamba-shared-prefix-checkpoint",

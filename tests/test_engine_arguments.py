@@ -154,7 +154,7 @@ ASKS_FOR = {
     "mamba_cache_dtype": "float32",
     "mamba_cache_mode": "align",
     "mamba_cache_philox_rounds": 3,
-    "mamba_ssm_cache_dtype": "float32",
+    "mamba_ssm_cache_dtype": "bfloat16",
     "mamba_ssu_algorithm": {"mamba_backend": "flashinfer", "mamba_ssu_algorithm": "simple"},
     "offload_group_size": 2,
     "prefill_context_parallel_size": 2,
@@ -295,6 +295,10 @@ def test_what_vllm_checks_first_is_refused_where_it_passes(name, create, monkeyp
         refuse_unserved(config)
 
 
+def test_float32_which_vllm_sets_itself_on_some_cpus_is_no_request(create):
+    refuse_unserved(create(mamba_ssm_cache_dtype="float32"))
+
+
 def test_a_match_unit_of_one_block_is_what_states_have(create):
     assert create(prefix_match_unit=64).cache_config.prefix_match_unit == 64
 
@@ -343,18 +347,28 @@ def test_each_refusal_has_one_name():
     ("cpu", "method", "stages", "block", "refused"),
     [
         (True, "ngram", 1, 64, []),
-        (False, "ngram", 1, 64, ["--speculative-config"]),
+        (False, "ngram", 1, 64, []),
+        (False, "ngram_gpu", 1, 64, []),
+        (
+            False,
+            "ngram_gpu of the first runner",
+            1,
+            64,
+            ["--speculative-config (ngram_gpu) with VLLM_USE_V2_MODEL_RUNNER=0"],
+        ),
+        (True, "ngram_gpu", 1, 64, ["--speculative-config (method)"]),
         (True, "suffix", 1, 64, ["--speculative-config (method)"]),
         (True, "ngram", 2, 64, ["--speculative-config with --pipeline-parallel-size"]),
         (True, "ngram", 1, 2, ["--speculative-config (num_speculative_tokens)"]),
     ],
-    ids=["served", "gpu", "method", "stages", "small-blocks"],
+    ids=["served", "gpu", "on-device", "first-runner", "not-on-cpus", "method", "stages", "small-blocks"],
 )
 def test_drafts_that_have_not_run_are_refused(cpu, method, stages, block, refused, monkeypatch):
     monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
     config = SimpleNamespace(
-        speculative_config=SimpleNamespace(method=method),
+        speculative_config=SimpleNamespace(method=method.split()[0]),
         num_speculative_tokens=3,
+        use_v2_model_runner=not cpu and "first" not in method,
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
         cache_config=SimpleNamespace(block_size=block),
     )

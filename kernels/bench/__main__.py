@@ -74,6 +74,35 @@ def cuda(
 
 
 @app.command()
+def windows(
+    heads: Annotated[list[int], typer.Option(help="Heads of a layer; repeat for several.")] = [32],  # noqa: B006
+    drafts: Annotated[list[int], typer.Option(help="Drafts of a window; repeat for several.")] = [3, 5],  # noqa: B006
+    states: Annotated[list[str], typer.Option(help="State: fp32, bf16, fp16.")] = ["fp32", "bf16"],  # noqa: B006
+    batches: Annotated[list[int], typer.Option(help="Sequences; repeat for several.")] = [1, 8, 64, 256],  # noqa: B006
+    search: Annotated[bool, typer.Option(help="Try many launch parameters instead of the table's.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Append one JSON line per row to this file.")] = None,
+) -> None:
+    """Time windows of drafts against decode steps of one token, and against vLLM's layer where it is installed."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("no CUDA device here; these kernels are for CUDA only")
+    from kimi_vllm.kernels.bench import cuda as cuda_bench
+    from kimi_vllm.kernels.bench import gpu
+    from kimi_vllm.kernels.bench import windows as bench
+
+    if unknown := sorted(set(states) - set(cuda_bench.DTYPES)):
+        raise typer.BadParameter(f"--states is {unknown[0]}; it must be one of {', '.join(cuda_bench.DTYPES)}")
+    missing = cuda_bench.missing_peers()
+    found = (
+        row
+        for H in heads
+        for count in drafts
+        for state in states
+        for row in bench.window_rows(H, 128, count, state, batches, cuda_bench.IN_TREE not in missing, search)
+    )
+    _take(found, gpu.environment(), bench.report, json)
+
+
+@app.command()
 def products(
     tokens: Annotated[list[int], typer.Option(help="Rows of the activations; repeat for several.")] = [1, 2, 4, 8],  # noqa: B006
     search: Annotated[bool, typer.Option(help="Try many launch parameters instead of the table's.")] = False,

@@ -4,9 +4,9 @@ Each peer takes the layer that our own kernels get, lays pools and weights out a
 one step per call, in place, so that a step can be captured into a CUDA graph. The first step on a sequence
 is the one to compare with the spec; later ones go on from the state it left, at an unchanged position.
 
-`InTree*` repeats `KimiGatedDeltaNetAttention._forward` of vLLM 0.32.0 for Kimi-Linear-48B without speculative
-decoding, launch by launch; the projections around it are not part of any peer. In-tree rounds the output
-norm's weight to the model's dtype, and keeps the recurrent state in float32 whatever ours is.
+`InTree*` repeats `KimiGatedDeltaNetAttention._forward` of vLLM 0.32.0 for Kimi-Linear-48B, launch by launch; the
+projections around it are not part of any peer. In-tree rounds the output norm's weight to the model's dtype, and
+keeps the recurrent state in float32 whatever ours is.
 
 Neither package is imported before a peer is asked for: `unavailable` says why one cannot run here.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from kimi_vllm.kernels.bench.layer import Layer
 
 
-def unavailable(peer: type[InTreeDecode | InTreePrefill | FlaDecode | FlaPrefill]) -> str | None:
+def unavailable(peer: type[InTreeDecode | InTreeWindows | InTreePrefill | FlaDecode | FlaPrefill]) -> str | None:
     """Return why `peer` cannot run here, or None if its package imports with Triton enabled."""
     try:
         peer.load()
@@ -44,6 +44,7 @@ def _load_vllm() -> SimpleNamespace:
         compute_causal_conv1d_metadata=import_module("vllm.v1.attention.backends.utils").compute_causal_conv1d_metadata,
         gather_initial_states=gather.gather_initial_states,
         chunk_kda_with_fused_gate=kda.chunk_kda_with_fused_gate,
+        fused_recurrent_kda=kda.fused_recurrent_kda,
         fused_recurrent_kda_packed_decode=kda.fused_recurrent_kda_packed_decode,
         rms_norm_gated=import_module("vllm.third_party.flash_linear_attention.ops.kda").rms_norm_gated,
     )
@@ -163,6 +164,73 @@ class InTreePrefill:
             metadata=self.metadata,
         )
         return mixed.transpose(0, 1)
+
+
+class InTreeWindows:
+    """vLLM's branch for drafts only: conv update, recurrence with a state for each token, gated norm; three launches.
+
+    Attributes:
+        conv_state: As in `InTreeDecode`, with a column more for each draft.
+        recurrent_state: The same, with the T states of slot s from row ``s·T`` on.
+
+    Args:
+        layer: Its activations have N windows of T tokens.
+        position: Tokens before each window, of which the last alone counts as the last step's.
+        window: T.
+    """
+
+    load = staticmethod(_load_vllm)
+
+    def __init__(self, layer: Layer, position: int, window: int) -> None:
+        self.kernels = self.load()
+        self.x, self.window = _in_tree_inputs(layer), window
+        ring, state = layer.pools.dense()
+        slots = torch.arange(len(ring), device=self.x.qkv.device)
+        history = _history(layer, ring, slots, torch.full_like(slots, position)).to(self.x.qkv.dtype)
+        history = torch.cat([history, history.new_zeros(len(ring), window - 1, history.shape[2])], dim=1)
+        self.conv_state, self.recurrent_state = _pages(
+            history.repeat_interleave(window, 0), state.repeat_interleave(window, 0)
+        )
+        N = len(self.x.qkv) // window
+        self.cu_seqlens = (torch.arange(N + 1, device=slots.device) * window).int()
+        self.accepted = torch.ones(N, dtype=torch.int32, device=slots.device)
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Return the rows ``[N, T]`` of the windows whose sequences live in `slots`."""
+        return (slots[:, None] * self.window + torch.arange(self.window, device=slots.device)).int()
+
+    def step(self, rows: Tensor, out: Tensor) -> None:
+        """Run every window; `out` is ``[N·T, H·V]``."""
+        x = self.x
+        H, D = x.out_gate.shape[1:]
+        qkv = self.kernels.causal_conv1d_update(
+            x.qkv,
+            self.conv_state.transpose(-1, -2),
+            x.conv_weight,
+            None,
+            activation="silu",
+            conv_state_indices=rows[:, 0],
+            num_accepted_tokens=self.accepted,
+            query_start_loc=self.cu_seqlens,
+            max_query_len=self.window,
+            validate_data=False,
+            out=torch.empty(x.qkv.shape, dtype=x.qkv.dtype, device=x.qkv.device),
+        )
+        q, k, v = (part.unflatten(-1, (H, D))[None] for part in qkv.split(H * D, dim=-1))
+        core = out.view(1, *x.out_gate.shape)
+        self.kernels.fused_recurrent_kda(
+            q=q,
+            k=k,
+            v=v,
+            **x.recurrence,
+            dt_bias=x.dt_bias,
+            initial_state=self.recurrent_state,
+            cu_seqlens=self.cu_seqlens,
+            ssm_state_indices=rows,
+            num_accepted_tokens=self.accepted,
+            out=core,
+        )
+        core.copy_(_gated_norm(self.kernels, x, core))
 
 
 class FlaDecode:

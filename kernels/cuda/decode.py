@@ -158,7 +158,7 @@ def _decode(
             o = tl.where(step_index == step, (o_rows + u * kq)[None, :], o)
 
         z_ptrs = out_gate_ptr + row * out_gate_stride + head * D + c
-        y, square = finish(tl.reshape(o, (D,)), z_ptrs, tl.load(norm_weight_ptr + c), norm_eps, D, act)
+        y, square = finish(tl.reshape(o, (D,)), tl.load(z_ptrs), tl.load(norm_weight_ptr + c), norm_eps, D, act)
         tl.store(out_ptrs, y)
         if nonfinite_ptr is not None:
             sick = (square < float("inf")) == 0

@@ -111,7 +111,8 @@ def extend(
         d_tile, q_tile, k_tile = fold(exp2(g), FOLD, D), fold(q, FOLD, D), fold(k, FOLD, D)
         state, e, o = decayed_products(state, d_tile, q_tile, k_tile)
         state, u = delta_rule(state, k_tile, e, mixed[2], b)
-        y, square = finish(o + u * kq, out_gate_ptr + row * out_gate_stride + head * D + c, weight, norm_eps, D, act)
+        z = tl.load(out_gate_ptr + row * out_gate_stride + head * D + c)
+        y, square = finish(o + u * kq, z, weight, norm_eps, D, act)
         finite = tl.where(square < float("inf"), finite, 0)
         tl.store(out_ptr + row * out_stride + head * D + c, y)
         stop = position + 1

@@ -27,7 +27,7 @@ SKINNY_ROWS = (1, 2, 4)
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Launch parameters of the decode kernel, and of the kernel of windows, for which nothing else was measured.
+    """Launch parameters of the decode kernel.
 
     Attributes:
         rows: value channels a program updates at a time.
@@ -38,6 +38,21 @@ class Decode:
 
     rows: int
     fold: int
+    warps: int
+    registers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Launch parameters of the kernel of windows.
+
+    Attributes:
+        rows: value channels a program updates at a time, at least 16.
+        warps: warps per program.
+        registers: as `Decode.registers`.
+    """
+
+    rows: int
     warps: int
     registers: int | None = None
 
@@ -93,6 +108,12 @@ def _table() -> dict[str, list[dict[str, Any]]]:
 def decode(heads: int, head_dim: int, state_dtype: torch.dtype) -> Decode:
     """Return the launch parameters for a batch with this many heads in all."""
     return Decode(**_first_fit("decode", heads, head_dim, state_dtype.itemsize))
+
+
+@cache
+def windows(heads: int, head_dim: int) -> Windows:
+    """Return the launch parameters for windows with this many heads in all."""
+    return Windows(**_first_fit("windows", heads, head_dim, 0))
 
 
 @cache

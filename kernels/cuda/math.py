@@ -42,6 +42,10 @@ if INTERPRETED:
         return x * y + z
 
     @triton.jit
+    def prefetch(ptrs):
+        """Do nothing: the interpreter has no cache."""
+
+    @triton.jit
     def narrow(x, dtype: tl.constexpr):
         """Round to another dtype."""
         return x.to(dtype)
@@ -67,6 +71,11 @@ else:
     def fused(x, y, z):
         """Return x·y + z, rounded once."""
         return tl.fma(x, y, z)
+
+    @triton.jit
+    def prefetch(ptrs):
+        """Ask for what is read later."""
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], tl.int32, False, 1)
 
     @triton.jit
     def narrow(x, dtype: tl.constexpr):
@@ -118,6 +127,12 @@ def gated_rms_norm(o, inverse_rms, weight, gate):
 def everywhere(condition, SHAPE: tl.constexpr):
     """Return a mask that is the scalar `condition` in every element; the interpreter takes no scalar mask."""
     return tl.full(SHAPE, 1, tl.int1) & condition
+
+
+@triton.jit
+def add2(a, b, x, y):
+    """Combine two sums at once, for `tl.reduce` over a tuple."""
+    return a + x, b + y
 
 
 @triton.jit

@@ -123,14 +123,20 @@ def fold_records(s, memory_ptr, places, count, row, column, D: tl.constexpr, PIE
 
 
 @triton.jit
-def finish(o, out_gate_ptrs, norm_weight, norm_eps, D: tl.constexpr, DTYPE: tl.constexpr):
+def finish(o, z, norm_weight, norm_eps, D: tl.constexpr, DTYPE: tl.constexpr):
     """Round the output of the recurrence, here as in the spec, normalise it and apply the output gate.
+
+    Args:
+        o, z: output and gate of one token or several, ``[..., D]``.
+        norm_weight: of the same number of dimensions.
 
     Returns:
         The head's output, and the sum of squares before the norm. That is not finite if the state is not: every row
         of the state is summed with q. A state that outgrows float16 shows only at the next token.
     """
-    o = o.to(DTYPE).to(tl.float32)  # [D]
-    square = tl.sum(o * o, axis=0)
-    z = tl.load(out_gate_ptrs).to(tl.float32)  # [D]
-    return gated_rms_norm(o, tl.rsqrt(square / D + norm_eps), norm_weight, z).to(DTYPE), square
+    o = o.to(DTYPE).to(tl.float32)
+    square = tl.sum(o * o, axis=-1)
+    inverse_rms = tl.rsqrt(square / D + norm_eps)
+    if len(o.shape) > 1:
+        inverse_rms = tl.expand_dims(inverse_rms, -1)
+    return gated_rms_norm(o, inverse_rms, norm_weight, z.to(tl.float32)).to(DTYPE), square

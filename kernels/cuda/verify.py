@@ -1,18 +1,27 @@
 """Verification on CUDA: a window of tokens of every row, of which a prefix may turn out to count, in one launch.
 
-One program owns one head of one row. First come the features of all its tokens, with the convolution's history from
-the ring; they go to a scratch of the program, because 16 tokens' do not fit into registers. Then `decode.py`'s loop
-over the rows of the state: some are loaded, the records that count are folded, the result is written, and from
-registers the window's tokens are run over it one after another. What a token does to the state, and its output before
-the norm, is put aside; records and norms come last.
+One program owns one head of one row. Running the window's tokens over the state one after another, as decode does with
+one, takes longer than reading and writing the state. So the state is read once for all of them. With S the state after
+the records that count, d_t the decay of token t and c_t the product of those of tokens 1..t, Eq. 1 unrolled is
 
-The arithmetic of a token is that of `step.py`, in decode's order. A tile of the state is ``[ROWS/SPREAD, SPREAD, FOLD,
-D/FOLD]`` with SPREAD rows for as many warps, and what all rows share, a key for instance, is loaded once a warp: as
-``[1, SPREAD, FOLD, D/FOLD]`` Triton lays it out as it lays out the tile, where it would pass it through shared memory.
+    e_t = S (c_t k_t) + sum_{i<t} u_i A_ti        A_ti = (k_i d_{i+1} .. d_t) · k_t
+    o_t = S (c_t q_t) + sum_{i<t} u_i B_ti + u_t (k_t · q_t)        B_ti = (k_i d_{i+1} .. d_t) · q_t
+    u_t = b_t (v_t - e_t)
 
-Threads of a program hand one another what they
-wrote, and a window that is run in place writes what others read, its columns of the ring (the newest lies where the
-oldest of the history lay) and its records: a barrier stands between each of these three phases.
+where products of vectors of channels are by element. A and B are small and the same for all rows of the state, and u
+and o are linear in S and v: u_t = x_t - S y_t and o_t = x'_t + S y'_t, with x and x' of the rows' values, and y and y'
+of keys and queries, by substitution, token after token:
+
+    y_t = b_t (c_t k_t - sum_{i<t} A_ti y_i)        y'_t = c_t q_t - sum_{i<t} B_ti y_i - (k_t · q_t) y_t
+    x_t = b_t (v_t - sum_{i<t} A_ti x_i)            x'_t = sum_{i<t} B_ti x_i + (k_t · q_t) x_t
+
+So S meets all of y and y' in one matrix product of the tensor cores, in three passes of TensorFloat-32 that keep what
+float32 has. No decay is divided by: it may be 0. What comes of a token depends on no later one, whatever that holds.
+
+A thread has a channel, or several, of all tokens until x and y are there; they go to the tiles of the state through a
+scratch in memory. Threads of a program hand one another what they wrote, and a window that is run in place writes what
+others read, its columns of the ring (the newest lies where the oldest of the history lay) and its records: a barrier
+stands between each of these phases. New u replace old ones tile by tile, behind the product that needed these.
 
 Programmatic dependent launch as in decode.
 """
@@ -27,29 +36,22 @@ from torch import Tensor, float32
 
 from kimi_vllm.kernels.contract import Activations, Pools, Weights, WindowRows
 from kimi_vllm.kernels.cuda import launch
-from kimi_vllm.kernels.cuda.math import LOG2E, everywhere, exp2, silu
+from kimi_vllm.kernels.cuda.math import LOG2E, add2, everywhere, exp2, prefetch, silu
 from kimi_vllm.kernels.cuda.slots import (
     column_ptrs,
-    elements,
     head_places,
     matrix_rows,
-    pick,
     record_ptr,
     records_to_fold,
     slot_or_null,
 )
-from kimi_vllm.kernels.cuda.step import (
-    decay_and_strength,
-    decayed_products,
-    delta_rule,
-    finish,
-    fold_records,
-    folded_channels,
-    normalise,
-)
+from kimi_vllm.kernels.cuda.step import decay_and_strength, finish, normalise, replay
 
-_SCALARS = 4
-"""Numbers of a token in the scratch behind its vectors, of which two are used: rows stay multiples of 16 bytes."""
+_VECTORS = tl.constexpr(4)
+"""Vectors of a token in the scratch: -y, y', x and x'."""
+
+_FEWEST_TOKENS = 4
+"""A matrix product of the tensor cores has at least eight columns, two a token."""
 
 
 @triton.jit
@@ -85,23 +87,10 @@ def _keep_history(ring_ptr, places, history, position, c, D: tl.constexpr, W: tl
 
 
 @triton.jit
-def _projections(qkv_ptr, offset, channels):
-    """Load a token's q, k and v before the convolution."""
-    found = ()
-    for part in tl.static_range(3):
-        found = found + (tl.load(qkv_ptr + offset + channels[part]).to(tl.float32),)
-    return found
-
-
-@triton.jit
-def _rows(state_ptr, places, first, row, ROWS: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
-    """Return where rows of a head's matrix begin, in elements: of `row`, all below ROWS, counted from `first`."""
-    UNIT_ROWS: tl.constexpr = D // PIECES
-    if ROWS <= UNIT_ROWS:
-        unit = elements(pick(places, first // UNIT_ROWS, PIECES), state_ptr)
-        return unit + first % UNIT_ROWS * D + row * D
-    else:
-        return matrix_rows(state_ptr, places, first + row, D, PIECES)
+def _tile_ptrs(state_ptr, places, row, D: tl.constexpr, PIECES: tl.constexpr):
+    """Return where the elements of rows of a head's matrix lie: ``[.., D]``."""
+    begins = matrix_rows(state_ptr, places, row, D, PIECES)
+    return state_ptr + begins[:, :, None] + tl.arange(0, D)[None, None, :]
 
 
 @triton.jit(
@@ -122,7 +111,7 @@ def _verify(
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     BLOCK_STEPS: tl.constexpr, UNIT_STEPS: tl.constexpr, UNITS: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr,
     WINDOW: tl.constexpr, RECORDS: tl.constexpr, FIRST_RECORD: tl.constexpr,
-    SCRATCH: tl.constexpr, ROWS: tl.constexpr, SPREAD: tl.constexpr, FOLD: tl.constexpr, launch_pdl: tl.constexpr,
+    ROWS: tl.constexpr, SPREAD: tl.constexpr, TOKENS: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Run one head of one row over its window; the last programs clear rows that belong to nobody."""
     program = tl.program_id(0)
@@ -150,16 +139,22 @@ def _verify(
     p = tl.load(position_ptr + n)
     count = records_to_fold(num_fold_ptr, n, read, WINDOW)
 
-    # Before the wait: what an earlier kernel than the last one wrote, or nobody; as in decode.
-    own = everywhere(read > 0, (ROWS // SPREAD, SPREAD, FOLD, D // FOLD))
+    # Before the wait: what an earlier kernel than the last one wrote, or nobody; as in decode. Nothing is written: the
+    # scratch may be what the kernel ahead still reads.
+    own = everywhere(read > 0, (ROWS // SPREAD, SPREAD, D))
     row_index = tl.arange(0, ROWS // SPREAD)[:, None] * SPREAD + tl.arange(0, SPREAD)[None, :]
-    column = tl.zeros((1, SPREAD, 1, 1), tl.int32) + folded_channels(FOLD, D)[None]
+    # What all rows of a tile share, loaded once a warp: Triton would pass a vector through shared memory.
+    channel = tl.zeros((1, SPREAD, 1), tl.int32) + c[None, None, :]
     unit = first_unit + head * PIECES
     sources = head_places(pages_ptr, read, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
     targets = head_places(pages_ptr, write, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
     others = head_places(pages_ptr, second, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
-    elsewhere = _rows(state_ptr, sources, 0, row_index, ROWS, D, PIECES)[:, :, None, None] + column
-    loaded = tl.load(state_ptr + elsewhere, mask=own, other=0.0, eviction_policy="evict_first")
+    tile_ptrs = _tile_ptrs(state_ptr, sources, row_index, D, PIECES)
+    loaded = tl.load(tile_ptrs, mask=own, other=0.0, eviction_policy="evict_first")
+    for record in range(0, count):
+        past_ptr = record_ptr(memory_ptr, sources, record, D, PIECES, RECORDS, FIRST_RECORD) + c
+        for vector in tl.static_range(3):
+            prefetch(past_ptr + vector * D)
     channels, taps = (), ()
     for part in tl.static_range(3):  # q, k, v
         channels = channels + ((part * H + head) * D + c,)
@@ -173,96 +168,129 @@ def _verify(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    tl.debug_barrier()  # the history is read
+    # A window that is not full repeats its last token: what comes of it is not kept.
+    projections = pasts
+    for t in tl.static_range(WINDOW):
+        qkv_row_ptr = qkv_ptr + (begin + tl.minimum(length - 1, t)).to(tl.int64) * qkv_stride
+        for part in tl.static_range(3):
+            projections = projections + (tl.load(qkv_row_ptr + channels[part]).to(tl.float32),)
+    act = qkv_ptr.dtype.element_ty
+    token_ptr = scratch_ptr + begin.to(tl.int64) * (H * _VECTORS * D) + head * (_VECTORS * D)
+    passed = tl.full((D,), 1.0, tl.float32)  # c_t
+    left, keys, decays = (), (), ()  # k_i d_{i+1} .. d_t, k and d
+    held, kept = (), ()  # y and x
+    for t in tl.static_range(WINDOW):
+        mixed = ()
+        for part in tl.static_range(3):
+            total = tl.zeros((D,), tl.float32)
+            for tap in tl.static_range(W - 1):
+                total += projections[(t + tap) * 3 + part] * taps[tap * 3 + part]
+            x = silu(total + projections[(t + W - 1) * 3 + part] * taps[3 * (W - 1) + part])
+            mixed = mixed + (x.to(act).to(tl.float32),)
+        q, k, kq = normalise(mixed[0], mixed[1], D)
+        row = (begin + tl.minimum(length - 1, t)).to(tl.int64)
+        gate_ptrs, strength_ptr = gate_ptr + row * gate_stride + head * D + c, beta_ptr + row * beta_stride + head
+        g, b = decay_and_strength(gate_ptrs, strength_ptr, rate, bias)
+        d = exp2(g)
+        passed *= d
+        y, asked = passed * k, passed * q
+        x, answer = mixed[2], tl.zeros((D,), tl.float32)
+        decayed = ()
+        for i in tl.static_range(t):
+            rest = left[i] * d
+            among_keys, among_queries = tl.reduce((rest * k, rest * q), 0, add2)  # A_ti, B_ti
+            y -= among_keys * held[i]
+            x -= among_keys * kept[i]
+            asked -= among_queries * held[i]
+            answer += among_queries * kept[i]
+            decayed = decayed + (rest,)
+        y, x = b * y, b * x
+        held, kept, left = held + (y,), kept + (x,), decayed + (k,)
+        keys, decays = keys + (k,), decays + (d,)
+        here_ptr = token_ptr + t * (H * _VECTORS * D) + c
+        counts = everywhere(length > t, (D,))
+        tl.store(here_ptr, -y, mask=counts)
+        tl.store(here_ptr + D, asked - kq * y, mask=counts)
+        tl.store(here_ptr + 2 * D, x, mask=counts)
+        tl.store(here_ptr + 3 * D, answer + kq * x, mask=counts)
+    tl.debug_barrier()  # the history is read, and x and y are written
+
     if read != write:
         _keep_history(ring_ptr, targets, pasts, p, c, D, W, R, PIECES, RING)
     if second > 0:
         _keep_history(ring_ptr, others, pasts, p, c, D, W, R, PIECES, RING)
-    act = qkv_ptr.dtype.element_ty
-    scratch_head_ptr = scratch_ptr + head * SCRATCH
-    coming = _projections(qkv_ptr, begin.to(tl.int64) * qkv_stride, channels)
-    for t in range(0, length):
-        row = (begin + t).to(tl.int64)
-        x = coming
-        # The next token's are on their way while this one's are used; the last one loads its own again.
-        coming = _projections(qkv_ptr, (begin + tl.minimum(t + 1, length - 1)).to(tl.int64) * qkv_stride, channels)
-        gate_ptrs, strength_ptr = gate_ptr + row * gate_stride + head * D + c, beta_ptr + row * beta_stride + head
-        g, b = decay_and_strength(gate_ptrs, strength_ptr, rate, bias)
-        mixed = ()
-        for part in tl.static_range(3):
-            total = tl.zeros(c.shape, tl.float32)
-            for tap in tl.static_range(W - 1):
-                total += pasts[tap * 3 + part] * taps[tap * 3 + part]
-            mixed = mixed + (silu(total + x[part] * taps[3 * (W - 1) + part]).to(act).to(tl.float32),)
-        pasts = pasts[3:] + x
-        q, k, kq = normalise(mixed[0], mixed[1], D)
-        here_ptr = scratch_head_ptr + row * (H * SCRATCH)
-        tl.store(here_ptr + D + c, k)
-        tl.store(here_ptr + 2 * D + c, exp2(g))
-        tl.store(here_ptr + 3 * D + c, q)
-        tl.store(here_ptr + 4 * D + c, mixed[2])
-        tl.store(here_ptr + 5 * D, b)
-        tl.store(here_ptr + 5 * D + 1, kq)
+    for t in tl.static_range(WINDOW):
         column_ptr = column_ptrs(ring_ptr, targets, p + t, D, R, PIECES, RING)
         copy_ptr = column_ptrs(ring_ptr, others, p + t, D, R, PIECES, RING)
         for part in tl.static_range(3):
-            new = x[part].to(ring_ptr.dtype.element_ty)
-            tl.store(column_ptr + part * D + c, new)
-            tl.store(copy_ptr + part * D + c, new, mask=everywhere(second > 0, c.shape))
-    tl.debug_barrier()  # the features are written
+            new = projections[(t + W - 1) * 3 + part].to(ring_ptr.dtype.element_ty)
+            tl.store(column_ptr + part * D + c, new, mask=everywhere(length > t, (D,)))
+            tl.store(copy_ptr + part * D + c, new, mask=everywhere((length > t) & (second > 0), (D,)))
 
-    size = tl.zeros(row_index.shape, tl.float32)
+    # Columns are u of all tokens, then o.
+    column = tl.arange(0, 2 * TOKENS)
+    token = column % TOKENS
+    there = token < length
+    column_at = token_ptr + token * (H * _VECTORS * D) + column // TOKENS * D
+    wanted = tl.trans(tl.load(column_at[:, None] + c[None, :], mask=there[:, None], other=0.0))  # [D, 2 TOKENS]
+    is_u = (there & (column < TOKENS))[None, :]
+    is_o = (there & (column >= TOKENS))[None, :]
+    u_ptrs = record_ptr(memory_ptr, targets, token, D, PIECES, RECORDS, FIRST_RECORD)[None, :]
+    copy_ptrs = record_ptr(memory_ptr, others, token, D, PIECES, RECORDS, FIRST_RECORD)[None, :]
+    o_ptrs = head_out_ptr + (begin + token).to(tl.int64)[None, :] * out_stride
+    size = tl.zeros((ROWS // SPREAD,), tl.float32)
     WATCHED: tl.constexpr = nonfinite_ptr is not None and state_ptr.dtype.element_ty == tl.float16
     for first in range(0, D, ROWS):
-        s = loaded.to(tl.float32)  # [ROWS/SPREAD, SPREAD, FOLD, D/FOLD]
+        s = loaded.to(tl.float32)  # [ROWS/SPREAD, SPREAD, D]
         if ROWS < D:
             # Behind the last rows nothing is loaded: what would be loaded may have been written by then.
             ahead = (first + ROWS) % D
-            elsewhere = _rows(state_ptr, sources, ahead, row_index, ROWS, D, PIECES)[:, :, None, None] + column
             more = own & (ahead > 0)
-            loaded = tl.load(state_ptr + elsewhere, mask=more, other=0.0, eviction_policy="evict_first")
-        v_rows = first + row_index
-        s = fold_records(s, memory_ptr, sources, count, v_rows, column, D, PIECES, RECORDS, FIRST_RECORD)
+            tile_ptrs = _tile_ptrs(state_ptr, sources, ahead + row_index, D, PIECES)
+            loaded = tl.load(tile_ptrs, mask=more, other=0.0, eviction_policy="evict_first")
+        for record in range(0, count):
+            past_ptr = record_ptr(memory_ptr, sources, record, D, PIECES, RECORDS, FIRST_RECORD)
+            past_u = tl.load(past_ptr + first + row_index)[:, :, None]
+            s = replay(s, past_u, tl.load(past_ptr + D + channel), tl.load(past_ptr + 2 * D + channel))
         stored = s.to(state_ptr.dtype.element_ty)
-        here = _rows(state_ptr, targets, first, row_index, ROWS, D, PIECES)[:, :, None, None] + column
-        tl.store(state_ptr + here, stored, eviction_policy="evict_first")
+        tile_ptrs = _tile_ptrs(state_ptr, targets, first + row_index, D, PIECES)
+        tl.store(tile_ptrs, stored, eviction_policy="evict_first")
         if second > 0:
-            here = _rows(state_ptr, others, first, row_index, ROWS, D, PIECES)[:, :, None, None] + column
-            tl.store(state_ptr + here, stored, eviction_policy="evict_first")
+            tile_ptrs = _tile_ptrs(state_ptr, others, first + row_index, D, PIECES)
+            tl.store(tile_ptrs, stored, eviction_policy="evict_first")
         if WATCHED:
-            rounded = tl.abs(stored.to(tl.float32))
-            size = tl.maximum(size, tl.max(tl.max(rounded, axis=-1), axis=-1))
-        for t in range(0, length):
-            row = (begin + t).to(tl.int64)
-            here_ptr = scratch_head_ptr + row * (H * SCRATCH)
-            k_tile, d_tile = tl.load(here_ptr + D + column), tl.load(here_ptr + 2 * D + column)
-            s, e, o = decayed_products(s, d_tile, tl.load(here_ptr + 3 * D + column), k_tile)
-            s, u = delta_rule(s, k_tile, e, tl.load(here_ptr + 4 * D + v_rows), tl.load(here_ptr + 5 * D))
-            tl.store(here_ptr + v_rows, u)
-            o += u * tl.load(here_ptr + 5 * D + 1)
-            tl.store(head_out_ptr + row * out_stride + v_rows, o.to(act))
-    tl.debug_barrier()  # the records are folded, and what the new ones are made of is written
+            size = tl.maximum(size, tl.max(tl.max(tl.abs(stored.to(tl.float32)), axis=2), axis=1))
+        at = (first + tl.arange(0, ROWS))[:, None]
+        values = tl.load(column_at[None, :] + 2 * D + at, mask=there[None, :], other=0.0)
+        products = tl.dot(tl.reshape(s, (ROWS, D)), wanted, input_precision="tf32x3") + values  # [ROWS, 2 TOKENS]
+        tl.store(u_ptrs + at, products, mask=is_u)
+        tl.store(copy_ptrs + at, products, mask=is_u & everywhere(second > 0, (1, 2 * TOKENS)))
+        tl.store(o_ptrs + at, products.to(act), mask=is_o)
+    tl.debug_barrier()  # the records are folded, and o is written
 
-    weight = tl.load(norm_weight_ptr + c)
-    for t in range(0, length):
-        row = (begin + t).to(tl.int64)
-        here_ptr = scratch_head_ptr + row * (H * SCRATCH)
+    for t in tl.static_range(WINDOW):
         record_ptrs = record_ptr(memory_ptr, targets, t, D, PIECES, RECORDS, FIRST_RECORD) + c
-        copy_ptrs = record_ptr(memory_ptr, others, t, D, PIECES, RECORDS, FIRST_RECORD) + c
-        for vector in tl.static_range(3):  # u, k, d
-            x = tl.load(here_ptr + vector * D + c)
-            tl.store(record_ptrs + vector * D, x)
-            tl.store(copy_ptrs + vector * D, x, mask=everywhere(second > 0, c.shape))
-        o_ptrs = head_out_ptr + row * out_stride + c
-        z_ptrs = out_gate_ptr + row * out_gate_stride + head * D + c
-        y, square = finish(tl.load(o_ptrs), z_ptrs, weight, norm_eps, D, act)
-        tl.store(o_ptrs, y)
-        if nonfinite_ptr is not None:
-            sick = (square < float("inf")) == 0
-            if WATCHED:
-                sick = sick | ((t == 0) & (tl.max(tl.max(size, axis=1), axis=0) == float("inf")))
-            tl.store(nonfinite_ptr + write * WINDOW + t, 1, mask=sick)
-            tl.store(nonfinite_ptr + second * WINDOW + t, 1, mask=sick & (second > 0))
+        copy_ptr = record_ptr(memory_ptr, others, t, D, PIECES, RECORDS, FIRST_RECORD) + c
+        counts, twice = everywhere(length > t, (D,)), everywhere((length > t) & (second > 0), (D,))
+        tl.store(record_ptrs + D, keys[t], mask=counts)
+        tl.store(record_ptrs + 2 * D, decays[t], mask=counts)
+        tl.store(copy_ptr + D, keys[t], mask=twice)
+        tl.store(copy_ptr + 2 * D, decays[t], mask=twice)
+    token = tl.arange(0, TOKENS)
+    inside = (token < length)[:, None]
+    row = (begin + token).to(tl.int64)[:, None]
+    y_ptrs = head_out_ptr + row * out_stride + c[None, :]
+    z_ptrs = out_gate_ptr + row * out_gate_stride + head * D + c[None, :]
+    o, z = tl.load(y_ptrs, mask=inside, other=0.0), tl.load(z_ptrs, mask=inside, other=0.0)
+    y, square = finish(o, z, tl.load(norm_weight_ptr + c)[None, :], norm_eps, D, act)
+    tl.store(y_ptrs, y, mask=inside)
+    if nonfinite_ptr is not None:
+        sick = (square < float("inf")) == 0
+        if WATCHED:
+            sick = sick | (tl.where(token == 0, tl.max(size, axis=0), 0.0) == float("inf"))
+        sick = sick & (token < length)
+        tl.store(nonfinite_ptr + write * WINDOW + token, 1, mask=sick)
+        tl.store(nonfinite_ptr + second * WINDOW + token, 1, mask=sick & everywhere(second > 0, (TOKENS,)))
 
 
 def kda_verify(
@@ -271,7 +299,7 @@ def kda_verify(
     pools: Pools,
     rows: WindowRows,
     out: Tensor,
-    config: launch.Decode | None = None,
+    config: launch.Windows | None = None,
 ) -> None:
     """Run every row over its window; see `contract.KdaVerify`.
 
@@ -283,9 +311,8 @@ def kda_verify(
     if T == 0:
         return
     H, D = cut.H, cut.D
-    config = config or launch.decode(N * H, D, cut.state_dtype)
-    stride = 5 * D + _SCALARS  # a record: u, k, d; q and v; b and k·q
-    scratch = x.qkv.new_empty(T * H * stride, dtype=float32)
+    config = config or launch.windows(N * H, D)
+    scratch = x.qkv.new_empty(T * H * _VECTORS.value * D, dtype=float32)
     _verify[((N + 1) * H,)](
         x.qkv, x.gate, x.beta, x.out_gate, out,
         weights.conv_weight, weights.A_log, weights.dt_bias, weights.norm_weight, weights.norm_eps,
@@ -295,6 +322,6 @@ def kda_verify(
         N, T, *pools.pages.shape, pools.first_unit,
         x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), x.out_gate.stride(0), out.stride(0),
         W=weights.conv_weight.shape[0], **launch.sizes(cut), **launch.window_sizes(cut),
-        SCRATCH=stride, ROWS=config.rows, SPREAD=config.warps, FOLD=config.fold,
+        ROWS=min(config.rows, D), SPREAD=config.warps, TOKENS=max(_FEWEST_TOKENS, triton.next_power_of_2(cut.window)),
         num_warps=config.warps, num_stages=1, maxnreg=config.registers, **launch.pdl(x.qkv.device),
     )  # fmt: skip

@@ -27,10 +27,12 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.slots import NULL_SLOT
+from kimi_vllm.cache.window import window_of
 from kimi_vllm.kernels.contract import DecodeRows, PrefillRows, WindowRows
 
 
@@ -77,9 +79,13 @@ def rehearsal(
 class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     """Builds `KDAMetadata`, once per step for the whole state group."""
 
-    # A graph holds the addresses of the row buffers; every decode step writes its rows there.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold: int = 1
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        """Graphs of decode steps, or of windows of equal length. They hold the addresses of `_RowBuffers`."""
+        uniform = AttentionCGSupport.UNIFORM_BATCH
+        return uniform if window_of(vllm_config) else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: KDAStateSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -91,7 +97,7 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
         self.window = kv_cache_spec.window
         # vLLM puts rows of so many tokens before longer ones.
         self.reorder_batch_threshold = max(1, self.window)
-        self._buffers = None if device.type == "cpu" else _RowBuffers(vllm_config, device)
+        self._buffers = None if device.type == "cpu" else _RowBuffers(vllm_config, self.block_size, device)
 
     @property
     def num_slots(self) -> int:
@@ -103,16 +109,14 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
     ) -> KDAMetadata:
         """Describe the step, on device tensors only, without synchronising."""
         step = common_attn_metadata
+        if self._buffers is not None:
+            return self._build_on_device(step, self._buffers)
         if self.window:
             return self._build_windows(step)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(step, decode_threshold=1)
         table = step.block_table_tensor[: step.num_reqs]
         seq_lens = step.seq_lens[: step.num_reqs]
         decode = prefill = None
-        if self._buffers is not None:
-            starts = step.query_start_loc[: step.num_reqs + 1]
-            decode, prefill = self._buffers.fill(table, seq_lens, starts, num_decodes, self.block_size, self.num_slots)
-            return KDAMetadata(num_decodes, step.num_actual_tokens, decode, prefill)
         if num_decodes:
             decode = self._decode_rows(table[:num_decodes], seq_lens[:num_decodes])
         if num_prefills:
@@ -125,6 +129,20 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
                 block_size=self.block_size,
             )
         return KDAMetadata(num_decodes, step.num_actual_tokens, decode, prefill)
+
+    def _build_on_device(self, step: CommonAttentionMetadata, buffers: "_RowBuffers") -> KDAMetadata:
+        """On a GPU, where the host does not know how many tokens counted: one launch, in which bases advance too."""
+        num_rows, _, num_row_tokens, _ = split_decodes_and_prefills(step, decode_threshold=max(1, self.window))
+        described = (
+            step.block_table_tensor[: step.num_reqs],
+            step.seq_lens[: step.num_reqs],
+            step.query_start_loc[: step.num_reqs + 1],
+        )
+        if self.window:
+            windows, prefill = buffers.fill_windows(*described, num_rows, self.window, self._pool.base)
+            return KDAMetadata(num_row_tokens, step.num_actual_tokens, None, prefill, windows)
+        decode, prefill = buffers.fill(*described, num_rows, self.num_slots)
+        return KDAMetadata(num_rows, step.num_actual_tokens, decode, prefill)
 
     def _build_windows(self, step: CommonAttentionMetadata) -> KDAMetadata:
         """A step with speculative decoding, on a CPU: rows of up to `window` tokens, then longer ones.
@@ -192,30 +210,62 @@ class KDAMetadataBuilder(AttentionMetadataBuilder[KDAMetadata]):
 class _RowBuffers:
     """The rows of a step on a GPU, always at the same addresses, which CUDA graphs hold."""
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(self, vllm_config: VllmConfig, block_size: int, device: torch.device) -> None:
         # vLLM pads a step to the size of a captured graph, which can exceed max_num_seqs.
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         most = max(vllm_config.scheduler_config.max_num_seqs, captured)
-        read_slot, write_slot = torch.zeros(2, most, dtype=torch.int32, device=device)
-        self._decode = DecodeRows(read_slot, write_slot, torch.zeros(most, dtype=torch.int64, device=device))
-        self._cu_seqlens = torch.zeros(most + 1, dtype=torch.int32, device=device)
-        self._context_len = torch.zeros(most, dtype=torch.int32, device=device)
+        self._block_size = block_size
+
+        def zeros(dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(most + 1, dtype=dtype, device=device)
+
+        read_slot, write_slot, position = zeros(), zeros(), zeros(torch.int64)
+        self._decode = DecodeRows(read_slot, write_slot, position)
+        self._windows = WindowRows(zeros(), position, read_slot, write_slot, zeros(), zeros())
+        self._cu_seqlens, self._context_len, self._late_fold = zeros(), zeros(), zeros()
 
     def fill(
-        self, table: Tensor, seq_lens: Tensor, starts: Tensor, num_decodes: int, block_size: int, num_slots: int
+        self, table: Tensor, seq_lens: Tensor, starts: Tensor, num_decodes: int, num_slots: int
     ) -> tuple[DecodeRows | None, PrefillRows | None]:
         """Write the step's rows in one launch. Prefill kernels check the bounds of the table's slots themselves."""
         from kimi_vllm.kernels.cuda.rows import step_rows
 
-        rows, bounds, context = self._decode, self._cu_seqlens, self._context_len
-        step_rows(table, seq_lens, starts, num_decodes, block_size, num_slots, rows, bounds, context)
-        decode = prefill = None
+        rows, block_size = self._decode, self._block_size
+        step_rows(
+            table, seq_lens, starts, num_decodes, block_size, num_slots, rows, self._cu_seqlens, self._context_len
+        )
+        decode = None
         if num_decodes:
             some = slice(num_decodes)
             decode = DecodeRows(rows.read_slot[some], rows.write_slot[some], rows.position[some])
-        if num_prefills := len(seq_lens) - num_decodes:
-            prefill = PrefillRows(bounds[: num_prefills + 1], context[:num_prefills], table[num_decodes:], block_size)
-        return decode, prefill
+        return decode, self._prefill(table[num_decodes:])
+
+    def fill_windows(
+        self, table: Tensor, seq_lens: Tensor, starts: Tensor, num_windows: int, window: int, base: Tensor
+    ) -> tuple[WindowRows | None, PrefillRows | None]:
+        """The same with speculative decoding. Advances the bases of the slots that the step writes."""
+        from kimi_vllm.kernels.cuda.rows import window_rows
+
+        rows, late = self._windows, (self._cu_seqlens, self._context_len, self._late_fold)
+        window_rows(table, seq_lens, starts, num_windows, self._block_size, window, base, rows, *late)
+        windows = None
+        if num_windows:
+            some = slice(num_windows)
+            windows = WindowRows(
+                rows.cu_seqlens[: num_windows + 1],
+                rows.position[some],
+                rows.read_slot[some],
+                rows.write_slot[some],
+                rows.second_slot[some],
+                rows.num_fold[some],
+            )
+        return windows, self._prefill(table[num_windows:], self._late_fold)
+
+    def _prefill(self, table: Tensor, num_fold: Tensor | None = None) -> PrefillRows | None:
+        if not (count := len(table)):
+            return None
+        late = None if num_fold is None else num_fold[:count]
+        return PrefillRows(self._cu_seqlens[: count + 1], self._context_len[:count], table, self._block_size, late)
 
 
 class OwnKernels:

@@ -172,12 +172,24 @@ class _StateScheduling:
         for name, count in output.num_scheduled_tokens.items():
             request = self.requests[name]
             end = request.num_computed_tokens
-            first = end - count
+            # At the earliest: drafts in flight may be rejected.
+            first = end - count - self._drafts_in_flight(request)
             read, written = self._states.accessed_slots(name, first)
             # A table only grows, and outlives its request while it is referenced here.
             pages = partial(_pages, [(table[name], size) for table, size in tables], first, end)
             accesses[name] = Access(read, written, pages, request.num_preemptions)
         return accesses
+
+    def _drafts_in_flight(self, request: Request) -> int:
+        name, preemptions = request.request_id, request.num_preemptions
+        return sum(
+            [
+                len(drafts)
+                for output, step in self._steps
+                if (drafts := output.scheduled_spec_decode_tokens.get(name))
+                and step.accesses[name].preemptions == preemptions
+            ]
+        )
 
     def _handle_stopped_request(self, request: Request) -> bool:
         """Publish the boundaries of a last window, and note a session whose slot is ahead of its tokens.

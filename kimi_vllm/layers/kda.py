@@ -219,7 +219,9 @@ class KimiDeltaAttention(nn.Module):
         sizes = launch.batch_sizes(self.pools.cut.H, most)
         counts = sorted({*sizes, *(2**power for power in range(most.bit_length()))})
         for sequences in counts:
-            for tokens in {sequences, 2 * sequences, max(2 * sequences, launch.EXTEND_TOKENS + 1)}:
+            # The least that is a prefill; and the least whose sequences are not all run token by token.
+            several = max(2, self.pools.cut.window + 1) * sequences
+            for tokens in {sequences, several, max(several, launch.EXTEND_TOKENS + 1)}:
                 if tokens > max_num_tokens:
                     continue
                 # As the projections hand them over, down to the strides: kernels are compiled for both.

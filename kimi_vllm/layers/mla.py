@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.attention.selector import get_attn_backend
 
+from kimi_vllm.cache.window import window_of
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.layers.mla_latent import LatentAttention
 
@@ -25,6 +26,9 @@ logger = init_logger("vllm.kimi_vllm")
 
 LATENT_NORM_EPS = 1e-6
 """Eps of both latent norms: the released modeling code builds them with the default."""
+
+WITH_DRAFTS = ("FLASH_ATTN_MLA",)
+"""vLLM's attention backends that have run with speculative decoding."""
 
 
 class KimiMLA(nn.Module):
@@ -60,6 +64,7 @@ class KimiMLA(nn.Module):
             geometry.kv_lora_rank, heads * (geometry.qk_nope_head_dim + geometry.v_head_dim), "kv_b_proj"
         )
         self.o_proj = RowParallelLinear(heads * geometry.v_head_dim, hidden, prefix=f"{prefix}.o_proj", **linear)
+        self._drafts = window_of(vllm_config) > 0
         build = LatentAttention if uses_latent_attention(geometry, vllm_config) else _vllm_attention
         self.attn = build(geometry, vllm_config, self.local_heads, self.kv_b_proj, f"{prefix}.attn")
 
@@ -71,6 +76,10 @@ class KimiMLA(nn.Module):
             low_rank, _ = self.q_a_proj(hidden_states)
             query, _ = self.q_b_proj(self.q_a_layernorm(low_rank))
         compressed, _ = self.kv_a_proj_with_mqa(hidden_states)
+        if self._drafts:
+            # A draft may be NaN, be rejected, and be multiplied by 0 all the same by tokens before it. Of an accepted
+            # one the states are NaN as well, which ends the request.
+            compressed = compressed.nan_to_num(0, 0, 0)
         kv, shared_key = compressed.split([self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim], dim=-1)
         kv = self.kv_a_layernorm(kv.contiguous())
         if isinstance(self.attn, LatentAttention):
@@ -121,7 +130,7 @@ def _backend(geometry: KimiGeometry, vllm_config: VllmConfig, heads: int) -> typ
     """The backend that vLLM selects; of FlashAttention our variant, unless the user set the number of splits.
 
     Raises:
-        ValueError: See `check_block_size`.
+        ValueError: See `check_block_size` and `check_drafts`.
     """
     dtype, cached = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
     chosen: type[AttentionBackend] = get_attn_backend(
@@ -129,6 +138,8 @@ def _backend(geometry: KimiGeometry, vllm_config: VllmConfig, heads: int) -> typ
     )
     if any(geometry.kda):
         check_block_size(chosen, vllm_config.cache_config.block_size)
+    if window_of(vllm_config):
+        check_drafts(chosen)
     default = AttentionConfig().flash_attn_max_num_splits_for_cuda_graph
     if vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph != default:
         return chosen
@@ -153,4 +164,17 @@ def check_block_size(backend: type[AttentionBackend], block_size: int) -> None:
             f"--block-size {block_size}: {backend.get_name()} reads pages of {' or '.join(map(str, sizes))} tokens, "
             "and blocks that states share with the KV cache are not split. Drop the option, or choose another "
             "--attention-backend."
+        )
+
+
+def check_drafts(backend: type[AttentionBackend]) -> None:
+    """Check that a backend has run with speculative decoding.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if (name := backend.get_name()) not in WITH_DRAFTS:
+        raise ValueError(
+            f"--speculative-config: drafts have not run with the attention backend {name}, only with "
+            f"{' and '.join(WITH_DRAFTS)}. Drop the option, or choose another --attention-backend."
         )

@@ -7,6 +7,7 @@ read at 4 TB/s (kernels/NOTES.md). Large batches need no splits.
 
 from typing import Any
 
+from torch import Tensor
 from vllm.v1.attention.backends.mla.flashattn_mla import (
     FlashAttnMLABackend,
     FlashAttnMLADecodeMetadata,
@@ -17,18 +18,28 @@ _MOST_SPLITS = 128  # of the kernel
 _FEW_REQUESTS = 32
 
 
-def splits(num_requests: int, otherwise: int) -> int:
-    """Maximum splits per context for `num_requests` requests; `otherwise` is vLLM's number."""
-    return max(_MOST_SPLITS, otherwise) if num_requests <= _FEW_REQUESTS else otherwise
+def splits(num_requests: int, num_tokens: int, otherwise: int) -> int:
+    """Maximum splits of a request's context; `otherwise` is vLLM's number.
+
+    The kernel splits a context once for all tokens of a window, and keeps a result per token and split: these take no
+    more memory than those of as many requests with one token each.
+    """
+    if num_requests > _FEW_REQUESTS:
+        return otherwise
+    return max(min(_MOST_SPLITS, _MOST_SPLITS * _FEW_REQUESTS // num_tokens), otherwise)
 
 
 class SplitFlashAttnMLAMetadataBuilder(FlashAttnMLAMetadataBuilder):
     """The builder of vLLM with a maximum per batch size."""
 
-    def _build_decode(self, *args: Any, num_decode_tokens: int, **kwargs: Any) -> FlashAttnMLADecodeMetadata:
+    def _build_decode(
+        self, *args: Any, seq_lens_device: Tensor, num_decode_tokens: int, **kwargs: Any
+    ) -> FlashAttnMLADecodeMetadata:
         option = self.vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
-        self.max_num_splits = splits(num_decode_tokens, option)
-        return super()._build_decode(*args, num_decode_tokens=num_decode_tokens, **kwargs)
+        self.max_num_splits = splits(len(seq_lens_device), num_decode_tokens, option)
+        return super()._build_decode(
+            *args, seq_lens_device=seq_lens_device, num_decode_tokens=num_decode_tokens, **kwargs
+        )
 
 
 class SplitFlashAttnMLABackend(FlashAttnMLABackend):

@@ -22,7 +22,6 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
-from kimi_vllm.cache.window import window_of
 from kimi_vllm.geometry import KimiGeometry
 from kimi_vllm.layers.mla_latent_metadata import DeviceDecodes, LatentBackend, LatentMetadata
 
@@ -97,7 +96,6 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.scale = geometry.qk_head_dim**-0.5
         self._kv_b_proj = [kv_b_proj]  # in a list, so that nn.Module does not adopt the layer twice
         self._expand: Tensor | None = None
-        self._drafts = window_of(vllm_config) > 0
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
@@ -125,12 +123,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         if len(step.fresh_blocks):
             # Attention weights past a sequence's end are 0, but 0 · NaN left by the page's last owner would be NaN.
             self.kv_cache[step.fresh_blocks] = 0
-        latent = latent[:num_tokens]
-        if self._drafts:
-            # A draft may be NaN, be rejected, and be multiplied by 0 all the same by tokens before it. Of an accepted
-            # one the states are NaN as well, which ends the request.
-            latent = latent.nan_to_num(0, 0, 0)
-        self.kv_cache[step.blocks, 0, step.offsets] = latent
+        self.kv_cache[step.blocks, 0, step.offsets] = latent[:num_tokens]
         query = query.view(-1, self.num_heads, self.nope + self.latent_dim - self.rank)
         heads = out.view(-1, self.num_heads, self.value)
         if decodes := step.num_decode_tokens:
@@ -142,24 +135,27 @@ class LatentAttention(nn.Module, AttentionLayerBase):
 
     def _attend_decodes(self, query: Tensor, latent: Tensor, out: Tensor, step: DeviceDecodes) -> None:
         """`attend` with shapes that do not depend on the step's contents."""
-        rows = len(step.lengths)
+        rows, tokens = len(step.lengths), len(step.places)
         places = step.places.clamp(min=0)  # padded rows write to the null page
         blocks, offsets = places.div(self._block_size, rounding_mode="floor"), places.remainder(self._block_size)
-        self.kv_cache[blocks] = self.kv_cache[blocks].masked_fill((offsets == 0)[:, None, None, None], 0)  # as `attend`
-        self.kv_cache[blocks, 0, offsets] = latent[:rows]
+        fresh = blocks.masked_fill(offsets != 0, 0)
+        self.kv_cache.index_fill_(0, fresh, 0)  # as `attend`; the null page may be cleared
+        self.kv_cache[blocks, 0, offsets] = latent[:tokens]
         latents = self.kv_cache[step.tables, 0].flatten(1, 2)
         position = torch.arange(latents.shape[1], device=latents.device)
-        unseen = position >= step.lengths.clamp(min=1)[:, None]
+        later = torch.arange(tokens // rows, device=latents.device).flip(0)
+        unseen = position >= (step.lengths[:, None] - later).clamp(min=1)[..., None]  # [N, t, L]
         # Past a sequence's end there may be NaN, which a weight of 0 does not remove.
-        latents = latents.masked_fill(unseen[..., None], 0)
-        query = self._absorbed(query[:rows].view(rows, self.num_heads, -1))
+        latents = latents.masked_fill(unseen[:, -1, :, None], 0)
+        query = self._absorbed(query[:tokens].view(tokens, self.num_heads, -1)).view(rows, -1, self.latent_dim)
         scores = torch.bmm(query, latents.transpose(1, 2)).float().mul_(self.scale)
-        weights = scores.masked_fill_(unseen[:, None], -torch.inf).softmax(-1).to(latents.dtype)
-        averages = torch.bmm(weights, latents[..., : self.rank])
+        scores = scores.unflatten(1, (-1, self.num_heads)).masked_fill(unseen[:, :, None], -torch.inf).flatten(1, 2)
+        averages = torch.bmm(scores.softmax(-1).to(latents.dtype), latents[..., : self.rank])
+        averages = averages.view(tokens, self.num_heads, self.rank)
         values = torch.bmm(averages.transpose(0, 1), self._projections[1]).transpose(0, 1)
         heads = out.view(-1, self.num_heads, self.value)
-        heads[:rows] = values.masked_fill((step.lengths == 0)[:, None, None], 0)
-        heads[rows:] = 0
+        heads[:tokens] = values.masked_fill((step.places < 0)[:, None, None], 0)
+        heads[tokens:] = 0
 
     def forget_projections(self) -> None:
         """Call after the weights of `kv_b_proj` have changed."""

@@ -52,12 +52,12 @@ class LatentMetadata:
 
 @dataclass(frozen=True, slots=True)
 class DeviceDecodes:
-    """A step of decodes only on a GPU, in tensors that vLLM reuses, so that CUDA graphs find the next step in them.
+    """A step on a GPU of rows with t tokens each, in tensors that vLLM reuses, so that CUDA graphs find the next step.
 
     Attributes:
         tables: ``[N, B]``; block table rows of maximum width.
-        lengths: ``[N]``; the current token included, 0 for a padded row.
-        places: ``[N]`` int64; where each token's latent is written, -1 for a padded row.
+        lengths: ``[N]``; the current tokens included, 0 for a padded row.
+        places: ``[N·t]`` int64; where each token's latent is written, -1 for those of padded rows.
     """
 
     tables: Tensor
@@ -72,11 +72,12 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-        """Graphs of decode steps, unless too large: a graph reads every page that a request could have."""
+        """Graphs of decode steps or windows, unless too large: a graph reads every page that a request could have."""
         most = vllm_config.scheduler_config.max_num_seqs * vllm_config.model_config.max_model_len
         if most * kv_cache_spec.head_size > MAX_GRAPH_ELEMENTS:
             return AttentionCGSupport.NEVER
-        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        uniform = AttentionCGSupport.UNIFORM_BATCH
+        return uniform if window_of(vllm_config) else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -94,9 +95,10 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(
             step, decode_threshold=self.reorder_batch_threshold
         )
-        if num_decodes == step.num_reqs and self.device.type != "cpu":
+        if num_decodes == step.num_reqs and self.device.type != "cpu" and (width := _common_length(step)):
             rows = slice(num_decodes)
-            return DeviceDecodes(step.block_table_tensor[rows], step.seq_lens[rows], step.slot_mapping[rows])
+            places = step.slot_mapping[: num_decodes * width]
+            return DeviceDecodes(step.block_table_tensor[rows], step.seq_lens[rows], places)
         tables = step.block_table_tensor[: step.num_reqs].long()
         seq_lens = step.seq_lens[: step.num_reqs].tolist()
         starts = step.query_start_loc_cpu.tolist()
@@ -137,6 +139,14 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
         unseen = torch.arange(tables.shape[1] * block_size, device=tables.device) >= seen[..., None]
         bias = torch.zeros(unseen.shape, device=tables.device).masked_fill_(unseen, -torch.inf)
         return torch.where(owned, tables, tables[:, :1]), bias
+
+
+def _common_length(step: CommonAttentionMetadata) -> int:
+    """How many tokens each row has that is not padded; 0 if they differ."""
+    counts = step.query_start_loc_cpu[1 : step.num_reqs + 1] - step.query_start_loc_cpu[: step.num_reqs]
+    first = int(counts[0])
+    busy = counts > 0
+    return first if (counts[busy] == first).all() and not (busy[1:] & ~busy[:-1]).any() else 0
 
 
 def _windows(lengths: Tensor, starts: Tensor, num_tokens: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:

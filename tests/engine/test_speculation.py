@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from itertools import cycle
 
 import pytest
+import torch
 from support.checkpoints import SICK_TOKEN
 from support.engine import PLAIN, RECALL, check_equal, engine, engines, ngram, random_prompts
 
@@ -13,14 +14,15 @@ from kimi_vllm.cli.plan_data import read_model
 
 pytestmark = pytest.mark.engine
 
-BLOCK = 16
-"""So small that a window of six ends in another block three times in ten."""
-OPTIONS = {"block_size": BLOCK, "max_model_len": 256}
+BLOCK = 64 if torch.cuda.is_available() else 16
+"""Where it may be, so small that a window of six ends in another block three times in ten."""
+OPTIONS = {"block_size": BLOCK, "max_model_len": 16 * BLOCK}
 LENGTHS = [BLOCK * number + offset for number in (1, 2, 4) for offset in (-1, 0, 1)]
 
 
-def options(states, pages=250, drafts=5, block=BLOCK, **kimi):
+def options(states, pages=None, drafts=5, block=BLOCK, **kimi):
     held = state_blocks(drafts, block)
+    pages = pages or 8 * held
     return OPTIONS | {
         "block_size": block,
         "enable_prefix_caching": True,
@@ -115,7 +117,7 @@ def test_a_prompt_of_one_token_beside_a_longer_hit(running):
     """Left alone, vLLM fills it up with drafts of -1 and orders it behind the other, as a prompt of six tokens."""
     from vllm import SamplingParams, TokensPrompt
 
-    trunk, first, more = random_prompts([40, 20, 30], 100, seed=8)
+    trunk, first, more = random_prompts([2 * BLOCK + 8, 20, 30], 100, seed=8)
     prompts = {"0": first, "1": [7], "2": trunk + more}
     chosen = running["ample"]
     chosen.complete([trunk])
@@ -143,6 +145,9 @@ def test_periodic_answers_take_fewer_steps(running):
     assert steps[1] < steps[0] / 2
 
 
+ONE_RUNNER = pytest.mark.skipif(torch.cuda.is_available(), reason="for both of a GPU's in test_cuda_speculation.py")
+
+
 @contextmanager
 def drafts(running, lengths):
     """Draft the sick token only, so many times in turn."""
@@ -157,6 +162,7 @@ def drafts(running, lengths):
     runner.drafter.propose = real
 
 
+@ONE_RUNNER
 def test_a_rejected_draft_that_breaks_its_state_harms_nobody(sick_checkpoint):
     prompts = [[token if token != SICK_TOKEN else 3 for token in p] for p in random_prompts(LENGTHS, 100, seed=6)]
     with engine(sick_checkpoint, **CONFIGURATIONS["ample"]) as running:
@@ -170,6 +176,7 @@ def test_a_rejected_draft_that_breaks_its_state_harms_nobody(sick_checkpoint):
         assert not running.scheduler._counts["quarantined"]
 
 
+@ONE_RUNNER
 def test_an_accepted_draft_that_breaks_its_state_ends_its_request(sick_checkpoint):
     """With the sick token allowed alone, every draft of it is accepted; the window's first token is healthy."""
     from vllm import SamplingParams, TokensPrompt

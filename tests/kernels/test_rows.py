@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from triton_case import DEVICE
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from kimi_vllm.cache.manager import KDAStateSpec
+from kimi_vllm.cache.metadata import KDAMetadataBuilder, _RowBuffers
 from kimi_vllm.kernels.contract import DecodeRows, WindowRows
 from kimi_vllm.kernels.cuda.rows import step_rows, window_rows
 
@@ -171,3 +175,62 @@ def test_a_slot_named_twice_keeps_the_later_state():
     base = torch.full((50,), 10**12, dtype=torch.int64)
     base[2] = 60
     check_window_rows(table, [64 * 190 + 7], [64 * 190 - 55], 0, base)
+
+
+STEPS = {
+    0: [([60, 5, 0, 63], [1, 1, 70, 20]), ([64, 6, 70, 83], [1, 1, 1, 1]), ([65, 7, 71, 0], [1, 1, 1, 0])],
+    WINDOW: [
+        ([60, 5, 0, 63], [1, 4, 70, 20]),
+        ([61, 7, 70, 83], [4, 2, 5, 9]),
+        ([63, 8, 75, 92], [4, 4, 4, 4]),
+        ([66, 12, 76, 0], [3, 1, 1, 0]),
+    ],
+}
+"""Contexts and new tokens of four rows, step after step; the last row is padding in the end."""
+
+
+@pytest.mark.parametrize("window", STEPS)
+def test_a_builder_says_on_a_gpu_what_it_says_on_a_cpu(window):
+    spec = KDAStateSpec(block_size=64, num_kv_heads=1, head_size=8, dtype=torch.float32, window=window)
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={}, max_cudagraph_capture_size=16),
+        scheduler_config=SimpleNamespace(max_num_seqs=9),
+    )
+    builders, devices = [], ("cpu", DEVICE)
+    for device in devices:
+        pool = SimpleNamespace(num_slots=NUM_SLOTS, base=torch.zeros(NUM_SLOTS, dtype=torch.int64, device=device))
+        config.compilation_config.static_forward_context["a"] = SimpleNamespace(home=SimpleNamespace(pool=pool))
+        builders.append(KDAMetadataBuilder(spec, ["a"], config, torch.device("cpu")))
+        pool.base[[1, 7, 19]] = torch.tensor([57, 5, 63], device=device)
+    builders[1]._buffers = _RowBuffers(config, 64, torch.device(DEVICE))
+    table = torch.arange(1, 25, dtype=torch.int32).view(4, 6)
+    for contexts, lengths in STEPS[window]:
+        one, other = (
+            builder.build(0, told(contexts, lengths, table, device))
+            for builder, device in zip(builders, devices, strict=True)
+        )
+        assert (one.num_decodes, one.num_tokens) == (other.num_decodes, other.num_tokens)
+        for kind in ("decode", "windows", "prefill"):
+            ours, theirs = getattr(one, kind), getattr(other, kind)
+            assert (ours is None) == (theirs is None), kind
+            for name in () if ours is None else ours.__slots__:
+                expected, found = getattr(ours, name), getattr(theirs, name)
+                same = torch.equal(expected, found.cpu()) if isinstance(expected, torch.Tensor) else expected == found
+                assert same, (kind, name, expected, found)
+        assert torch.equal(builders[0]._pool.base, builders[1]._pool.base.cpu())
+
+
+def told(contexts, lengths, table, device):
+    """Return a step as vLLM describes it."""
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    return CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=(torch.tensor(contexts) + torch.tensor(lengths)).int().to(device),
+        num_reqs=len(lengths),
+        num_actual_tokens=int(starts[-1]),
+        max_query_len=max(lengths),
+        max_seq_len=400,
+        block_table_tensor=table.to(device),
+        slot_mapping=starts,
+    )

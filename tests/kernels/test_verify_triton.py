@@ -25,6 +25,7 @@ from window_case import (
     check_verify,
     check_windows,
     lag,
+    nearly,
     ring,
 )
 
@@ -77,16 +78,14 @@ def test_another_convolution_width() -> None:
     [([4, 1, 3], 1, 4, 1, 4), ([1, 2, 4], 60, 4, 2, 4), ([3, 2], 61, 9, 2, 2), ([2, 2], 62, 4, 1, 7)],
     ids=["fresh", "fork", "chunked", "wide"],
 )
-def test_what_counts_equals_decoding_bit_by_bit(
-    accepted: list[int], start: int, resumed: int, pieces: int, W: int
-) -> None:
-    check_decoding(windows, accepted, start, 64, resumed, pieces=pieces, W=W)
+def test_what_counts_equals_decoding(accepted: list[int], start: int, resumed: int, pieces: int, W: int) -> None:
+    check_decoding(windows, accepted, start, 64, resumed, nearly, pieces=pieces, W=W)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("N", [1, 8, 16], ids="N{}".format)
 def test_heads_of_the_released_model_equal_decoding(N: int) -> None:
-    """In every form of the launch table, which decode and windows share: 32 heads a sequence."""
+    """In every form of the launch table: 32 heads a sequence."""
     case = windows(4 * N, 32, 128, S=2 * N + 1)
     slots = list(range(1, N + 1))
     for slot in slots:
@@ -96,16 +95,16 @@ def test_heads_of_the_released_model_equal_decoding(N: int) -> None:
     for n, slot in enumerate(slots):
         for t in range(4):
             expected = plain.rows(4 * n + t, 4 * n + t + 1).decode([slot], [slot], [9 + t])[0]
-            assert same_bits(out[first[n] + t], expected)
+            assert nearly(out[first[n] + t], expected)
     forks = [slot + N for slot in slots]
     case.verify([4] * N, [13] * N, slots, forks, [0] * N, [4] * N)
     assert all(
-        same_bits(case.pools.load(fork)[0], plain.pools.load(slot)[0]) for fork, slot in zip(forks, slots, strict=True)
+        nearly(case.pools.load(fork)[0], plain.pools.load(slot)[0]) for fork, slot in zip(forks, slots, strict=True)
     )
 
 
 def test_a_checkpoint_lags_and_forks() -> None:
-    check_lagging_checkpoint(windows)
+    check_lagging_checkpoint(windows, nearly)
 
 
 @pytest.mark.parametrize(("lengths", "pieces"), [([3, 1], 1), ([5, 35], 2)], ids=["extend", "chunked"])
@@ -216,11 +215,8 @@ def test_windows_of_other_slots_do_not_matter() -> None:
     check_alone(windows)
 
 
-@pytest.mark.parametrize(
-    ("change", "pieces"), [({"rows": 16}, 2), ({"rows": 32, "fold": 2}, 4), ({"rows": 16}, 4)], ids=["16", "32", "16-4"]
-)
-def test_launch_parameters_do_not_change_the_result(change: dict[str, int], pieces: int) -> None:
-    config = replace(launch.decode(1, 64, torch.float32), **change)
-    case = windows(6, decode_config=config, pieces=pieces, R=8)
+@pytest.mark.parametrize(("rows", "pieces"), [(16, 2), (32, 4), (16, 4)])
+def test_launch_parameters_do_not_change_the_result(rows: int, pieces: int) -> None:
+    case = windows(6, windows_config=launch.Windows(rows, 4), pieces=pieces, R=8)
     lag(case, 1, 62, 2)
     check_verify(case, [4, 2], [62, 0], [1, 0], [1, 4], [2, 0], [2, 0])

@@ -41,6 +41,7 @@ def triton_case(
     exact: bool | None = None,
     decode_config: launch.Decode | None = None,
     prefill_config: launch.Prefill | None = None,
+    windows_config: launch.Windows | None = None,
     conv_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Case:
@@ -51,7 +52,7 @@ def triton_case(
     kernels = SimpleNamespace(
         kda_decode=partial(decode.kda_decode, config=decode_config),
         kda_prefill=partial(prefill.kda_prefill, exact=exact, config=prefill_config),
-        kda_verify=partial(verify.kda_verify, config=decode_config),
+        kda_verify=partial(verify.kda_verify, config=windows_config),
     )
     case = Case(T, H, D, device=DEVICE, kernels=kernels, **options)
     if conv_dtype is not None:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from kda_case import Case, Tolerance, assert_matches, same_bits
+from kda_case import Case, Tolerance, assert_matches, relative_error, same_bits
 from sick_case import poison
+from torch import Tensor
 
 from kimi_vllm.kernels.contract import Activations
 
@@ -97,7 +98,23 @@ def check_windows(make: Make, H: int, D: int, window: int, tolerance: Tolerance 
     check_verify(case, lengths, position, read, write, second, num_fold, tolerance=tolerance)
 
 
-def check_decoding(make: Make, accepted: list[int], start: int, block: int, resumed: int = 9, **options: Any) -> None:
+def nearly(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are equal to rounding in float32: in Triton a window's sums have another order."""
+    return relative_error(x, y) < 1e-5
+
+
+Equal = Callable[[Tensor, Tensor], bool]
+
+
+def check_decoding(
+    make: Make,
+    accepted: list[int],
+    start: int,
+    block: int,
+    resumed: int = 9,
+    equal: Equal = same_bits,
+    **options: Any,
+) -> None:
     """Windows of four, of each a prefix counts, equal decoding; blocks change inside some; then a prefill resumes."""
     window, first_block = 4, (start - 1) // block
     case = make(64, window=window, S=16, **options)
@@ -115,7 +132,7 @@ def check_decoding(make: Make, accepted: list[int], start: int, block: int, resu
         out = with_rows(ours, rows).verify([window], [position], [read], [write], [second], [position - base[read]])
         base |= {write: position, last: position}
         expected = decoded(plain, position, token, kept, slot_of)
-        assert all(same_bits(out[t], expected[t]) for t in range(kept)), position
+        assert all(equal(out[t], expected[t]) for t in range(kept)), position
         token, position = token + kept, position + kept
     read, end = slot_of(position - 1), position + resumed
     table = [[0] * (first_block + 1) + [0] * 9]
@@ -125,12 +142,12 @@ def check_decoding(make: Make, accepted: list[int], start: int, block: int, resu
         case_.rows(token, token + resumed).prefill([resumed], [position], table, block, num_fold=fold)
         for case_, fold in ((plain, None), (ours, [position - base[read]]))
     ]
-    assert same_bits(*outs)
+    assert equal(*outs)
     assert outs[0].isfinite().all()
-    assert same_bits(plain.pools.load(last)[0], ours.pools.load(last)[0])
+    assert equal(ours.pools.load(last)[0], plain.pools.load(last)[0])
 
 
-def check_lagging_checkpoint(make: Make) -> None:
+def check_lagging_checkpoint(make: Make, equal: Equal = same_bits) -> None:
     """A slot left behind inside a window is read by two, a window and a prefill, and stays as it is."""
     case = make(8, window=4, S=6)
     case.fill(1, 62)
@@ -139,9 +156,9 @@ def check_lagging_checkpoint(make: Make) -> None:
     decoded(plain, 62, 0, 2, lambda at: 1)
     kept = case.copy()
     resumed = case.rows(4, 8).verify([4], [64], [1], [3], [0], [2])
-    assert same_bits(resumed[0], plain.copy().rows(4, 5).decode([1], [4], [64])[0])
+    assert equal(resumed[0], plain.copy().rows(4, 5).decode([1], [4], [64])[0])
     prefilled = case.rows(4, 8).prefill([4], [64], [[1, 4]], 64, num_fold=[2])
-    assert same_bits(prefilled, plain.rows(4, 8).prefill([4], [64], [[1, 4]], 64))
+    assert equal(prefilled, plain.rows(4, 8).prefill([4], [64], [[1, 4]], 64))
     for load in ("load", "load_records"):
         before, after = getattr(kept.pools, load)(1), getattr(case.pools, load)(1)
         pairs = zip(before, after, strict=True) if load == "load" else [(before, after)]

@@ -3,7 +3,7 @@
 import pytest
 from vllm.v1.attention.backend import MultipleOf
 
-from kimi_vllm.layers.mla import check_block_size
+from kimi_vllm.layers.mla import WITH_DRAFTS, check_block_size, check_drafts
 
 
 def backend(*sizes):
@@ -28,3 +28,11 @@ def test_pages_of_a_size_that_the_kernels_take(sizes, block_size):
 def test_blocks_that_vllm_cannot_split_are_refused(sizes, block_size):
     with pytest.raises(ValueError, match=rf"--block-size {block_size}: SOME_MLA reads pages of .* --attention-backend"):
         check_block_size(backend(*sizes), block_size)
+
+
+def test_backends_that_have_not_run_with_drafts_are_refused():
+    with pytest.raises(ValueError, match=r"--speculative-config: .* SOME_MLA, only with FLASH_ATTN_MLA\."):
+        check_drafts(backend(64))
+    served = backend(64)
+    served.get_name = staticmethod(lambda: WITH_DRAFTS[0])
+    check_drafts(served)

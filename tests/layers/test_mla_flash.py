@@ -12,21 +12,24 @@ def mla_flash(monkeypatch):
     return import_mla_flash(monkeypatch)
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(1, 128), (32, 128), (33, 32), (256, 32)])
-def test_few_requests_may_be_read_in_more_pieces(mla_flash, rows, expected):
+@pytest.mark.parametrize(
+    ("rows", "window", "expected"),
+    [(1, 1, 128), (32, 1, 128), (33, 1, 32), (256, 1, 32), (1, 4, 128), (8, 4, 128), (16, 4, 64), (32, 6, 32)],
+)
+def test_few_requests_may_be_read_in_more_pieces(mla_flash, rows, window, expected):
     builder = object.__new__(mla_flash.SplitFlashAttnMLAMetadataBuilder)
     attention = SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=32)
     builder.vllm_config = SimpleNamespace(attention_config=attention)
     builder.use_full_cuda_graph, builder.max_cudagraph_size, builder.fa_aot_schedule = True, 256, False
-    starts = torch.arange(rows + 1)
+    starts = torch.arange(rows + 1) * window
     built = builder._build_decode(
         block_table_tensor=torch.zeros(rows, 3),
         seq_lens_device=torch.ones(rows),
         max_seq_len=9,
         query_start_loc_cpu=starts,
         query_start_loc_device=starts,
-        num_decode_tokens=rows,
-        max_query_len=1,
+        num_decode_tokens=rows * window,
+        max_query_len=window,
         dcp_tot_seq_lens_device=None,
     )
     assert built.max_num_splits == expected

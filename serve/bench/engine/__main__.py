@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from serve.bench.engine.plan import IN_TREE, MEASUREMENTS, OURS, Plan
+from serve.bench.engine.plan import IN_TREE, MEASUREMENTS, ON_REQUEST, OURS, Plan
 from serve.bench.engine.rows import Rows, read
 from serve.bench.engine.tables import tables
 from serve.bench.engine.variant import run_variant
@@ -67,7 +67,10 @@ def _loads(text: str) -> tuple[tuple[int, ...], ...]:
     return tuple((int(load[1]), *_numbers(f"{load[2]},{load[3]}")) for load in found if load)
 
 
-READ = {"contexts": _numbers, "prompts": _numbers, "prefills": _numbers, "loads": _loads}
+READ = {
+    **dict.fromkeys(("contexts", "prompts", "prefills", "draft_requests"), _numbers),
+    "loads": _loads,
+}
 """How options are read that are lists in a plan; the others are what they are there."""
 
 
@@ -77,7 +80,8 @@ def run(
     model: Annotated[Path, typer.Option(help="Folder with a config.json.", exists=True, file_okay=False)] = RECALL,
     variant: Annotated[list[str], typer.Option(help="ours, in-tree; repeat for both.")] = [*PROVIDERS],  # noqa: B006
     measure: Annotated[
-        list[str], typer.Option(help="Some of ready, tpot, concurrency, mixed, prefill, throughput; repeat.")
+        list[str],
+        typer.Option(help="Some of ready, tpot, concurrency, mixed, prefill, throughput, and drafts; repeat."),
     ] = [*MEASUREMENTS],  # noqa: B006
     json: Annotated[Path, typer.Option(help="Append one JSON line per point to this file.")] = RESULTS / "engine.jsonl",
     load_format: Annotated[str, typer.Option(help="dummy: no weights are read, random ones are drawn; or auto.")] = (
@@ -95,6 +99,7 @@ def run(
     loads: Annotated[
         str | None, typer.Option(help="throughput: requests x prompt + output, such as 64x4K+128,256x1K+128.")
     ] = None,
+    draft_requests: Annotated[str | None, typer.Option(help="drafts: requests at once, such as 64,128.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="throughput: how often each is timed.")] = None,
     batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of a step, all variants.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most requests at once, all variants.")] = None,
@@ -115,7 +120,7 @@ def run(
     Exit status: 0 if all went well, 1 if a point or a variant failed. What was measured is in the file either way.
     """
     refuse_unknown("--variant", variant, PROVIDERS)
-    refuse_unknown("--measure", measure, MEASUREMENTS)
+    refuse_unknown("--measure", measure, MEASUREMENTS + ON_REQUEST)
     plan = Plan.for_model(model.resolve())
     same = Plan.model_fields.keys() - {"model", "engine"}
     given = {name: value for name, value in context.params.items() if name in same and value is not None}

@@ -23,6 +23,7 @@ class BenchEngine(Engine):
 
     Attributes:
         facts: what the engine chose by itself, for the rows.
+        drafts: tokens drafted for a request at each step.
         state_itemsize: bytes of an element of KDA's recurrent state.
         seen_steps: kind and seconds of the steps that answered the engine's first requests.
         in_process: whether the worker is in this process; with several GPUs each has a process of its own.
@@ -53,6 +54,7 @@ class BenchEngine(Engine):
         drawn = self.on_workers(workers.draw_weights)[0] if plan.load_format == "dummy" else {}
         self.state_itemsize = int(served["state_itemsize"])
         filled = self.make_noise()
+        self.drafts = int(self.config.num_speculative_tokens)
         self.max_running = int(self.scheduler.max_num_running_reqs)
         self.max_model_len = int(self.config.model_config.max_model_len)
         self.facts = {

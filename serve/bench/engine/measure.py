@@ -3,9 +3,11 @@
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from kimi_vllm.sizing import weight_format
+from serve.bench.engine import workers
 from serve.bench.engine.engine import BenchEngine
 from serve.bench.engine.floor import floor_ms, peak_tbps, step_bytes
 from serve.bench.engine.plan import Plan
@@ -40,6 +42,11 @@ def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
         for requests, prompt, output in plan.loads:
             case = {"requests": requests, "prompt": prompt, "output": output}
             yield "throughput", case, lambda r=requests, p=prompt, o=output: throughput(engine, plan, r, p, o)
+    if "drafts" in plan.measurements:
+        for requests in plan.draft_requests:
+            for share in plan.draft_shares if engine.drafts else (None,):
+                case = {"requests": requests, "context": plan.draft_context, "drafts": engine.drafts, "right": share}
+                yield "drafts", case, lambda r=requests, s=share: drafts(engine, plan, r, s)
 
 
 def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool) -> dict[str, Any]:
@@ -92,6 +99,33 @@ def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool
     except Exception as error:  # the times are measured; they must not be lost with the profile
         profile = {"error": repr(error)}
     return fields | {"profile": profile}
+
+
+def drafts(engine: BenchEngine, plan: Plan, requests: int, share: float | None) -> dict[str, Any]:
+    """Tokens per second where each draft is random and, if those before it were, right with this probability."""
+    if share is not None:
+        engine.on_workers(partial(workers.draft, share=share))
+    names = engine.fill(plan.draft_context, requests, plan.growth * (1 + engine.drafts))
+    if len(names) < requests:
+        return {"skipped": f"only {len(names)} requests fit"}
+    engine.on_workers(partial(workers.adopt_states, context=plan.draft_context - 1))
+    preempted = engine.num_preemptions
+    StepClock().run(engine.step, 1, time.perf_counter() + plan.budget_s)
+    engine.make_noise()
+    StepClock().run(engine.step, plan.warmup, time.perf_counter() + 2 * plan.budget_s)
+    clock = StepClock()
+    clock.run(engine.step, plan.steps + 1, time.perf_counter() + plan.budget_s)
+    if len(clock.arrivals) < 2:
+        return {"skipped": f"no two steps in {plan.budget_s:g} s"}
+    made = sum(sum(tokens.values()) for _, tokens in clock.arrivals[1:])
+    seconds = clock.arrivals[-1][0] - clock.arrivals[0][0]
+    return {
+        "context": "synthetic",
+        "step": summary_ms(clock.intervals()),
+        "tokens_per_s": round(made / seconds, 1),
+        "tokens_per_step": round(made / (len(clock.arrivals) - 1) / requests, 3),
+        "preemptions": engine.num_preemptions - preempted,
+    }
 
 
 def concurrency(engine: BenchEngine, prompt: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from kimi_vllm.geometry import KimiGeometry
 
 OURS, IN_TREE = "kimi-vllm", "in-tree"
 MEASUREMENTS = ("ready", "tpot", "concurrency", "mixed", "prefill", "throughput")
+ON_REQUEST = ("drafts",)
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
@@ -42,6 +43,11 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     # requests that come at once, tokens of each prompt, and tokens of each answer
     loads: tuple[tuple[int, int, int], ...] = ((64, 4096, 128), (256, 1024, 128), (24, 32768, 64))
     repeats: int = 3  # how often each of `loads` is timed, after once that is not
+    # drafts: requests at once, and the share of drafts that is right, one after another, as often as it is drafted;
+    # an engine that does not draft is measured once for all shares
+    draft_requests: tuple[int, ...] = (1, 8, 64, 128)
+    draft_shares: tuple[float, ...] = (0, 0.5, 0.8, 1)
+    draft_context: int = 4096
     ready_prompts: int = 200  # prompts of mixed lengths that are the engine's first
     # peak of the device's memory, in 10^12 bytes per second, for the floor; 0 if it is known for the device by name,
     # else there is no floor
@@ -72,19 +78,29 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
             every_s=0.25,
             prefills=(512, 2048),
             loads=((4, 256, 16),),
+            draft_requests=(1, 4),
+            draft_context=256,
             ready_prompts=6,
         )
 
     @property
     def growth(self) -> int:
-        """Tokens that a decoding request makes while a point is measured."""
+        """Steps of a decoding request while a point is measured."""
         return self.warmup + self.steps + self.profiled + 16
 
     @property
     def model_len(self) -> int:
         """Tokens of the longest request (--max-model-len)."""
         loads = (prompt + output for _, prompt, output in self.loads)
-        longest = max(*self.contexts, *self.prompts, *self.prefills, *loads, self.decoder_context, self.arrival)
+        longest = max(
+            *self.contexts,
+            *self.prompts,
+            *self.prefills,
+            *loads,
+            self.decoder_context,
+            self.arrival,
+            self.draft_context,
+        )
         return self.max_model_len or min(self._config()["model_max_length"], longest + 4096)
 
     def geometry(self) -> KimiGeometry:

@@ -55,6 +55,14 @@ def tables(rows: Sequence[Row]) -> list[ResultTable]:
             fields={", s": lambda row: f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}", ", tokens/s": rate},
             better=lambda row: row["tokens_per_s"],
         ),
+        _compared(
+            *("Tokens per second with drafts", "requests, drafts, share that is right", latest(rows, "drafts")),
+            label=lambda case: (
+                f"{case['requests']}, {case['drafts']}, {NONE if case['right'] is None else case['right']}"
+            ),
+            fields={", step ms": _ms("step"), ", tokens a step": _number("tokens_per_step"), ", tokens/s": rate},
+            better=lambda row: row["tokens_per_s"],
+        ),
         _ready_table(rows),
         _failures(rows),
     ]

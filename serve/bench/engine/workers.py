@@ -40,6 +40,32 @@ def make_noise(worker: Any) -> int:
     return fill_memory(runner, context, config.model_config.dtype)
 
 
+def adopt_states(worker: Any, context: int) -> None:
+    """Take the noise in all of our slots for states after so many tokens."""
+    if (home := getattr(getattr(worker.model_runner.get_model(), "model", None), "state_home", None)) is not None:
+        home.pool.base.fill_(context)
+
+
+def draft(worker: Any, share: float) -> None:
+    """From now on draft random tokens, which are right with this probability.
+
+    Raises:
+        RuntimeError: Not with vLLM's synthetic rejection in its second model runner, which needs a GPU.
+    """
+    runner = worker.model_runner
+    speculator = getattr(runner, "speculator", None)
+    rates = runner.rejection_sampler.synthetic_conditional_rates
+    if rates is None or speculator is None:
+        raise RuntimeError('drafts are right to a set degree with "rejection_sample_method": "synthetic" on GPUs only')
+    rates.fill_(share)
+    random, vocabulary = torch.empty_like(speculator.drafts), worker.model_config.get_vocab_size()
+
+    def propose(batch: Any, *arguments: Any, **named: Any) -> torch.Tensor:
+        return random.random_(3, vocabulary)[: batch.num_reqs]
+
+    speculator.propose = propose
+
+
 def watch(worker: Any) -> None:
     """Forget what was seen, and from now on note Triton kernels that are compiled, or loaded for the first time."""
     global _installed
