@@ -99,6 +99,12 @@ class _StateScheduling:
             setattr(output, NEW_PAGES, pages)
         self._steps.append((output, Step(operations, self._accesses(output))))
         for new in output.scheduled_new_reqs:
+            if new.num_computed_tokens:
+                # A session that has taken its slot along comes with a table that has it in its new place only.
+                slots = new.block_ids[self._states.kv_cache_group_id]
+                slots[(new.num_computed_tokens - 1) // self._states.block_size], _ = self._states.accessed_slots(
+                    new.req_id, new.num_computed_tokens
+                )
             if not (request := self.requests[new.req_id]).num_preemptions:
                 self._count_hit(request, new.num_computed_tokens)
         return output
@@ -188,6 +194,7 @@ class _StateScheduling:
                 for output, step in self._steps
                 if (drafts := output.scheduled_spec_decode_tokens.get(name))
                 and step.accesses[name].preemptions == preemptions
+                and name not in step.blameless  # of a session that has started again
             ]
         )
 
@@ -198,8 +205,9 @@ class _StateScheduling:
         """
         if self._states.kv_cache_spec.window:
             # Drafts beyond an answer's end may have counted.
-            if request.resumable:
-                request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+            if request.resumable:  # vLLM takes the placeholders off
+                most = request.num_tokens - 1 + request.num_output_placeholders
+                request.num_computed_tokens = min(request.num_computed_tokens, most)
             else:  # vLLM publishes when it schedules, and no step follows
                 known = min(request.num_computed_tokens, request.num_tokens)
                 self.kv_cache_manager.cache_blocks(request, known)

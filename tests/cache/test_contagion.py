@@ -1,6 +1,7 @@
 """One sick state harms no healthy request, whatever is aborted, preempted, swapped, reset or in flight meanwhile."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,16 @@ import vllm
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from support.arrivals import Arrival, bursts, rounds
-from support.hash_worker import NONSENSE, Glitch, answer
-from support.schedules import MODES, ROOMY, SCARCE
+from support.drafter import Drafter
+from support.hash_worker import Glitch
+from support.hashes import NONSENSE, answer
+from support.schedules import DRAFTING, MODES, ROOMY, SCARCE
 
 from kimi_vllm.cache import contagion, scheduler
 from kimi_vllm.cache.contagion import Access, Step, spread
 from serve.bench.cache import replay
 
-# Each of 36, so 1,008; fewer where `make compat` repeats them on another release's sources.
+# Each of 42, so 1,176; fewer where `make compat` repeats them on another release's sources.
 CASES = 28 if any(Path(vllm.__file__).parent.glob("_C*.so")) else 8
 
 
@@ -70,7 +73,8 @@ def test_a_step_s_report_blames_nobody_who_is_known_to_have_read_a_sick_state():
     assert found.slots == {1, 2, 3}
 
 
-sicknesses = st.dictionaries(st.integers(0, 3), st.tuples(st.integers(0, 320), st.booleans()), min_size=1, max_size=2)
+tokens = st.integers(0, 320) | st.integers(-12, -1)  # those below zero count from the end of the answer
+sicknesses = st.dictionaries(st.integers(0, 3), st.tuples(tokens, st.booleans()), min_size=1, max_size=2)
 
 
 def run_cases(make_server, on_nonfinite, cases=CASES, **options):
@@ -85,9 +89,10 @@ def run_cases(make_server, on_nonfinite, cases=CASES, **options):
         sicknesses=sicknesses,
         resets=st.frozensets(st.integers(1, 15), max_size=1),
         pages_end=st.booleans(),
+        seed=st.integers(0, 2**16),
     )
-    def play(rounds, sicknesses, resets, pages_end):
-        server = make_server()
+    def play(rounds, sicknesses, resets, pages_end, seed):
+        server = make_server(seed=seed)
         server.worker.pages_end = pages_end
         for number, schedule in enumerate(rounds):
             # In the second round the same names are healthy.
@@ -97,7 +102,7 @@ def run_cases(make_server, on_nonfinite, cases=CASES, **options):
             server.check_healthy()
             for index, arrival in enumerate(schedule):
                 check(server, str(index), arrival, on_nonfinite)
-            seen["sick"] += sum(glitch.happened for glitch in server.worker.glitches.values())
+            seen["sick"] += sum(glitch.counted for glitch in server.worker.glitches.values())
         seen.update(cases=1, quarantined=server.scheduler._counts["quarantined"], **server.seen)
 
     play()
@@ -120,7 +125,7 @@ def check(server, name, arrival: Arrival, on_nonfinite):
     assert ours == answer(arrival.prompt, len(ours))
     if reason == "error":
         assert glitch is not None, f"{name} failed, and was never sick"
-        assert glitch.happened, f"{name} failed, and was never sick"
+        assert glitch.counted, f"{name} failed, and was never sick"
         assert on_nonfinite == "abort" or glitch.always, f"{name} could have been computed again"
     elif reason is not None:
         assert len(ours) == arrival.max_tokens
@@ -128,14 +133,36 @@ def check(server, name, arrival: Arrival, on_nonfinite):
         assert arrival.abort_after is not None
 
 
+# A few with drafts: in `test_schedules.py` the scheduler is held against every slot and page that such steps touch.
+PLAIN = [(mode, name) for mode in MODES for name in SCARCE | ROOMY]
+WITH_DRAFTS = list(zip(DRAFTING, ("few-blocks", "few-slots", "few-blocks"), strict=True))
+
+
 @pytest.mark.parametrize("on_nonfinite", ["abort", "resume"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", SCARCE | ROOMY)
+@pytest.mark.parametrize(("mode", "name"), PLAIN + WITH_DRAFTS)
 def test_no_healthy_request_fails_because_of_a_sick_one(name, mode, on_nonfinite):
-    seen = run_cases(lambda: MODES[mode].server(name, on_nonfinite), on_nonfinite)
+    seen = run_cases(partial((MODES | DRAFTING)[mode].server, name, on_nonfinite), on_nonfinite)
     assert seen["cases"] >= CASES
     wanted = {"sick", "quarantined", "aborts", "hits", "resets"}
     assert {path for path in wanted if not seen[path]} == set(), seen
+
+
+@pytest.mark.parametrize("on_nonfinite", ["abort", "resume"])
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("mode", DRAFTING)
+def test_a_draft_makes_its_request_sick_if_it_counts(mode, right, on_nonfinite):
+    server = DRAFTING[mode].server("room", on_nonfinite)
+    drafts = DRAFTING[mode].drafts
+    server.worker.drafter = Drafter(drafts, least=drafts, luck=[int(right)])
+    arrival = Arrival((), 10, 20, 0, None, 0)
+    glitch = server.worker.glitches["0"] = Glitch(15, always=False)  # it is first computed as a draft
+    server.play([arrival])
+    server.check_healthy()
+    assert (glitch.happened, glitch.counted) == (True, right)
+    assert server.scheduler._counts["quarantined"] == right
+    whole = answer(arrival.prompt, 20)
+    assert server.answers["0"] == whole[: 20 if not right or on_nonfinite == "resume" else len(server.answers["0"])]
+    assert (server.reasons["0"] == "error") == (right and on_nonfinite == "abort")
 
 
 def no_walk(reported, steps):
@@ -154,7 +181,7 @@ def states_only(reported, steps):
 
 def run_all(mode):
     for name in SCARCE | ROOMY:
-        run_cases(lambda name=name: MODES[mode].server(name), "abort", cases=60, phases=[Phase.generate])
+        run_cases(partial((MODES | DRAFTING)[mode].server, name), "abort", cases=60, phases=[Phase.generate])
 
 
 @pytest.mark.parametrize("mutation", [no_walk, nothing_in_flight, states_only])

@@ -8,8 +8,10 @@ import inspect
 
 import pytest
 from support.arrivals import BLOCK
-from support.hash_worker import HashWorker, answer
-from support.schedules import MODES, Server
+from support.drafter import Drafter
+from support.hash_worker import HashWorker
+from support.hashes import answer
+from support.schedules import DRAFTING, MODES, Server
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched import async_scheduler
 from vllm.v1.core.sched import scheduler as vllm_scheduler
@@ -23,8 +25,8 @@ WAYS = {
     "schedule": "sets it to the length of a prefix hit, at whose end a state was kept",
     "_preempt_request": "sets it to 0",
     "_update_after_schedule": "adds what the step computes",
-    "update_from_output": "takes rejected drafts back: speculation is refused",
-    "_update_request_with_output": "takes drafts behind a stop back: speculation is refused",
+    "update_from_output": "takes rejected drafts back: a slot holds the state before them, and records",
+    "_update_request_with_output": "takes drafts behind a stop back: likewise",
     "_handle_stopped_request": "takes the tokens of steps in flight back: ours starts such a session again",
     "_update_waiting_for_remote_kv": "after a load by a connector: refused",
     "_handle_failed_recving": "after a failed load by a connector: refused",
@@ -61,17 +63,26 @@ def until(server: Server, happened):
     raise AssertionError("it never happens")
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("length", [5, 60, 64, 70, 200])
 @pytest.mark.parametrize("stops_after", [1, 3, 4, 5])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_session_goes_on_from_the_tokens_that_vllm_keeps(mode, stops_after, length):
-    """At a stop token the next step is in flight: it has put that token into the live slot, and vLLM takes it back."""
-    server = MODES[mode].server("blocks")
+@pytest.mark.parametrize("mode", MODES | DRAFTING)
+def test_a_session_goes_on_from_the_tokens_that_vllm_keeps(mode, stops_after, length, full):
+    """At a stop token the next step is in flight: it has put that token into the live slot, and vLLM takes it back.
+
+    Drafts behind that token may have counted, too. In a full memory a session takes its slot along over a boundary.
+    """
+    server = (MODES | DRAFTING)[mode].server("blocks")
+    server.worker.drafter = Drafter((MODES | DRAFTING)[mode].drafts, luck=[0.9, 1])
     prompt = [3 + (7 * i) % 80 for i in range(length)]
     first = answer(prompt, stops_after)
     if first[-1] in first[:-1]:
         pytest.skip("the stop token comes earlier")
     session(server, prompt, 50, stop=first[-1])
+    until(server, lambda: server.worker.touched)
+    if full:  # two pages, and no state
+        arena = server.scheduler.arena
+        arena.get_new_blocks(arena.get_num_free_blocks() - 2)
     until(server, lambda: server.scheduler.requests["session"].status == RequestStatus.WAITING_FOR_STREAMING_REQ)
     assert server.answers["session"] == first
     session(server, [5, 6, 7], 4)

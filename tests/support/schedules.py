@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -12,10 +12,14 @@ from vllm.v1.request import RequestStatus
 
 from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.scheduler import KimiScheduler
+from kimi_vllm.cache.window import window_of
 from serve.bench.cache import replay
 from serve.bench.cache.replay import Memory
 from support.arrivals import BLOCK, Arrival
-from support.hash_worker import SICK, HashWorker
+from support.drafter import Drafter
+from support.engine import ngram
+from support.hash_worker import HashWorker
+from support.hashes import SICK
 
 STATE_BLOCKS = 3
 
@@ -47,17 +51,18 @@ def eviction(name: str) -> Eviction:
 
 @dataclass(frozen=True)
 class Mode:
-    """How an engine runs: steps in flight, and which of vLLM's model runners."""
+    """How an engine runs: steps in flight, which of vLLM's model runners, and the most drafts of a step."""
 
     asynchronous: bool
     second_runner: bool
+    drafts: int = 0
 
-    def server(self, name: str, on_nonfinite: str = "abort") -> "Server":
-        """A new server with the caches of one of `SCARCE`."""
+    def server(self, name: str, on_nonfinite: str = "abort", seed: int = 0) -> "Server":
+        """A new server with the caches of one of `SCARCE`; `seed` decides the drafts."""
         config = _configuration(self, name, on_nonfinite)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(self.second_runner)))  # the scheduler's half of it
-            return Server(name, config)
+            return Server(name, config, Drafter(self.drafts, seed))
 
 
 @cache
@@ -65,7 +70,8 @@ def _configuration(mode: Mode, name: str, on_nonfinite: str) -> VllmConfig:
     policy = "priority" if name.endswith("priority") else "fcfs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # the second runner wants a GPU
-        config = replay.configuration((SCARCE | ROOMY)[name][0], eviction(name), scheduling_policy=policy)
+        options = {"speculative_config": ngram(mode.drafts)} if mode.drafts else {}
+        config = replay.configuration((SCARCE | ROOMY)[name][0], eviction(name), scheduling_policy=policy, **options)
     config.scheduler_config.async_scheduling = mode.asynchronous  # on CPUs vLLM switches it off
     config.additional_config["kimi"]["on_nonfinite"] = on_nonfinite
     return config
@@ -78,16 +84,26 @@ MODES = {
 }
 """As on a CPU, as on a GPU, and as on a GPU with ``VLLM_USE_V2_MODEL_RUNNER=0``."""
 
+DRAFTING = {
+    "drafts": replace(MODES["step-by-step"], drafts=3),
+    "drafts-in-flight": replace(MODES["two-in-flight"], drafts=3),
+    "drafts-in-flight-first-runner": replace(MODES["two-in-flight-first-runner"], drafts=15),
+}
+"""The same with speculative decoding."""
+
 
 class Server:
     """vLLM's scheduler, a worker, and the loop of the engine between them."""
 
-    def __init__(self, name: str, config: VllmConfig) -> None:
+    def __init__(self, name: str, config: VllmConfig, drafter: Drafter) -> None:
         limits, states = (SCARCE | ROOMY)[name]
-        specs = replay.our_specs(config, limits.state_blocks, eviction(name), **states)
+        window = window_of(config)
+        specs = replay.our_specs(config, limits.state_blocks, eviction(name), window=window, **states)
         self.scheduler = replay.build(KimiScheduler, config, specs)
         self.manager = self.scheduler._states
-        self.worker = HashWorker(self.manager.kv_cache_group_id, BLOCK)
+        fresh_last = not self.scheduler.use_v2_model_runner
+        self.worker = HashWorker(self.manager.kv_cache_group_id, BLOCK, window, fresh_last=fresh_last)
+        self.worker.drafter = drafter
         self.depth = 1 + config.scheduler_config.async_scheduling
         self.in_flight: deque[Any] = deque()
         self.seen: Counter[str] = Counter()
@@ -117,6 +133,7 @@ class Server:
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self.in_flight.append((output, self.worker.execute(output)))
+            self.check_accesses()
             self.seen["hits"] += sum(new.num_computed_tokens > 0 for new in output.scheduled_new_reqs)
             self.seen["preemptions"] += len(output.preempted_req_ids or ())
             waits = len(self.in_flight) == self.depth or not output.total_num_scheduled_tokens
@@ -126,11 +143,14 @@ class Server:
             self.seen["resets"] += 1
             self.scheduler.reset_prefix_cache(reset_running_requests=True)
         if self.in_flight and waits:
-            for outputs in self.scheduler.update_from_output(*self.in_flight.popleft()).values():
+            output, result = self.in_flight.popleft()
+            for outputs in self.scheduler.update_from_output(output, result).values():
                 for output in outputs.outputs:
                     self.answers[output.request_id] += output.new_token_ids
                     if output.finish_reason is not None:
                         self.reasons[output.request_id] = str(output.finish_reason)
+            if self.depth == 1:  # else the worker alone knows them
+                self.scheduler.update_draft_token_ids(self.worker.take_drafts(result))
 
     def play(self, schedule: Sequence[Arrival], resets: frozenset[int] = frozenset()) -> None:
         """Run a round to its end; `resets` are turns at which the prefix cache is reset."""
@@ -153,6 +173,17 @@ class Server:
             turn += 1
             assert turn < 2000, "requests that never finish"
 
+    def check_accesses(self) -> None:
+        """Whatever the worker has touched in a step, the scheduler knows of: else a sick state gets away."""
+        accesses = self.scheduler._steps[-1][1].accesses
+        for name, (read, written, behind, ahead) in self.worker.touched.items():
+            access = accesses[name]
+            pages_read, pages_written = access.pages()
+            assert read in (access.read, *access.written), f"{name} reads slot {read}, and not {access.read}"
+            assert written <= {*access.written}, f"{name} writes slots {written}, and not {access.written}"
+            assert ahead <= pages_written, f"{name} writes pages {ahead}, and not {pages_written}"
+            assert behind <= pages_read | pages_written, f"{name} reads pages {behind}, and not {pages_read}"
+
     def check_idle(self) -> None:
         """No request is left, so nothing is held."""
         self.scheduler.schedule()  # frees what waited for the last step
@@ -164,8 +195,10 @@ class Server:
     def check_healthy(self) -> None:
         """Nothing that a later request can find comes from a sick state."""
         pool, pages = self.manager.block_pool, self.scheduler.kv_cache_manager.block_pool
-        for slot in [*pool.slots.slots(), *(pool.slots.num_slots + h for h in pool.host.slots())]:
-            assert self.worker.slot(slot) != SICK, f"slot {slot} is published, and sick"
+        lengths = {slot: pool.slots.origin(slot)[1] for slot in pool.slots.slots()}
+        lengths |= {pool.slots.num_slots + slot: pool.host.origin(slot)[1] for slot in pool.host.slots()}
+        for slot, length in lengths.items():
+            assert self.worker.state(slot, length * BLOCK) != SICK, f"slot {slot} is published, and sick"
         for page in pages.blocks:
             if page.block_hash is not None:
                 assert SICK not in self.worker.page(page.block_id), f"page {page.block_id} can be found, and is sick"
