@@ -1,10 +1,13 @@
 """The dashboard and what is around it, as files; that a server has its metrics shows `tests/engine/test_metrics.py`."""
 
 import re
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
+from prometheus_client import CollectorRegistry, Counter
 from support import dashboard
 
 FOLDER = Path(__file__).parents[1] / "serve" / "dashboard"
@@ -38,6 +41,26 @@ def test_every_metric_of_the_state_cache_is_shown():
     shown = " ".join(dashboard.metrics())
     names = {*metrics._GAUGES, "hit_length_tokens", *metrics._COUNTERS} - {"swap_bytes"}
     assert not [name for name in names if f"kimi_state_{name}" not in shown]
+
+
+def test_vllm_counts_drafts_as_the_panels_ask():
+    from vllm.v1.spec_decode.metrics import SpecDecodingProm
+
+    def samples(speculative_config):
+        registry = CollectorRegistry()
+
+        class Counters(SpecDecodingProm):
+            _counter_cls = partial(Counter, registry=registry)
+
+        Counters(speculative_config, ["model_name", "engine"], {0: ["recall", "0"]})
+        return [sample for family in registry.collect() for sample in family.samples]
+
+    assert samples(None) == []
+    counted = samples(SimpleNamespace(num_speculative_tokens=3))
+    asked = set(filter(dashboard.of_drafts, dashboard.metrics()))
+    assert len(asked) == 4
+    assert asked <= {sample.name for sample in counted}
+    assert {sample.labels["position"] for sample in counted if "_per_pos_total" in sample.name} == {"0", "1", "2"}
 
 
 def test_compose_file_mounts_files_that_exist_and_listens_here_only():

@@ -1,5 +1,6 @@
 """The dashboard's queries, answered by a real Prometheus that scrapes a real server under load."""
 
+import json
 import math
 import random
 import shutil
@@ -13,7 +14,7 @@ import openai
 import pytest
 import yaml
 from support import dashboard
-from support.engine import RECALL, STATE_BLOCKS
+from support.engine import RECALL, ngram
 from support.server import free_port, serving
 
 pytestmark = [
@@ -24,8 +25,10 @@ pytestmark = [
 
 # Little memory and some on the host, so that checkpoints are given up, moved out and fetched back.
 SHORTAGE = '{"kimi": {"host_memory_gib": 0.05}}'
-LITTLE = ("--num-gpu-blocks-override", str(8 * STATE_BLOCKS), "--max-model-len", "1024")
+LITTLE = ("--num-gpu-blocks-override", "80", "--max-model-len", "1024")  # eight states, each with a window of four
+DRAFTS = ("--speculative-config", json.dumps(ngram(3)))
 LOAD_SECONDS = 25
+IDLE_SECONDS = 9
 # What Grafana puts in for its variables; the interval is four scrapes and a step, as there.
 VARIABLES = {"$model": ".*", "$__rate_interval": "5s", "$__range": "300s"}
 ALWAYS_ZERO = ("preemptions", "quarantined")  # this load provokes neither
@@ -75,35 +78,40 @@ def put_load_on(port, seconds):
         list(pool.map(talk, range(12)))
 
 
+def values(series):
+    return [float(value) for one in series for _, value in one["values"]]
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """The values of each query over the time of the load, by its text; and the client that asks."""
+    """What each query has for the time of the load, by its text; the models; and since when rates are 0."""
     folder = tmp_path_factory.mktemp("prometheus")
     with (
-        serving(RECALL, folder / "log", "--additional-config", SHORTAGE, *LITTLE) as port,
+        serving(RECALL, folder / "log", "--additional-config", SHORTAGE, *LITTLE, *DRAFTS) as port,
         prometheus(folder, port) as client,
     ):
         start = time.time()
         put_load_on(port, LOAD_SECONDS)
-        time.sleep(2)
+        idle = time.time() + 6  # an interval and a scrape
+        time.sleep(IDLE_SECONDS)
+        # Later than an interval: Prometheus extrapolates the rates of young counters, and ratios suffer.
+        span = {"start": start + 10, "end": time.time(), "step": "1"}
         found = {}
         for query in dashboard.expressions():
             text = query
             for name, value in VARIABLES.items():
                 text = text.replace(name, value)
             assert "$" not in text
-            span = {"start": start + 6, "end": time.time(), "step": "1"}
             answer = client.get("/api/v1/query_range", params={"query": text, **span}).json()
             assert answer["status"] == "success", (text, answer)
-            series = answer["data"]["result"]
-            found[query] = [float(value) for one in series for _, value in one["values"]]
+            found[query] = answer["data"]["result"]
         models = client.get("/api/v1/label/model_name/values", params={"match[]": "vllm:num_requests_running"}).json()
-        yield found, models["data"]
+        yield found, models["data"], idle
 
 
 @pytest.mark.parametrize("query", dashboard.expressions())
 def test_a_panels_query_has_data(answers, query):
-    numbers = [value for value in answers[0][query] if math.isfinite(value)]
+    numbers = [value for value in values(answers[0][query]) if math.isfinite(value)]
     assert len(numbers) >= 5
     if not any(name in query for name in ALWAYS_ZERO):
         assert max(numbers) > 0
@@ -114,6 +122,20 @@ def test_the_model_can_be_chosen(answers):
 
 
 def test_the_share_of_hits_is_a_share(answers):
-    values = {query: numbers for query, numbers in answers[0].items() if "state_hit_tokens" in query}
-    [shares] = values.values()
-    assert all(0 <= share <= 1 for share in shares if math.isfinite(share))
+    [series] = [series for query, series in answers[0].items() if "state_hit_tokens" in query]
+    assert all(0 <= share <= 1 for share in values(series) if math.isfinite(share))
+
+
+def test_drafts_are_shown_while_there_are_any(answers):
+    """A share for each position, no larger than the one before; and nothing, not NaN, when the server idles."""
+    found = {query: series for query, series in answers[0].items() if dashboard.of_drafts(query)}
+    [by_position] = [series for query, series in found.items() if "per_pos" in query]
+    shares = {one["metric"]["position"]: dict(one["values"]) for one in by_position}
+    assert set(shares) == {"0", "1", "2"}
+    for moment in shares["0"]:
+        falling = [1, *(float(shares[position][moment]) for position in "012"), 0]
+        assert falling == sorted(falling, reverse=True)
+    for query, series in found.items():
+        low, high = (1, 4) if query.startswith("1 +") else (0, 1)
+        assert all(low <= value <= high for value in values(series)), query
+        assert all(moment < answers[2] for one in series for moment, _ in one["values"]), query

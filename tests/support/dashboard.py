@@ -22,3 +22,8 @@ def expressions() -> list[str]:
 def metrics() -> set[str]:
     """The time series that the queries name."""
     return set(re.findall(r"\b(?:vllm:|kimi_state_)\w+", " ".join(expressions())))
+
+
+def of_drafts(name: str) -> bool:
+    """Whether a time series, or a query that names it, is there only with ``--speculative-config``."""
+    return "vllm:spec_decode_" in name
