@@ -77,15 +77,16 @@ REFUSALS = (
         f"Drop the option, or use {' or '.join(DRAFTS)}, on GPUs {' or '.join(GPU_DRAFTS)}.",
     ),
     Refusal(
-        "--speculative-config (ngram_gpu) with VLLM_USE_V2_MODEL_RUNNER=0",
+        "--speculative-config with VLLM_USE_V2_MODEL_RUNNER=0",
         lambda config: (
             not current_platform.is_cpu()
             and config.speculative_config
-            and config.speculative_config.method == "ngram_gpu"
             and not config.use_v2_model_runner
+            and not (config.model_config.enforce_eager and config.speculative_config.method == "ngram")
         ),
-        "the first model runner changes what was scheduled behind the scheduler's back.",
-        "Drop the variable, or use ngram.",
+        "with the first model runner drafts have run on GPUs without CUDA graphs only, and ngram_gpu changes what was "
+        "scheduled behind the scheduler's back.",
+        "Drop the variable, or use --enforce-eager and ngram.",
     ),
     Refusal(
         "--speculative-config (num_speculative_tokens)",

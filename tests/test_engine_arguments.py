@@ -349,28 +349,38 @@ def test_each_refusal_has_one_name():
         (True, "ngram", 1, 64, []),
         (False, "ngram", 1, 64, []),
         (False, "ngram_gpu", 1, 64, []),
-        (
-            False,
-            "ngram_gpu of the first runner",
-            1,
-            64,
-            ["--speculative-config (ngram_gpu) with VLLM_USE_V2_MODEL_RUNNER=0"],
-        ),
         (True, "ngram_gpu", 1, 64, ["--speculative-config (method)"]),
         (True, "suffix", 1, 64, ["--speculative-config (method)"]),
         (True, "ngram", 2, 64, ["--speculative-config with --pipeline-parallel-size"]),
         (True, "ngram", 1, 2, ["--speculative-config (num_speculative_tokens)"]),
     ],
-    ids=["served", "gpu", "on-device", "first-runner", "not-on-cpus", "method", "stages", "small-blocks"],
+    ids=["served", "gpu", "on-device", "not-on-cpus", "method", "stages", "small-blocks"],
 )
 def test_drafts_that_have_not_run_are_refused(cpu, method, stages, block, refused, monkeypatch):
     monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
     config = SimpleNamespace(
-        speculative_config=SimpleNamespace(method=method.split()[0]),
+        speculative_config=SimpleNamespace(method=method),
         num_speculative_tokens=3,
-        use_v2_model_runner=not cpu and "first" not in method,
+        use_v2_model_runner=not cpu,
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
         cache_config=SimpleNamespace(block_size=block),
     )
     about = [each for each in REFUSALS if each.option.startswith("--speculative-config")]
     assert [each.option for each in about if each.asked(config)] == refused
+
+
+@pytest.mark.parametrize(
+    ("runner", "method", "eager", "served"),
+    [("1", "ngram_gpu", False, True), ("0", "ngram", True, True), ("0", "ngram", False, False)],
+)
+def test_the_first_model_runner_drafts_without_graphs_only(runner, method, eager, served, create, monkeypatch):
+    config = create(speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3})
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(config.speculative_config, "method", method)
+    monkeypatch.setattr(config.model_config, "enforce_eager", eager)
+    if served:
+        refuse_unserved(config)
+        return
+    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=0: .* Drop the variable, or use --enforce-eager"):
+        refuse_unserved(config)
