@@ -169,14 +169,11 @@ class InTreePrefill:
 class InTreeWindows:
     """vLLM's branch for drafts only: conv update, recurrence with a state for each token, gated norm; three launches.
 
-    Attributes:
-        conv_state: As in `InTreeDecode`, with a column more for each draft.
-        recurrent_state: The same, with the T states of slot s from row ``s·T`` on.
-
     Args:
-        layer: Its activations have N windows of T tokens.
-        position: Tokens before each window, of which the last alone counts as the last step's.
-        window: T.
+        layer: Its activations have N windows of `window` tokens, before each of which there are `position`.
+
+    Attributes:
+        conv_state, recurrent_state: As in `InTreeDecode`, of slot s from row ``s·window`` on, one for each token.
     """
 
     load = staticmethod(_load_vllm)
@@ -186,14 +183,11 @@ class InTreeWindows:
         self.x, self.window = _in_tree_inputs(layer), window
         ring, state = layer.pools.dense()
         slots = torch.arange(len(ring), device=self.x.qkv.device)
-        history = _history(layer, ring, slots, torch.full_like(slots, position)).to(self.x.qkv.dtype)
-        history = torch.cat([history, history.new_zeros(len(ring), window - 1, history.shape[2])], dim=1)
-        self.conv_state, self.recurrent_state = _pages(
-            history.repeat_interleave(window, 0), state.repeat_interleave(window, 0)
-        )
-        N = len(self.x.qkv) // window
-        self.cu_seqlens = (torch.arange(N + 1, device=slots.device) * window).int()
-        self.accepted = torch.ones(N, dtype=torch.int32, device=slots.device)
+        past = _history(layer, ring, slots, torch.full_like(slots, position)).to(self.x.qkv.dtype)
+        past = torch.nn.functional.pad(past, (0, 0, 0, window - 1)).repeat_interleave(window, 0)
+        self.conv_state, self.recurrent_state = _pages(past, state.repeat_interleave(window, 0))
+        self.cu_seqlens = torch.arange(0, len(self.x.qkv) + 1, window, device=slots.device).int()
+        self.accepted = torch.ones_like(self.cu_seqlens[1:])
 
     def rows(self, slots: Tensor) -> Tensor:
         """Return the rows ``[N, T]`` of the windows whose sequences live in `slots`."""

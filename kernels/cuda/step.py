@@ -1,4 +1,4 @@
-"""One token of KDA in Triton, once for the kernels that go token by token: decode, extend, verify (Eq. 1 and 10).
+"""One token of KDA in Triton, once for the kernels that go token by token: decode and extend (Eq. 1 and 10).
 
 With ``d`` the decay, both products of the decayed state are taken in one pass, and the output follows without a
 second one::
@@ -10,7 +10,7 @@ is mostly additions within a thread and few shuffles between threads. Decode tak
 extend the whole head.
 
 The order of operations is part of the code: with at most 128 registers four programs of decode share a multiprocessor,
-and in this order nothing is spilled for it (NOTES.md).
+and in this order nothing is spilled for it (NOTES.md). Windows replay records and finish outputs as these do.
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 
