@@ -60,8 +60,9 @@ def check_windows(x: Activations, weights: Weights, pools: Pools, rows: WindowRo
     """
     _check_layer(x, weights, pools, out)
     window, R, W = pools.cut.window, pools.cut.R, weights.conv_weight.shape[0]
-    if not 1 <= window <= MAX_WINDOW:
-        raise ValueError(f"the pools have a window of {window} tokens; it must be 1 to {MAX_WINDOW}")
+    most = MAX_WINDOW["cuda" if x.qkv.is_cuda else "cpu"]
+    if not 1 <= window <= most:
+        raise ValueError(f"the pools have a window of {window} tokens; it must be 1 to {most}")
     if W - 2 + window > R:
         raise ValueError(f"the conv ring has {R} columns; a window of {window} needs at least {W - 2 + window}")
     N = rows.position.shape[0] if rows.position.dim() == 1 else -1

@@ -66,6 +66,10 @@ def _drafts() -> tuple[str, ...]:
     return DRAFTS if current_platform.is_cpu() else GPU_DRAFTS
 
 
+def _most_tokens() -> int:
+    return MAX_WINDOW["cpu" if current_platform.is_cpu() else "cuda"]
+
+
 _MAMBA_UNSET = (None, "none", "auto")
 
 REFUSALS = (
@@ -90,9 +94,10 @@ REFUSALS = (
     ),
     Refusal(
         "--speculative-config (num_speculative_tokens)",
-        lambda config: window_of(config) > min(MAX_WINDOW, config.cache_config.block_size),
-        f"a step verifies at most {MAX_WINDOW} tokens of a request, drafts included, and no more than a block has.",
-        f"Drop the option, use at most {MAX_WINDOW - 1}, or raise --block-size.",
+        lambda config: window_of(config) > min(_most_tokens(), config.cache_config.block_size),
+        f"a step verifies at most {MAX_WINDOW['cpu']} tokens of a request on CPUs, {MAX_WINDOW['cuda']} on GPUs, "
+        "drafts included, and no more than a block has.",
+        f"Drop the option, use at most {MAX_WINDOW['cpu'] - 1} or {MAX_WINDOW['cuda'] - 1}, or raise --block-size.",
     ),
     Refusal(
         "--speculative-config with --pipeline-parallel-size",

@@ -370,6 +370,16 @@ def test_drafts_that_have_not_run_are_refused(cpu, method, stages, block, refuse
 
 
 @pytest.mark.parametrize(
+    ("cpu", "drafts", "served"), [(True, 15, True), (True, 16, False), (False, 7, True), (False, 8, False)]
+)
+def test_a_window_is_as_long_as_kernels_take_it(cpu, drafts, served, monkeypatch):
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+    config = SimpleNamespace(num_speculative_tokens=drafts, cache_config=SimpleNamespace(block_size=64))
+    [about] = [each for each in REFUSALS if "num_speculative_tokens" in each.option]
+    assert bool(about.asked(config)) != served
+
+
+@pytest.mark.parametrize(
     ("runner", "method", "eager", "served"),
     [("1", "ngram_gpu", False, True), ("0", "ngram", True, True), ("0", "ngram", False, False)],
 )

@@ -110,8 +110,9 @@ class Plan:
             raise PlanError(
                 "--kv-cache-dtype fp8: kimi-vllm on CPUs and in float32 keeps latents in the model's dtype."
             )
-        if self.speculative_tokens >= MAX_WINDOW:
-            raise PlanError(f"--speculative-tokens {self.speculative_tokens}: at most {MAX_WINDOW - 1}.")
+        most = MAX_WINDOW["cpu" if self.gpu_dtype is None else "cuda"] - 1
+        if self.speculative_tokens > most:
+            raise PlanError(f"--speculative-tokens {self.speculative_tokens}: at most {most}.")
         remedy = "raise --gpu-memory-utilization or --tensor-parallel-size"
         check_one_fits(self.capacity, self.demand, self.costs.block, remedy, self.costs.weights)
 

@@ -4,7 +4,7 @@ import json
 
 import psutil
 import pytest
-from support.engine import RECALL, STATE_BLOCKS, engine, random_prompts
+from support.engine import DRAFTS, RECALL, STATE_BLOCKS, engine, random_prompts
 from typer.testing import CliRunner
 
 from kimi_vllm import sizing as planner
@@ -55,7 +55,8 @@ def planned(checkpoint, *options):
 def test_plan_and_engine_agree_to_the_byte(name, layout, caching, checkpoints, said, weight_bytes):
     checkpoint = checkpoints[name, layout]
     flag = "--prefix-caching" if caching else "--no-prefix-caching"
-    plan = planned(checkpoint, "--max-num-seqs", "5", "--max-model-len", "500", flag)
+    drafts = ["--speculative-tokens", str(DRAFTS)] if DRAFTS else []
+    plan = planned(checkpoint, "--max-num-seqs", "5", "--max-model-len", "500", flag, *drafts)
     costs, block_size = plan["costs"], plan["capacity"]["block_size"]
     with engine(checkpoint, max_num_seqs=5, max_model_len=500, enable_prefix_caching=caching) as running:
         pool, arena = running.pool, running.scheduler.arena

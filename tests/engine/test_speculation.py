@@ -78,6 +78,8 @@ CONFIGURATIONS = {
     "ample": options(60),
     "two drafts": options(60, drafts=2),
     "fifteen drafts": options(30, drafts=15, block=64),
+    "by batch size": options(60)
+    | {"speculative_config": ngram(5) | {"num_speculative_tokens_per_batch_size": [[1, 2, 5], [3, 4, 2], [5, 8, 0]]}},
     "few states": options(9),
     "few states, host": options(9, host_memory_gib=0.01),
     "few pages": options(6, pages=30),
