@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.bench.engine.plan import MEASUREMENTS, ON_REQUEST
 from serve.bench.engine.rows import read
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.engine
 def test_every_measurement_leaves_a_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     few = ["--contexts", "128,4K", "--steps", "4", "--prompts", "4K", "--prefills", "128", "--arrivals", "2"]
+    few += ["--draft-requests", "1", *(f"--measure={name}" for name in MEASUREMENTS + ON_REQUEST)]
     command = [sys.executable, "-m", "serve.bench.engine", "run", "--json", str(path), *few]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -26,14 +28,15 @@ def test_every_measurement_leaves_a_row(tmp_path):
     ours = {(row["bench"], *row["case"].values()): row for row in rows if row["provider"] == "kimi-vllm"}
     assert ours["header", "recall"]["env"]["vllm"].startswith("vllm")
     assert ours["engine", "recall"]["model_class"].startswith("kimi_vllm.")
-    for batch, context, requests in (("1", 128, 1), ("1", 4096, 1), ("largest", 128, 8), ("largest", 4096, 4)):
+    for batch, context, requests in (("1", 128, 1), ("1", 4096, 1), ("largest", 128, 8), ("largest", 4096, 3)):
         row = ours["tpot", context, batch]
         assert row["context"] == "synthetic"
         assert (row["requests"], row["tpot"]["count"], row["preemptions"]) == (requests, 4, 0)
         assert row["steps_with_all_requests"] == "5/5"
-    # 299 pages of 64 tokens hold four prompts of 4K and what they grow by.
-    assert (ours["concurrency", 4096]["running"], ours["concurrency", 4096]["limited_by"]) == (4, "memory")
+    # 299 blocks of 64 tokens hold three prompts of 4K, their states and what they grow by.
+    assert (ours["concurrency", 4096]["running"], ours["concurrency", 4096]["limited_by"]) == (3, "memory")
     mixed = next(row for row in rows if row["bench"] == "mixed")
     assert (mixed["running_decoders"], mixed["answered"], mixed["preemptions"]) == (4, 2, 0)
+    assert ours["drafts", 1, 256, 0, None]["tokens_per_step"] == 1
     assert ours["prefill", 128]["context"] == "real"
     assert ours["prefill", 128]["tokens_per_s"] > 0
