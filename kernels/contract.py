@@ -306,7 +306,8 @@ class KdaVerify(Protocol):
         """Run every row over its window, and keep what each of its tokens does to the state beside the state.
 
         The state that is written is the one *before* the window. On CPUs the output of a token, and the state after
-        the tokens that count, are bit by bit those of as many decode steps.
+        the tokens that count, are bit by bit those of as many decode steps. On CUDA they are to rounding, which
+        depends on the number of rows too; and rows, weights and pools are read early, as `KdaDecode` says.
 
         Args:
             x: the packed tokens.
@@ -317,7 +318,8 @@ class KdaVerify(Protocol):
 
         Cost:
             Reads and writes the state once whatever the window: that of a decode step, and
-            ``2·N·H·window·3·D·4`` bytes of records.
+            ``2·N·H·window·3·D·4`` bytes of records; on CUDA as much again of a scratch, with four vectors a token for
+            three.
 
         Raises:
             IndexError: on CPU, a slot outside the pools; it counts as 0. On CUDA it counts as 0 too, and nothing is

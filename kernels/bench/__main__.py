@@ -1,4 +1,4 @@
-"""``python -m kimi_vllm.kernels.bench cpu``, ``cuda`` or ``products``: verify the kernels, then time them."""
+"""``python -m kimi_vllm.kernels.bench`` with cpu, cuda, windows or products: verify the kernels, then time them."""
 
 from __future__ import annotations
 

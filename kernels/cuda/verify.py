@@ -18,7 +18,7 @@ of keys and queries, by substitution, token after token:
 So S meets all of y and y' in one matrix product of the tensor cores, in three passes of TensorFloat-32 that keep what
 float32 has. No decay is divided by: it may be 0. What comes of a token depends on no later one, whatever that holds.
 
-A thread has a channel, or several, of all tokens until x and y are there; they go to the tiles of the state through a
+A thread has a channel of all tokens until x and y are there; they go to the tiles of the state through a
 scratch in memory. Threads of a program hand one another what they wrote, and a window that is run in place writes what
 others read, its columns of the ring (the newest lies where the oldest of the history lay) and its records: a barrier
 stands between each of these phases. New u replace old ones tile by tile, behind the product that needed these.
@@ -77,7 +77,10 @@ def _history(ring_ptr, places, read, position, c, D: tl.constexpr, W: tl.constex
 
 @triton.jit
 def _keep_history(ring_ptr, places, history, position, c, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr):  # fmt: skip  # noqa: E501
-    """Write to another slot than the one read what a window from `position` on, or one that follows, needs of it."""
+    """Write to another slot than the one read what a window that begins after `position` needs of it.
+
+    One token of a window counts at least, so no window begins where this one does again.
+    """
     for tap in tl.static_range(1, W - 1):
         past = position - (W - 1) + tap
         column_ptr = column_ptrs(ring_ptr, places, past, D, R, PIECES, RING)

@@ -77,9 +77,9 @@ class KimiMLA(nn.Module):
             query, _ = self.q_b_proj(self.q_a_layernorm(low_rank))
         compressed, _ = self.kv_a_proj_with_mqa(hidden_states)
         if self._drafts:
-            # A draft may be NaN, be rejected, and be multiplied by 0 all the same by tokens before it. Of an accepted
-            # one the states are NaN as well, which ends the request.
-            compressed = compressed.nan_to_num(0, 0, 0)
+            # A draft may be NaN, be rejected, and be multiplied by 0 all the same by tokens before it.
+            sick = ~compressed.isfinite().all(-1, keepdim=True)
+            compressed = compressed.masked_fill(sick, 0)
         kv, shared_key = compressed.split([self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim], dim=-1)
         kv = self.kv_a_layernorm(kv.contiguous())
         if isinstance(self.attn, LatentAttention):
@@ -88,6 +88,8 @@ class KimiMLA(nn.Module):
             width = self.local_heads * self.geometry.v_head_dim
             query = query.view(-1, self.local_heads, self.geometry.qk_head_dim)
             attended = self.attn(query, kv, shared_key.unsqueeze(1), output_shape=(query.shape[0], width))
+        if self._drafts:
+            attended = attended.masked_fill(sick, torch.nan)  # but if it counts, it has to be seen
         mixed: Tensor = self.o_proj(attended)[0]
         return mixed
 

@@ -149,7 +149,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         latents = latents.masked_fill(unseen[:, -1, :, None], 0)
         query = self._absorbed(query[:tokens].view(tokens, self.num_heads, -1)).view(rows, -1, self.latent_dim)
         scores = torch.bmm(query, latents.transpose(1, 2)).float().mul_(self.scale)
-        scores = scores.unflatten(1, (-1, self.num_heads)).masked_fill(unseen[:, :, None], -torch.inf).flatten(1, 2)
+        scores.unflatten(1, (-1, self.num_heads)).masked_fill_(unseen[:, :, None], -torch.inf)
         averages = torch.bmm(scores.softmax(-1).to(latents.dtype), latents[..., : self.rank])
         averages = averages.view(tokens, self.num_heads, self.rank)
         values = torch.bmm(averages.transpose(0, 1), self._projections[1]).transpose(0, 1)

@@ -19,7 +19,7 @@ from kimi_vllm.cache.metadata import OwnKernels
 from kimi_vllm.cache.window import window_of
 
 MAX_GRAPH_ELEMENTS = 1 << 28
-"""Maximum latent elements of all sequences at full length for which decode steps are captured in CUDA graphs."""
+"""Most elements of the latents or the scores of all sequences at full length for which CUDA graphs are captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,8 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata | DeviceDeco
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
         """Graphs of decode steps or windows, unless too large: a graph reads every page that a request could have."""
         most = vllm_config.scheduler_config.max_num_seqs * vllm_config.model_config.max_model_len
-        if most * kv_cache_spec.head_size > MAX_GRAPH_ELEMENTS:
+        heads: int = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        if most * max(kv_cache_spec.head_size, heads * window_of(vllm_config)) > MAX_GRAPH_ELEMENTS:
             return AttentionCGSupport.NEVER
         uniform = AttentionCGSupport.UNIFORM_BATCH
         return uniform if window_of(vllm_config) else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE

@@ -121,7 +121,7 @@ def test_decode(N: int, state_dtype: torch.dtype, compiled: Kernels, tmp_path: P
 
 
 @STEPS
-def test_windows_spill_nothing(N: int, state_dtype: torch.dtype, compiled: Kernels, tmp_path: Path) -> None:
+def test_windows_of_four_spill_nothing(N: int, state_dtype: torch.dtype, compiled: Kernels, tmp_path: Path) -> None:
     *inputs, out = layer(4 * N, 4, state_dtype=state_dtype)
     verify.kda_verify(*inputs, window_rows(N), out)
     assert stack_bytes(compiled["_verify"], tmp_path) == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from kda_case import Case, Tolerance, check_no_sequence, copied, relative_error, same_bits
 from triton_case import (
+    DEVICE,
     DTYPES,
     ON_GPU,
     far_away,
@@ -29,6 +30,7 @@ from window_case import (
     ring,
 )
 
+from kimi_vllm.kernels.contract import WindowRows
 from kimi_vllm.kernels.cuda import launch
 
 pytestmark = pytest.mark.triton
@@ -204,6 +206,44 @@ def test_the_null_slots_blocks_are_never_used() -> None:
     step = ([2, 2, 2], [0, 3, 7], [0, 3, 0], [2, 0, 4], [0, 0, 5], [0, 1, 3])
     assert same_bits(ours.verify(*step), case.verify(*step))
     assert same_bits(ours.pools.memory, case.pools.memory)
+
+
+@pytest.mark.gpu
+def test_a_graph_replayed_with_other_windows_equals_eager() -> None:
+    """Rows, their lengths and the number of those that are padding change; the graph has the most of each."""
+    N, window = 5, 4
+    case = windows(N * window, 32, 128, S=12, dtype=torch.bfloat16)
+    for slot in range(1, 12):
+        lag(case, slot, 9, 2)
+    steps = [
+        ([4, 4, 4, 4, 4], [1, 2, 3, 0, 5], [1, 2, 4, 6, 5], [0, 0, 0, 0, 7], [2, 1, 0, 0, 2]),
+        ([4, 1, 3, 0, 0], [5, 0, 8, 0, 0], [5, 2, 9, 0, 0], [0, 0, 10, 0, 0], [1, 0, 2, 0, 0]),
+        ([0] * 5, [0] * 5, [0] * 5, [0] * 5, [0] * 5),
+    ]
+    captured = case.copy()
+    ints = torch.zeros(5, N + 1, dtype=torch.int32, device=DEVICE)
+    position = torch.full((N,), 9, device=DEVICE)
+    rows = WindowRows(ints[0], position, *(ints[index, :N] for index in range(1, 5)))
+    out = case.x.qkv.new_empty(N * window, 32 * 128)
+
+    def step() -> None:
+        captured.kernels.kda_verify(captured.x, captured.weights, captured.pools, rows, out)
+
+    step()  # compiles; all rows are padding
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lengths, *slots in steps:
+        rows.cu_seqlens.copy_(torch.tensor([0, *lengths]).cumsum(0))
+        for row, values in zip((rows.read_slot, rows.write_slot, rows.second_slot, rows.num_fold), slots, strict=True):
+            row.copy_(torch.tensor(values))
+        out.fill_(float("nan"))
+        graph.replay()
+        read, write, second, num_fold = slots
+        expected = case.verify(lengths, [9] * N, read, write, second, num_fold)
+        assert same_bits(out, expected)
+        assert same_bits(captured.pools.memory, case.pools.memory)
 
 
 def test_a_step_without_rows_clears_its_tokens() -> None:
