@@ -64,24 +64,24 @@ def measure(drafts: int, requests: list[int], tokens: int, repeats: int, port: i
 
 
 async def _rounds(url: str, prompts: list[list[int]], tokens: int, temperature: float, rounds: int) -> list[float]:
-    client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
     rates = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        asked = (
-            client.completions.create(
-                model="recall",
-                prompt=prompt,
-                max_tokens=tokens,
-                temperature=temperature,
-                seed=number,
-                extra_body={"ignore_eos": True},
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            asked = (
+                client.completions.create(
+                    model="recall",
+                    prompt=prompt,
+                    max_tokens=tokens,
+                    temperature=temperature,
+                    seed=number,
+                    extra_body={"ignore_eos": True},
+                )
+                for number, prompt in enumerate(prompts)
             )
-            for number, prompt in enumerate(prompts)
-        )
-        answers = await asyncio.gather(*asked)
-        made = sum(answer.usage.completion_tokens for answer in answers if answer.usage)
-        rates.append(made / (time.perf_counter() - start))
+            answers = await asyncio.gather(*asked)
+            made = sum(answer.usage.completion_tokens for answer in answers if answer.usage)
+            rates.append(made / (time.perf_counter() - start))
     return rates
 
 
