@@ -68,6 +68,21 @@ PATCHES = (
         "tests/test_patches.py::test_vllm_still_forgets_the_scales_of_int8",
         "process_weights_for_onednn keeps the scales that it gives to create_onednn_scaled_mm",
     ),
+    Intrusion(
+        "replace rejection_sampler.expand_batch_to_tokens",
+        ("vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",),
+        "On CPUs vLLM expands temperature, top_k and top_p of requests to their drafts in a copy as integers, which it "
+        "drops. Sampled answers with drafts, and greedy ones beside them, came of what was in memory.",
+        "tests/test_patches.py::test_vllm_still_expands_integers_only",
+        "cpu_triton_utils._expand_kernel_impl writes to its output in the output's dtype",
+    ),
+    Intrusion(
+        "wrap rejection_sampler.apply_sampling_constraints",
+        ("vllm.v1.sample.rejection_sampler:apply_sampling_constraints",),
+        "A step with top_k in which nobody has drafts takes the maximum of nothing, and the engine dies.",
+        "tests/test_patches.py::test_vllm_still_takes_the_maximum_of_nothing",
+        "apply_top_k_only takes no rows",
+    ),
 )
 """Functions that `patches.py` replaces, on CPUs only."""
 

@@ -51,6 +51,30 @@ def _keep_int8_scales() -> None:
     CPUInt8ScaledMMLinearKernel.process_weights_for_onednn = and_keep_the_scale
 
 
+def _sample_with_drafts() -> None:
+    from vllm.v1.sample import rejection_sampler
+
+    rejection_sampler.expand_batch_to_tokens = _expanded
+    constrain = rejection_sampler.apply_sampling_constraints
+    if hasattr(constrain, "__wrapped__"):
+        return
+
+    @wraps(constrain)
+    def unless_empty(logits: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        constrained: torch.Tensor = constrain(logits, *args, **named) if len(logits) else logits
+        return constrained
+
+    rejection_sampler.apply_sampling_constraints = unless_empty
+
+
+def _expanded(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    replaced = torch.where(x == replace_from, replace_to, x).to(x.dtype)
+    return torch.repeat_interleave(replaced, counts, output_size=num_tokens)
+
+
 def _amx_multiplies(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
     from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
 
@@ -67,3 +91,4 @@ def apply_all() -> None:
     _leave_int8_to_onednn()
     _pack_experts_again()
     _keep_int8_scales()
+    _sample_with_drafts()

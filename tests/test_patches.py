@@ -72,3 +72,30 @@ def test_amx_gets_what_it_multiplies(outputs, inputs, model, weights, served, mo
     assert cpu.check_cpu_sgl_kernel(outputs, inputs, weights) == served
     if served:
         amx.convert_weight_packed(torch.zeros(outputs, inputs, dtype=weights))
+
+
+def test_vllm_still_expands_integers_only():
+    """When this fails, the patch of expand_batch_to_tokens can go, if tests/engine/test_speculation.py passes."""
+    from vllm.utils import cpu_triton_utils
+
+    assert "        _ensure_int64(output),\n" in inspect.getsource(cpu_triton_utils._expand_kernel_impl)
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.0, 2.0], [3, 0, 7]])
+def test_values_of_requests_are_expanded_to_their_drafts(values):
+    from vllm.v1.sample import rejection_sampler
+
+    patches.apply_all()
+    x = torch.tensor(values)
+    expanded = rejection_sampler.expand_batch_to_tokens(x, torch.tensor([2, 2, 5], dtype=torch.int32), 5)
+    assert torch.equal(expanded, x[[0, 0, 2, 2, 2]])
+    replaced = rejection_sampler.expand_batch_to_tokens(x, torch.tensor([1, 3, 4]), 4, replace_from=0, replace_to=1)
+    assert torch.equal(replaced, torch.tensor([values[0], 1, 1, values[2]], dtype=x.dtype))
+
+
+def test_vllm_still_takes_the_maximum_of_nothing():
+    """When this fails, the patch of apply_sampling_constraints can go."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_only
+
+    with pytest.raises(RuntimeError, match="max"):
+        apply_top_k_only(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int32))

@@ -1,6 +1,6 @@
-"""Served throughput with n-gram drafts and without, where answers repeat themselves and where nothing can be guessed.
+"""Served throughput with n-gram drafts and without, where answers repeat themselves and where they are sampled.
 
-The tiny model's long greedy answers are periodic: nearly every draft is right. Sampled at temperature 1 they are noise.
+The tiny model's long greedy answers are periodic: nearly every draft is right. At temperature 1 fewer can be guessed.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from serve.common.tables import ResultTable
 
 LOG = ROOT / ".demo" / "bench.log"
 PROMPT_TOKENS = 40
-ANSWERS = {"periodic": 0.0, "noise": 1.0}
+ANSWERS = {"periodic": 0.0, "sampled": 1.0}
 """Temperatures."""
 
 

@@ -150,6 +150,31 @@ def test_periodic_answers_take_fewer_steps(running):
 ONE_RUNNER = pytest.mark.skipif(torch.cuda.is_available(), reason="for both of a GPU's in test_cuda_speculation.py")
 
 
+def test_sampled_answers_beside_greedy_ones(running):
+    """Of the likeliest token alone to choose from is greedy; what is sampled otherwise is likely, and harms nobody."""
+    from vllm import SamplingParams, TokensPrompt
+
+    prompts = random_prompts([40, 30, 20, 50], 100, seed=9)
+    common = {"max_tokens": 60, "ignore_eos": True, "detokenize": False, "logprobs": 0}
+    sampled = [
+        SamplingParams(temperature=0.7, top_k=1, **common),
+        SamplingParams(temperature=0.2, top_p=0.9, **common),
+        SamplingParams(temperature=0, **common),
+        SamplingParams(temperature=0.5, top_k=5, **common),
+    ]
+    inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+    with watched(running["ample"]) as seen:
+        outputs = running["ample"].llm.generate(inputs, sampled, use_tqdm=False)
+    assert seen["accepted"]
+    answers = [output.outputs[0] for output in outputs]
+    greedy = running[PLAIN].complete(prompts, max_tokens=60)
+    for index in (0, 2):
+        assert list(answers[index].token_ids) == greedy[index].tokens
+    for answer in answers:
+        least = min(step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True))
+        assert least > -5
+
+
 @contextmanager
 def drafts(running, lengths):
     """Draft the sick token only, so many times in turn."""
