@@ -57,15 +57,7 @@ def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool
     if most > 1 and len(names) == 1:
         return {"skipped": "no second request fits, so this is batch 1"}
     preempted = engine.num_preemptions
-    first = StepClock()
-    first.run(engine.step, 1, time.perf_counter() + plan.budget_s)
-    if not first.arrivals:
-        return {"skipped": f"no token in {plan.budget_s:g} s"}
-    engine.make_noise()
-    # Kernels may be compiled here, which is not to come out of the time for the steps themselves.
-    StepClock().run(engine.step, plan.warmup, time.perf_counter() + 2 * plan.budget_s)
-    clock = StepClock()
-    clock.run(engine.step, plan.steps + 1, time.perf_counter() + plan.budget_s)
+    clock = _timed_steps(engine, plan)
     if len(clock.arrivals) < 2:
         return {"skipped": f"no two steps in {plan.budget_s:g} s"}
     seconds = summary_ms(clock.intervals())
@@ -101,6 +93,20 @@ def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool
     return fields | {"profile": profile}
 
 
+def _timed_steps(engine: BenchEngine, plan: Plan) -> StepClock:
+    """Let requests that were added take their first step, warm up, and time steps; none if the first has no tokens."""
+    first = StepClock()
+    first.run(engine.step, 1, time.perf_counter() + plan.budget_s)
+    if not first.arrivals:
+        return first
+    engine.make_noise()
+    # Kernels may be compiled here, which is not to come out of the time for the steps themselves.
+    StepClock().run(engine.step, plan.warmup, time.perf_counter() + 2 * plan.budget_s)
+    clock = StepClock()
+    clock.run(engine.step, plan.steps + 1, time.perf_counter() + plan.budget_s)
+    return clock
+
+
 def drafts(engine: BenchEngine, plan: Plan, requests: int, share: float | None) -> dict[str, Any]:
     """Tokens per second where each draft is random and, if those before it were, right with this probability."""
     if share is not None:
@@ -110,11 +116,7 @@ def drafts(engine: BenchEngine, plan: Plan, requests: int, share: float | None) 
         return {"skipped": f"only {len(names)} requests fit"}
     engine.on_workers(partial(workers.adopt_states, context=plan.draft_context - 1))
     preempted = engine.num_preemptions
-    StepClock().run(engine.step, 1, time.perf_counter() + plan.budget_s)
-    engine.make_noise()
-    StepClock().run(engine.step, plan.warmup, time.perf_counter() + 2 * plan.budget_s)
-    clock = StepClock()
-    clock.run(engine.step, plan.steps + 1, time.perf_counter() + plan.budget_s)
+    clock = _timed_steps(engine, plan)
     if len(clock.arrivals) < 2:
         return {"skipped": f"no two steps in {plan.budget_s:g} s"}
     made = sum(sum(tokens.values()) for _, tokens in clock.arrivals[1:])
