@@ -86,7 +86,7 @@ REFUSALS = (
             not current_platform.is_cpu()
             and config.speculative_config
             and not config.use_v2_model_runner
-            and not (config.model_config.enforce_eager and config.speculative_config.method == "ngram")
+            and config.speculative_config.method != "ngram"
         ),
         "with the first model runner drafts have run on GPUs without CUDA graphs only, and ngram_gpu changes what was "
         "scheduled behind the scheduler's back.",

@@ -26,7 +26,10 @@ PLAIN = "one token"
 """Our decode step in slots without records."""
 
 
-CONFIGS = [launch.Windows(*values) for values in ((128, 8), (64, 8), (64, 4), (32, 4, 168), (32, 4, 128))]
+CONFIGS = [
+    launch.Windows(*values)
+    for values in ((64, 64, 4, 168), (64, 32, 4), (64, 32, 4, 128), (32, 64, 4, 128), (128, 32, 8), (64, 64, 8, 128))
+]
 """Launch parameters that a search tries."""
 
 
@@ -68,7 +71,11 @@ def window_rows(
         for config in CONFIGS if search else [None]:
             run = partial(verify.kda_verify, config=config)
             steps = [partial(run, *layer.inputs, rows[i % sets], out) for i in range(max(sets, 20))]
-            name = OURS if config is None else f"{config.rows} x {config.warps}, {config.registers or 'any'}"
+            name = (
+                OURS
+                if config is None
+                else f"{config.rows} x {config.columns}, {config.warps} warps, {config.registers or 'any'}"
+            )
             yield Row("windows", name, case, dtypes, *gpu.measure_graph(steps), moved_bytes=moved)
         if peer is not None:
             tables = [peer.rows(each) for each in slots]

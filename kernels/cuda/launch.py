@@ -47,12 +47,13 @@ class Windows:
     """Launch parameters of the kernel of windows.
 
     Attributes:
-        rows: value channels a program updates at a time, at least 16.
+        rows, columns: of the tile of a head's matrix that a program updates at a time; rows at least 16.
         warps: warps per program.
         registers: as `Decode.registers`.
     """
 
     rows: int
+    columns: int
     warps: int
     registers: int | None = None
 
@@ -111,9 +112,9 @@ def decode(heads: int, head_dim: int, state_dtype: torch.dtype) -> Decode:
 
 
 @cache
-def windows(heads: int, head_dim: int) -> Windows:
+def windows(heads: int, head_dim: int, state_dtype: torch.dtype) -> Windows:
     """Return the launch parameters for windows with this many heads in all."""
-    return Windows(**_first_fit("windows", heads, head_dim, 0))
+    return Windows(**_first_fit("windows", heads, head_dim, state_dtype.itemsize))
 
 
 @cache

@@ -130,9 +130,53 @@ def everywhere(condition, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def add2(a, b, x, y):
-    """Combine two sums at once, for `tl.reduce` over a tuple."""
-    return a + x, b + y
+def side_by_side(vectors, COUNT: tl.constexpr):
+    """Return vectors ``[n]`` as the columns of a tile ``[n, COUNT]``; COUNT is 2, 4, 8 or 16."""
+    LENGTH: tl.constexpr = vectors[0].shape[0]
+    for step in tl.static_range(1, 5):
+        if COUNT >> step > 0:
+            joined = ()
+            for i in tl.static_range(COUNT >> step):
+                joined = joined + (tl.join(vectors[i], vectors[i + (COUNT >> step)]),)
+            vectors = joined
+    return tl.reshape(vectors[0], (LENGTH, COUNT))
+
+
+@triton.jit
+def scalars(x, COUNT: tl.constexpr):
+    """Return the elements of a vector of COUNT, which is 2, 4, 8 or 16."""
+    parts = (x,)
+    for step in tl.static_range(4):
+        if COUNT >> step > 1:
+            evens, odds = (), ()
+            for i in tl.static_range(1 << step):
+                if COUNT >> step > 2:
+                    even, odd = tl.split(tl.reshape(parts[i], (COUNT >> step + 1, 2)))
+                else:
+                    even, odd = tl.split(parts[i])
+                evens, odds = evens + (even,), odds + (odd,)
+            parts = evens + odds
+    return parts
+
+
+@triton.jit
+def sums_of(vectors, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Return the sums of at most 16 of the vectors, from FIRST on."""
+    LEFT: tl.constexpr = COUNT - FIRST
+    WIDTH: tl.constexpr = 2 if LEFT <= 2 else 4 if LEFT <= 4 else 8 if LEFT <= 8 else 16
+    some = ()
+    for i in tl.static_range(FIRST, FIRST + WIDTH):
+        some = some + (vectors[i if i < COUNT else FIRST],)
+    return scalars(tl.sum(side_by_side(some, WIDTH), axis=0), WIDTH)
+
+
+@triton.jit
+def channel_sums(vectors, COUNT: tl.constexpr):
+    """Return the sum of each of COUNT vectors, at least two; sixteen are taken in one round of barriers."""
+    found = ()
+    for first in tl.static_range(0, COUNT, 16):
+        found = found + sums_of(vectors, first, COUNT)
+    return found
 
 
 @triton.jit

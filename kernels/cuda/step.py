@@ -57,11 +57,17 @@ def decay_and_strength(gate_ptrs, beta_ptr, rate, bias):
 
 
 @triton.jit
+def unit_scales(qq, kk, D: tl.constexpr):
+    """Return the factors that make q and k unit vectors, q's times D^-0.5, of their sums of squares."""
+    return inverse_norm(qq) * (D**-0.5), inverse_norm(kk)
+
+
+@triton.jit
 def normalise(q, k, D: tl.constexpr):
     """Return q and k as unit vectors, q times D^-0.5, and their product."""
     # Three sums in one reduction: one round of barriers instead of three.
     qq, kk, kq = tl.reduce((q * q, k * k, k * q), 0, add3)
-    q_scale, k_scale = inverse_norm(qq) * (D**-0.5), inverse_norm(kk)
+    q_scale, k_scale = unit_scales(qq, kk, D)
     return q * q_scale, k * k_scale, kq * q_scale * k_scale
 
 

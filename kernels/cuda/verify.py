@@ -16,12 +16,14 @@ of keys and queries, by substitution, token after token:
     x_t = b_t (v_t - sum_{i<t} A_ti x_i)            x'_t = sum_{i<t} B_ti x_i + (k_t · q_t) x_t
 
 So S meets all of y and y' in one matrix product of the tensor cores, in three passes of TensorFloat-32 that keep what
-float32 has. No decay is divided by: it may be 0. What comes of a token depends on no later one, whatever that holds.
+float32 has; tiles of it are as many columns wide as registers allow, and products add up along a row of tiles. No decay
+is divided by: it may be 0. What comes of a token depends on no later one, whatever that holds.
 
-A thread has a channel of all tokens until x and y are there; they go to the tiles of the state through a
-scratch in memory. Threads of a program hand one another what they wrote, and a window that is run in place writes what
-others read, its columns of the ring (the newest lies where the oldest of the history lay) and its records: a barrier
-stands between each of these phases. New u replace old ones tile by tile, behind the product that needed these.
+A thread has a channel of all tokens until x and y are there. All sums over channels that A, B and the norms need are
+taken at once, because each trip through shared memory waits for all warps. x and y go to the tiles through a scratch in
+memory. Threads of a program hand one another what they wrote, and a window that is run in place writes what others
+read, its columns of the ring (the newest lies where the oldest of the history lay) and its records: a barrier stands
+between each of these phases. New u replace old ones tile by tile, behind the product that needed these.
 
 Programmatic dependent launch as in decode.
 """
@@ -36,7 +38,7 @@ from torch import Tensor, float32
 
 from kimi_vllm.kernels.contract import Activations, Pools, Weights, WindowRows
 from kimi_vllm.kernels.cuda import launch
-from kimi_vllm.kernels.cuda.math import LOG2E, add2, everywhere, exp2, prefetch, silu
+from kimi_vllm.kernels.cuda.math import LOG2E, channel_sums, everywhere, exp2, prefetch, silu
 from kimi_vllm.kernels.cuda.slots import (
     column_ptrs,
     head_places,
@@ -45,7 +47,7 @@ from kimi_vllm.kernels.cuda.slots import (
     records_to_fold,
     slot_or_null,
 )
-from kimi_vllm.kernels.cuda.step import decay_and_strength, finish, normalise, replay
+from kimi_vllm.kernels.cuda.step import decay_and_strength, finish, replay, unit_scales
 
 _VECTORS = tl.constexpr(4)
 """Vectors of a token in the scratch: -y, y', x and x'."""
@@ -90,10 +92,17 @@ def _keep_history(ring_ptr, places, history, position, c, D: tl.constexpr, W: tl
 
 
 @triton.jit
-def _tile_ptrs(state_ptr, places, row, D: tl.constexpr, PIECES: tl.constexpr):
-    """Return where the elements of rows of a head's matrix lie: ``[.., D]``."""
-    begins = matrix_rows(state_ptr, places, row, D, PIECES)
-    return state_ptr + begins[:, :, None] + tl.arange(0, D)[None, None, :]
+def _tile_begin(tile, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the first row and column of a tile: all of some rows before the next."""
+    return tile // (D // COLUMNS) * ROWS, tile % (D // COLUMNS) * COLUMNS
+
+
+@triton.jit
+def _tile_ptrs(state_ptr, places, tile, D: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Return where the elements of a tile of a head's matrix lie: ``[ROWS, COLUMNS]``."""
+    down, across = _tile_begin(tile, D, ROWS, COLUMNS)
+    rows = matrix_rows(state_ptr, places, down + tl.arange(0, ROWS)[:, None], D, PIECES)
+    return state_ptr + rows + across + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit(
@@ -114,7 +123,7 @@ def _verify(
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     BLOCK_STEPS: tl.constexpr, UNIT_STEPS: tl.constexpr, UNITS: tl.constexpr, PIECES: tl.constexpr, RING: tl.constexpr,
     WINDOW: tl.constexpr, RECORDS: tl.constexpr, FIRST_RECORD: tl.constexpr,
-    ROWS: tl.constexpr, SPREAD: tl.constexpr, TOKENS: tl.constexpr, launch_pdl: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Run one head of one row over its window; the last programs clear rows that belong to nobody."""
     program = tl.program_id(0)
@@ -144,15 +153,13 @@ def _verify(
 
     # Before the wait: what an earlier kernel than the last one wrote, or nobody; as in decode. Nothing is written: the
     # scratch may be what the kernel ahead still reads.
-    own = everywhere(read > 0, (ROWS // SPREAD, SPREAD, D))
-    row_index = tl.arange(0, ROWS // SPREAD)[:, None] * SPREAD + tl.arange(0, SPREAD)[None, :]
-    # What all rows of a tile share, loaded once a warp: Triton would pass a vector through shared memory.
-    channel = tl.zeros((1, SPREAD, 1), tl.int32) + c[None, None, :]
+    own = everywhere(read > 0, (ROWS, COLUMNS))
+    TILES: tl.constexpr = D // ROWS * (D // COLUMNS)
     unit = first_unit + head * PIECES
     sources = head_places(pages_ptr, read, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
     targets = head_places(pages_ptr, write, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
     others = head_places(pages_ptr, second, pages_stride, unit, BLOCK_STEPS, UNIT_STEPS, UNITS, PIECES)
-    tile_ptrs = _tile_ptrs(state_ptr, sources, row_index, D, PIECES)
+    tile_ptrs = _tile_ptrs(state_ptr, sources, 0, D, PIECES, ROWS, COLUMNS)
     loaded = tl.load(tile_ptrs, mask=own, other=0.0, eviction_policy="evict_first")
     for record in range(0, count):
         past_ptr = record_ptr(memory_ptr, sources, record, D, PIECES, RECORDS, FIRST_RECORD) + c
@@ -178,10 +185,7 @@ def _verify(
         for part in tl.static_range(3):
             projections = projections + (tl.load(qkv_row_ptr + channels[part]).to(tl.float32),)
     act = qkv_ptr.dtype.element_ty
-    token_ptr = scratch_ptr + begin.to(tl.int64) * (H * _VECTORS * D) + head * (_VECTORS * D)
-    passed = tl.full((D,), 1.0, tl.float32)  # c_t
-    left, keys, decays = (), (), ()  # k_i d_{i+1} .. d_t, k and d
-    held, kept = (), ()  # y and x
+    queries, keys, written, decays, strengths = (), (), (), (), ()
     for t in tl.static_range(WINDOW):
         mixed = ()
         for part in tl.static_range(3):
@@ -190,28 +194,45 @@ def _verify(
                 total += projections[(t + tap) * 3 + part] * taps[tap * 3 + part]
             x = silu(total + projections[(t + W - 1) * 3 + part] * taps[3 * (W - 1) + part])
             mixed = mixed + (x.to(act).to(tl.float32),)
-        q, k, kq = normalise(mixed[0], mixed[1], D)
+        queries, keys, written = queries + (mixed[0],), keys + (mixed[1],), written + (mixed[2],)
         row = (begin + tl.minimum(length - 1, t)).to(tl.int64)
         gate_ptrs, strength_ptr = gate_ptr + row * gate_stride + head * D + c, beta_ptr + row * beta_stride + head
         g, b = decay_and_strength(gate_ptrs, strength_ptr, rate, bias)
-        d = exp2(g)
-        passed *= d
-        y, asked = passed * k, passed * q
-        x, answer = mixed[2], tl.zeros((D,), tl.float32)
-        decayed = ()
+        decays, strengths = decays + (exp2(g),), strengths + (b,)
+
+    # All sums over channels at once, of keys and queries as they are: the norms that these sums give are factors.
+    summands, left = (), ()  # left: k_i d_{i+1} .. d_t
+    for t in tl.static_range(WINDOW):
+        q, k = queries[t], keys[t]
+        summands = summands + (q * q, k * k, k * q)
+        rest = ()
         for i in tl.static_range(t):
-            rest = left[i] * d
-            among_keys, among_queries = tl.reduce((rest * k, rest * q), 0, add2)  # A_ti, B_ti
+            rest = rest + (left[i] * decays[t],)
+            summands = summands + (rest[i] * k, rest[i] * q)
+        left = rest + (k,)
+    sums = channel_sums(summands, WINDOW * (WINDOW + 2))
+
+    token_ptr = scratch_ptr + begin.to(tl.int64) * (H * _VECTORS * D) + head * (_VECTORS * D)
+    passed = tl.full((D,), 1.0, tl.float32)  # c_t
+    held, kept, units, k_scales = (), (), (), ()  # y, x and k
+    for t in tl.static_range(WINDOW):
+        q_scale, k_scale = unit_scales(sums[t * (t + 2)], sums[t * (t + 2) + 1], D)
+        b, kq = strengths[t], sums[t * (t + 2) + 2] * q_scale * k_scale
+        passed *= decays[t]
+        k = keys[t] * k_scale
+        y, asked = passed * k, passed * (queries[t] * q_scale)
+        x, answer = written[t], tl.zeros((D,), tl.float32)
+        for i in tl.static_range(t):
+            among_keys = sums[t * (t + 2) + 3 + 2 * i] * (k_scales[i] * k_scale)  # A_ti
+            among_queries = sums[t * (t + 2) + 4 + 2 * i] * (k_scales[i] * q_scale)  # B_ti
             y -= among_keys * held[i]
             x -= among_keys * kept[i]
             asked -= among_queries * held[i]
             answer += among_queries * kept[i]
-            decayed = decayed + (rest,)
         y, x = b * y, b * x
-        held, kept, left = held + (y,), kept + (x,), decayed + (k,)
-        keys, decays = keys + (k,), decays + (d,)
-        here_ptr = token_ptr + t * (H * _VECTORS * D) + c
+        held, kept, units, k_scales = held + (y,), kept + (x,), units + (k,), k_scales + (k_scale,)
         counts = everywhere(length > t, (D,))
+        here_ptr = token_ptr + t * (H * _VECTORS * D) + c
         tl.store(here_ptr, -y, mask=counts)
         tl.store(here_ptr + D, asked - kq * y, mask=counts)
         tl.store(here_ptr + 2 * D, x, mask=counts)
@@ -235,49 +256,56 @@ def _verify(
     token = column % TOKENS
     there = token < length
     column_at = token_ptr + token * (H * _VECTORS * D) + column // TOKENS * D
-    wanted = tl.trans(tl.load(column_at[:, None] + c[None, :], mask=there[:, None], other=0.0))  # [D, 2 TOKENS]
     is_u = (there & (column < TOKENS))[None, :]
     is_o = (there & (column >= TOKENS))[None, :]
     u_ptrs = record_ptr(memory_ptr, targets, token, D, PIECES, RECORDS, FIRST_RECORD)[None, :]
     copy_ptrs = record_ptr(memory_ptr, others, token, D, PIECES, RECORDS, FIRST_RECORD)[None, :]
     o_ptrs = head_out_ptr + (begin + token).to(tl.int64)[None, :] * out_stride
-    size = tl.zeros((ROWS // SPREAD,), tl.float32)
     WATCHED: tl.constexpr = nonfinite_ptr is not None and state_ptr.dtype.element_ty == tl.float16
-    for first in range(0, D, ROWS):
-        s = loaded.to(tl.float32)  # [ROWS/SPREAD, SPREAD, D]
-        if ROWS < D:
-            # Behind the last rows nothing is loaded: what would be loaded may have been written by then.
-            ahead = (first + ROWS) % D
-            more = own & (ahead > 0)
-            tile_ptrs = _tile_ptrs(state_ptr, sources, ahead + row_index, D, PIECES)
-            loaded = tl.load(tile_ptrs, mask=more, other=0.0, eviction_policy="evict_first")
-        for record in range(0, count):
-            past_ptr = record_ptr(memory_ptr, sources, record, D, PIECES, RECORDS, FIRST_RECORD)
-            past_u = tl.load(past_ptr + first + row_index)[:, :, None]
-            s = replay(s, past_u, tl.load(past_ptr + D + channel), tl.load(past_ptr + 2 * D + channel))
+    size = tl.zeros((ROWS,), tl.float32)
+    products = tl.zeros((ROWS, 2 * TOKENS), tl.float32)
+    for tile in range(0, TILES):
+        s = loaded.to(tl.float32)
+        # Behind the last tile nothing is loaded: what would be loaded may have been written by then.
+        ahead = (tile + 1) % TILES
+        tile_ptrs = _tile_ptrs(state_ptr, sources, ahead, D, PIECES, ROWS, COLUMNS)
+        loaded = tl.load(tile_ptrs, mask=own & (ahead > 0), other=0.0, eviction_policy="evict_first")
+        down, across = _tile_begin(tile, D, ROWS, COLUMNS)
+        i_v, i_k = down + tl.arange(0, ROWS)[:, None], across + tl.arange(0, COLUMNS)[None, :]
+        # Unrolled, so that all records are on their way at once. One that does not count changes nothing.
+        for past in tl.static_range(WINDOW):
+            past_ptr = record_ptr(memory_ptr, sources, past, D, PIECES, RECORDS, FIRST_RECORD)
+            folded = count > past
+            past_u = tl.load(past_ptr + i_v, mask=everywhere(folded, (ROWS, 1)), other=0.0)
+            past_k = tl.load(past_ptr + D + i_k, mask=everywhere(folded, (1, COLUMNS)), other=0.0)
+            past_d = tl.load(past_ptr + 2 * D + i_k, mask=everywhere(folded, (1, COLUMNS)), other=1.0)
+            s = replay(s, past_u, past_k, past_d)
         stored = s.to(state_ptr.dtype.element_ty)
-        tile_ptrs = _tile_ptrs(state_ptr, targets, first + row_index, D, PIECES)
+        tile_ptrs = _tile_ptrs(state_ptr, targets, tile, D, PIECES, ROWS, COLUMNS)
         tl.store(tile_ptrs, stored, eviction_policy="evict_first")
         if second > 0:
-            tile_ptrs = _tile_ptrs(state_ptr, others, first + row_index, D, PIECES)
+            tile_ptrs = _tile_ptrs(state_ptr, others, tile, D, PIECES, ROWS, COLUMNS)
             tl.store(tile_ptrs, stored, eviction_policy="evict_first")
         if WATCHED:
-            size = tl.maximum(size, tl.max(tl.max(tl.abs(stored.to(tl.float32)), axis=2), axis=1))
-        at = (first + tl.arange(0, ROWS))[:, None]
-        values = tl.load(column_at[None, :] + 2 * D + at, mask=there[None, :], other=0.0)
-        products = tl.dot(tl.reshape(s, (ROWS, D)), wanted, input_precision="tf32x3") + values  # [ROWS, 2 TOKENS]
-        tl.store(u_ptrs + at, products, mask=is_u)
-        tl.store(copy_ptrs + at, products, mask=is_u & everywhere(second > 0, (1, 2 * TOKENS)))
-        tl.store(o_ptrs + at, products.to(act), mask=is_o)
+            size = tl.maximum(size, tl.max(tl.abs(stored.to(tl.float32)), axis=1))
+        facing = across + tl.arange(0, COLUMNS)[:, None]
+        wanted = tl.load(column_at[None, :] + facing, mask=there[None, :], other=0.0)  # [COLUMNS, 2 TOKENS]
+        products = tl.dot(s, wanted, products, input_precision="tf32x3")  # [ROWS, 2 TOKENS]
+        if across == D - COLUMNS:
+            products += tl.load(column_at[None, :] + 2 * D + i_v, mask=there[None, :], other=0.0)
+            tl.store(u_ptrs + i_v, products, mask=is_u)
+            tl.store(copy_ptrs + i_v, products, mask=is_u & everywhere(second > 0, (1, 2 * TOKENS)))
+            tl.store(o_ptrs + i_v, products.to(act), mask=is_o)
+            products = tl.zeros((ROWS, 2 * TOKENS), tl.float32)
     tl.debug_barrier()  # the records are folded, and o is written
 
     for t in tl.static_range(WINDOW):
         record_ptrs = record_ptr(memory_ptr, targets, t, D, PIECES, RECORDS, FIRST_RECORD) + c
         copy_ptr = record_ptr(memory_ptr, others, t, D, PIECES, RECORDS, FIRST_RECORD) + c
         counts, twice = everywhere(length > t, (D,)), everywhere((length > t) & (second > 0), (D,))
-        tl.store(record_ptrs + D, keys[t], mask=counts)
+        tl.store(record_ptrs + D, units[t], mask=counts)
         tl.store(record_ptrs + 2 * D, decays[t], mask=counts)
-        tl.store(copy_ptr + D, keys[t], mask=twice)
+        tl.store(copy_ptr + D, units[t], mask=twice)
         tl.store(copy_ptr + 2 * D, decays[t], mask=twice)
     token = tl.arange(0, TOKENS)
     inside = (token < length)[:, None]
@@ -314,7 +342,7 @@ def kda_verify(
     if T == 0:
         return
     H, D = cut.H, cut.D
-    config = config or launch.windows(N * H, D)
+    config = config or launch.windows(N * H, D, cut.state_dtype)
     scratch = x.qkv.new_empty(T * H * _VECTORS.value * D, dtype=float32)
     _verify[((N + 1) * H,)](
         x.qkv, x.gate, x.beta, x.out_gate, out,
@@ -325,6 +353,7 @@ def kda_verify(
         N, T, *pools.pages.shape, pools.first_unit,
         x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0), x.out_gate.stride(0), out.stride(0),
         W=weights.conv_weight.shape[0], **launch.sizes(cut), **launch.window_sizes(cut),
-        ROWS=min(config.rows, D), SPREAD=config.warps, TOKENS=max(_FEWEST_TOKENS, triton.next_power_of_2(cut.window)),
+        ROWS=min(config.rows, D), COLUMNS=min(config.columns, D),
+        TOKENS=max(_FEWEST_TOKENS, triton.next_power_of_2(cut.window)),
         num_warps=config.warps, num_stages=1, maxnreg=config.registers, **launch.pdl(x.qkv.device),
     )  # fmt: skip

@@ -27,7 +27,7 @@ logger = init_logger("vllm.kimi_vllm")
 LATENT_NORM_EPS = 1e-6
 """Eps of both latent norms: the released modeling code builds them with the default."""
 
-WITH_DRAFTS = ("FLASH_ATTN_MLA",)
+WITH_DRAFTS = ("FLASH_ATTN_MLA", "FLASHMLA")
 """vLLM's attention backends that have run with speculative decoding."""
 
 

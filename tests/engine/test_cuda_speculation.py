@@ -15,6 +15,7 @@ RUNNERS = {
     "second-graphs": ("1", "ngram_gpu", True, False),
     "second-eager": ("1", "ngram_gpu", True, True),
     "second-waiting": ("1", "ngram", False, False),
+    "first-graphs": ("0", "ngram", False, False),
     "first-eager": ("0", "ngram", False, True),
 }
 
@@ -82,7 +83,7 @@ def sick_drafts(running, number):
     drafter.propose = real
 
 
-@pytest.mark.parametrize("name", ["second-graphs", "second-waiting", "first-eager"])
+@pytest.mark.parametrize("name", ["second-graphs", "second-waiting", "first-graphs"])
 def test_a_draft_that_breaks_its_state_harms_nobody_unless_it_counts(name, monkeypatch, sick_checkpoint):
     from vllm import SamplingParams, TokensPrompt
 

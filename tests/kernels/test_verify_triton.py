@@ -255,8 +255,8 @@ def test_windows_of_other_slots_do_not_matter() -> None:
     check_alone(windows)
 
 
-@pytest.mark.parametrize(("rows", "pieces"), [(16, 2), (32, 4), (16, 4)])
-def test_launch_parameters_do_not_change_the_result(rows: int, pieces: int) -> None:
-    case = windows(6, windows_config=launch.Windows(rows, 4), pieces=pieces, R=8)
+@pytest.mark.parametrize(("rows", "columns", "pieces"), [(16, 64, 2), (32, 16, 4), (16, 32, 4), (64, 64, 1)])
+def test_launch_parameters_do_not_change_the_result(rows: int, columns: int, pieces: int) -> None:
+    case = windows(6, windows_config=launch.Windows(rows, columns, 4), pieces=pieces, R=8)
     lag(case, 1, 62, 2)
     check_verify(case, [4, 2], [62, 0], [1, 0], [1, 4], [2, 0], [2, 0])
