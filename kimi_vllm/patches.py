@@ -67,6 +67,25 @@ def _sample_with_drafts() -> None:
     rejection_sampler.apply_sampling_constraints = unless_empty
 
 
+def _draw_only_what_counts() -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    # torch.inference_mode() already leaves a __wrapped__ on what is inherited.
+    if "sample_tokens" in vars(CPUModelRunner):
+        return
+    sample = CPUModelRunner.sample_tokens
+
+    @wraps(sample)
+    def without_the_discarded(self: Any, grammar_output: Any) -> Any:
+        generators: dict[int, torch.Generator] = self.input_batch.generators
+        hidden = {row: generators.pop(row) for row in [*generators] if self.discard_request_mask.np[row]}
+        output = sample(self, grammar_output)
+        generators.update(hidden)
+        return output
+
+    CPUModelRunner.sample_tokens = without_the_discarded
+
+
 def _expanded(
     x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
 ) -> torch.Tensor:
@@ -92,3 +111,4 @@ def apply_all() -> None:
     _pack_experts_again()
     _keep_int8_scales()
     _sample_with_drafts()
+    _draw_only_what_counts()

@@ -66,8 +66,8 @@ def _drafts() -> tuple[str, ...]:
     return DRAFTS if current_platform.is_cpu() else GPU_DRAFTS
 
 
-def _most_tokens() -> int:
-    return MAX_WINDOW["cpu" if current_platform.is_cpu() else "cuda"]
+def _longer_than_kernels_take(device: str) -> Callable[[VllmConfig], bool]:
+    return lambda config: current_platform.is_cpu() == (device == "cpu") and window_of(config) > MAX_WINDOW[device]
 
 
 _MAMBA_UNSET = (None, "none", "auto")
@@ -92,16 +92,25 @@ REFUSALS = (
         "scheduled behind the scheduler's back.",
         "Drop the variable, or use --enforce-eager and ngram.",
     ),
+    *(
+        Refusal(
+            f"--speculative-config (num_speculative_tokens on {devices})",
+            _longer_than_kernels_take(device),
+            f"a step verifies at most {MAX_WINDOW[device]} tokens of a request there, drafts included.",
+            f"Drop the option, or use at most {MAX_WINDOW[device] - 1}.",
+        )
+        for device, devices in (("cpu", "CPUs"), ("cuda", "GPUs"))
+    ),
     Refusal(
-        "--speculative-config (num_speculative_tokens)",
-        lambda config: window_of(config) > min(_most_tokens(), config.cache_config.block_size),
-        f"a step verifies at most {MAX_WINDOW['cpu']} tokens of a request on CPUs, {MAX_WINDOW['cuda']} on GPUs, "
-        "drafts included, and no more than a block has.",
-        f"Drop the option, use at most {MAX_WINDOW['cpu'] - 1} or {MAX_WINDOW['cuda'] - 1}, or raise --block-size.",
+        "--speculative-config (num_speculative_tokens) with --block-size",
+        lambda config: window_of(config) > config.cache_config.block_size,
+        "a step verifies no more tokens of a request than a block has, drafts included.",
+        "Use fewer drafts than --block-size has tokens, or raise it.",
     ),
     Refusal(
         "--speculative-config with --pipeline-parallel-size",
         lambda config: config.speculative_config and config.parallel_config.pipeline_parallel_size > 1,
+        instead="Use --pipeline-parallel-size 1, or drop --speculative-config.",
     ),
     Refusal("--enable-lora", _set("lora_config")),
     # A prompt is cut into chunks where other requests leave room, and another cut is another rounding.

@@ -17,7 +17,6 @@ from vllm.config import AttentionConfig, CompilationConfig, KernelConfig, KVEven
 from vllm.config.aux_output import AuxOutputConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from kimi_vllm import refusals
 from kimi_vllm._vllm import installed_vllm
 from kimi_vllm.refusals import OUR_OPERATIONS, REFUSALS, refuse_unserved
 
@@ -341,56 +340,3 @@ def test_pipeline_stages_are_for_cpus_only(create, monkeypatch):
 def test_each_refusal_has_one_name():
     options = [refusal.option for refusal in REFUSALS]
     assert len(options) == len(set(options))
-
-
-@pytest.mark.parametrize(
-    ("cpu", "method", "stages", "block", "refused"),
-    [
-        (True, "ngram", 1, 64, []),
-        (False, "ngram", 1, 64, []),
-        (False, "ngram_gpu", 1, 64, []),
-        (True, "ngram_gpu", 1, 64, ["--speculative-config (method)"]),
-        (True, "suffix", 1, 64, ["--speculative-config (method)"]),
-        (True, "ngram", 2, 64, ["--speculative-config with --pipeline-parallel-size"]),
-        (True, "ngram", 1, 2, ["--speculative-config (num_speculative_tokens)"]),
-    ],
-    ids=["served", "gpu", "on-device", "not-on-cpus", "method", "stages", "small-blocks"],
-)
-def test_drafts_that_have_not_run_are_refused(cpu, method, stages, block, refused, monkeypatch):
-    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
-    config = SimpleNamespace(
-        speculative_config=SimpleNamespace(method=method),
-        num_speculative_tokens=3,
-        use_v2_model_runner=not cpu,
-        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
-        cache_config=SimpleNamespace(block_size=block),
-    )
-    about = [each for each in REFUSALS if each.option.startswith("--speculative-config")]
-    assert [each.option for each in about if each.asked(config)] == refused
-
-
-@pytest.mark.parametrize(
-    ("cpu", "drafts", "served"), [(True, 15, True), (True, 16, False), (False, 7, True), (False, 8, False)]
-)
-def test_a_window_is_as_long_as_kernels_take_it(cpu, drafts, served, monkeypatch):
-    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
-    config = SimpleNamespace(num_speculative_tokens=drafts, cache_config=SimpleNamespace(block_size=64))
-    [about] = [each for each in REFUSALS if "num_speculative_tokens" in each.option]
-    assert bool(about.asked(config)) != served
-
-
-@pytest.mark.parametrize(
-    ("runner", "method", "eager", "served"),
-    [("1", "ngram_gpu", False, True), ("0", "ngram", True, True), ("0", "ngram", False, False)],
-)
-def test_the_first_model_runner_drafts_without_graphs_only(runner, method, eager, served, create, monkeypatch):
-    config = create(speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3})
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
-    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    monkeypatch.setattr(config.speculative_config, "method", method)
-    monkeypatch.setattr(config.model_config, "enforce_eager", eager)
-    if served:
-        refuse_unserved(config)
-        return
-    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=0: .* Drop the variable, or use --enforce-eager"):
-        refuse_unserved(config)

@@ -99,3 +99,17 @@ def test_vllm_still_takes_the_maximum_of_nothing():
 
     with pytest.raises(RuntimeError, match="max"):
         apply_top_k_only(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int32))
+
+
+def test_vllm_still_sets_an_offset_that_cpus_lack():
+    """When this fails, the patch of sample_tokens can go, if tests/engine/test_seeds.py passes without it."""
+    from vllm.v1.worker import cpu_model_runner, gpu_model_runner
+
+    runner = gpu_model_runner.GPUModelRunner
+    assert "gen.set_offset(gen.get_offset() - 4)" in inspect.getsource(runner._bookkeeping_sync)
+    assert cpu_model_runner.CPUModelRunner._bookkeeping_sync is runner._bookkeeping_sync
+    with pytest.raises(RuntimeError, match="does not use offset"):
+        torch.Generator().get_offset()
+    patches.apply_all()
+    patches.apply_all()  # as every engine of a process does
+    assert cpu_model_runner.CPUModelRunner.sample_tokens.__wrapped__ is runner.sample_tokens

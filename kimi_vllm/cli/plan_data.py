@@ -23,34 +23,37 @@ class InTree:
 
     As `_align_hybrid_block_size` and the grouping of layers in vLLM 0.32 do: the attention block grows in steps of 128
     tokens until a page is as large as a state, and KDA layers form groups as large as the MLA group. A running request
-    holds a block of each KDA group, and with prefix caching a second one while its prompt crosses a block.
+    holds a block of each KDA group, another for each draft (`MambaSpec.num_speculative_blocks`), and with prefix
+    caching one more while its prompt crosses a block.
 
     Attributes:
         block_size: Tokens per block.
         page: Bytes of one block of one group.
         mla_groups, kda_groups: Groups of layers.
+        states: States of a request.
     """
 
     block_size: int
     page: int
     mla_groups: int
     kda_groups: int
+    states: int
 
     @classmethod
-    def of(cls, geometry: KimiGeometry, itemsize: int, cache_itemsize: int, ranks: int) -> "InTree":
-        """Sizes for one worker. States are float32 there; convs have the model's dtype and one column less."""
+    def of(cls, geometry: KimiGeometry, itemsize: int, cache_itemsize: int, ranks: int, drafts: int = 0) -> "InTree":
+        """Sizes for one worker. States are float32; convs have the dtype of the model, W - 1 columns and the drafts."""
         num_kda, heads = sum(geometry.kda), geometry.linear_num_heads // ranks
         num_mla, dim = geometry.num_layers - num_kda, geometry.linear_head_dim
         token = geometry.latent_dim * cache_itemsize
-        state = heads * dim * (dim * torch.float32.itemsize + 3 * (geometry.conv_width - 1) * itemsize)
+        state = heads * dim * (dim * torch.float32.itemsize + 3 * (geometry.conv_width - 1 + drafts) * itemsize)
         block_size = 128 * -(-state // (128 * token))
         few, many = sorted((num_kda, num_mla))
         group = many if many < 1.5 * few else few
-        return cls(block_size, group * block_size * token, -(-num_mla // group), -(-num_kda // group))
+        return cls(block_size, group * block_size * token, -(-num_mla // group), -(-num_kda // group), 1 + drafts)
 
     def request_bytes(self, tokens: int) -> int:
         """Bytes held by a request of `tokens` tokens."""
-        return (self.mla_groups * -(-tokens // self.block_size) + self.kda_groups) * self.page
+        return (self.mla_groups * -(-tokens // self.block_size) + self.states * self.kda_groups) * self.page
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Plan:
     @cached_property
     def in_tree(self) -> InTree:
         """The same model in vLLM's own cache."""
-        return InTree.of(self.geometry, self.itemsize, self.cache_itemsize, self.ranks)
+        return InTree.of(self.geometry, self.itemsize, self.cache_itemsize, self.ranks, self.speculative_tokens)
 
     def check(self) -> None:
         """Raise PlanError if no request of full length fits, or the KV cache has a dtype that is not served."""
@@ -110,9 +113,10 @@ class Plan:
             raise PlanError(
                 "--kv-cache-dtype fp8: kimi-vllm on CPUs and in float32 keeps latents in the model's dtype."
             )
-        most = MAX_WINDOW["cpu" if self.gpu_dtype is None else "cuda"] - 1
+        device, devices = ("cpu", "CPUs") if self.gpu_dtype is None else ("cuda", "GPUs")
+        most = MAX_WINDOW[device] - 1
         if self.speculative_tokens > most:
-            raise PlanError(f"--speculative-tokens {self.speculative_tokens}: at most {most}.")
+            raise PlanError(f"--speculative-tokens {self.speculative_tokens}: at most {most} on {devices}.")
         remedy = "raise --gpu-memory-utilization or --tensor-parallel-size"
         check_one_fits(self.capacity, self.demand, self.costs.block, remedy, self.costs.weights)
 

@@ -50,11 +50,12 @@ def show(plan: Plan) -> None:
             f"{mixture}: {average['ours']:,.1f} run at once on average, in-tree {average['in_tree']:,.1f}.\n",
             markup=False,
         )
+    states = f", {plan.in_tree.states} states a request" if plan.speculative_tokens else ""
     console.print(
         "GiB: state and KV cache of one request. at once: requests that run, no more than --max-num-seqs "
         f"{demand.max_num_seqs:,}.\n"
         f"all-MLA: all {plan.geometry.num_layers} layers MLA, which is smaller below {plan.break_even:,} tokens. "
-        f"in-tree: vLLM's own cache, whose blocks have {plan.in_tree.block_size:,} tokens here.\n"
+        f"in-tree: vLLM's own cache, whose blocks have {plan.in_tree.block_size:,} tokens here{states}.\n"
         f"Limits: a request beyond {demand.max_model_len:,} tokens is refused; more requests than fit wait, or are "
         f"preempted as others grow; below {least / 1e9:.1f} GB the engine does not start.",
         markup=False,

@@ -10,6 +10,8 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import MultipleOf
 
+from kimi_vllm.cli.plan_data import InTree
+from kimi_vllm.geometry import geometry_of
 from serve.bench.cache import concurrency
 from serve.bench.cache.concurrency import run_in_tree, run_ours
 from serve.bench.cache.replay import ALIGN_BLOCK, in_tree_scheduler
@@ -50,6 +52,16 @@ def test_with_caching_in_tree_needs_two_states_while_a_prompt_crosses_a_block():
     assert [run_in_tree(13 * IN_TREE_PAGE, 64, 4096, LONGEST, caching).running for caching in (True, False)] == [1, 2]
 
 
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(("prompt", "each"), [(1024, 1 + 2 * 3), (4096, 3 + 2 * 3)])
+def test_in_tree_holds_another_state_per_draft(caching, prompt, each):
+    row = run_in_tree(22 * IN_TREE_PAGE, 64, prompt, LONGEST, caching, drafts=1)
+    assert row.block_tokens == 1920
+    assert row.running == 21 // each
+    planned = InTree.of(geometry_of(concurrency._configure(LONGEST, caching, 2).model_config), 2, 2, 1, drafts=1)
+    assert (planned.page, planned.request_bytes(prompt)) == (IN_TREE_PAGE, each * IN_TREE_PAGE)
+
+
 def test_max_num_seqs_is_the_most_that_runs():
     assert run_in_tree(13 * IN_TREE_PAGE, 2, 1024, LONGEST, caching=False).running == 2
 
@@ -67,12 +79,15 @@ def test_in_tree_has_the_pages_that_vllm_logs_on_a_gpu(caching):
     assert scheduler.cache_config.block_size == 1920
 
 
-def test_vllm_chooses_blocks_of_1920_tokens():
+@pytest.mark.parametrize(("drafts", "block_size"), [(0, ALIGN_BLOCK), (1, ALIGN_BLOCK), (3, 2048)])
+def test_vllm_chooses_blocks_as_large_as_a_state(drafts, block_size):
     config = concurrency._configure(LONGEST, True, 2)
     model, linear = config.model_config, config.model_config.hf_config.linear_attn_config
     model.model_arch_config.is_deepseek_mla = True  # as on a GPU
     config.cache_config.block_size = 64
-    shapes = MambaStateShapeCalculator.kda_state_shape(1, linear["num_heads"], linear["head_dim"], conv_kernel_size=4)
+    shapes = MambaStateShapeCalculator.kda_state_shape(
+        1, linear["num_heads"], linear["head_dim"], conv_kernel_size=4, num_spec=drafts
+    )
     dtypes = MambaStateDtypeCalculator.kda_state_dtype(model.dtype, "auto", "auto")
     in_tree = SimpleNamespace(
         get_mamba_state_shape_from_config=lambda _: shapes, get_mamba_state_dtype_from_config=lambda _: dtypes
@@ -83,5 +98,6 @@ def test_vllm_chooses_blocks_of_1920_tokens():
         mock.patch.object(Platform, "_find_non_ssm_backends", return_value=[backend]),
     ):
         Platform._align_hybrid_block_size(config, backend)
-    assert config.cache_config.block_size == ALIGN_BLOCK == 1920
-    assert 7 * config.cache_config.mamba_page_size_padded == IN_TREE_PAGE
+    planned = InTree.of(geometry_of(model), 2, 2, 1, drafts)
+    assert config.cache_config.block_size == planned.block_size == block_size
+    assert 7 * config.cache_config.mamba_page_size_padded == planned.page

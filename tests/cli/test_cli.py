@@ -281,8 +281,16 @@ def test_plan_on_two_devices_halves_the_state_but_not_the_latents() -> None:
 def test_plan_counts_records_of_drafts() -> None:
     report = plan_json("--speculative-tokens", "3")
     assert (report["speculative_tokens"], report["costs"]["state_blocks"]) == (3, 99)
-    status, output = run_plan("--speculative-tokens", "8")
-    assert (status, "at most 7" in output) == (1, True)
+    assert report["in_tree_block_size"] == 2048
+    assert report["contexts"][1]["bytes"]["in_tree"] == (2 + 4 * 3) * 7 * 2048 * 1152, "vLLM keeps a state per draft"
+    _, text = run_plan("--speculative-tokens", "3")
+    assert "whose blocks have 2,048 tokens here, 4 states a request." in text
+
+
+@pytest.mark.parametrize(("device", "most"), [("cuda", "7 on GPUs"), ("cpu", "15 on CPUs")])
+def test_plan_says_how_many_drafts_there_can_be(device: str, most: str) -> None:
+    status, output = run_plan("--speculative-tokens", "16", "--device", device)
+    assert (status, f"--speculative-tokens 16: at most {most}." in output) == (1, True)
 
 
 def test_plan_table_says_what_the_json_says() -> None:

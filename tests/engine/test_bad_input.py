@@ -103,7 +103,7 @@ def test_a_checkpoint_larger_than_its_config_is_refused(overrides, message):
         ),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 16, "prompt_lookup_max": 3}},
-            "--speculative-config .num_speculative_tokens.: a step verifies at most 16 tokens of a request",
+            "--speculative-config .num_speculative_tokens on CPUs.: a step verifies at most 16 tokens of a request",
         ),
         ({"enable_lora": True}, "--enable-lora: kimi-vllm does not support it|does not support LoRA"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),

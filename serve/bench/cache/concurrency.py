@@ -101,26 +101,30 @@ def run_ours(num_bytes: int, max_num_seqs: int, prompt: int, longest: int, cachi
     return replace(row, fits=fits(row))
 
 
-def run_in_tree(num_bytes: int, max_num_seqs: int, prompt: int, longest: int, caching: bool) -> Admission:
-    """Count with vLLM's scheduler and states in pages."""
-    scheduler = in_tree_scheduler(_configure(longest, caching, max_num_seqs), num_bytes)
+def run_in_tree(
+    num_bytes: int, max_num_seqs: int, prompt: int, longest: int, caching: bool, drafts: int = 0
+) -> Admission:
+    """Count with vLLM's scheduler and states in pages, and room for so many drafts."""
+    scheduler = in_tree_scheduler(_configure(longest, caching, max_num_seqs, drafts), num_bytes)
     return _run(scheduler, IN_TREE, max_num_seqs, prompt, num_bytes)
 
 
-def _configure(longest: int, caching: bool, max_num_seqs: int) -> VllmConfig:
-    config = deepcopy(_config(caching, longest))
+def _configure(longest: int, caching: bool, max_num_seqs: int, drafts: int = 0) -> VllmConfig:
+    config = deepcopy(_config(caching, longest, drafts))
     config.scheduler_config.max_num_seqs = max_num_seqs
     return config
 
 
 @cache
-def _config(caching: bool, longest: int) -> VllmConfig:
+def _config(caching: bool, longest: int, drafts: int) -> VllmConfig:
+    ngram = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 3}
     return engine_config(
         LARGE,
         enable_prefix_caching=caching,
         max_model_len=longest + _ROOM_TO_DECODE,
         max_num_seqs=2,
         max_num_batched_tokens=STEP_TOKENS,
+        speculative_config=ngram if drafts else None,
         # For the plugin, which would look at this machine's memory; replaced by what is asked for.
         num_gpu_blocks_override=2**20,
     )

@@ -110,11 +110,16 @@ def in_tree_scheduler(config: VllmConfig, available: int = _ROOM) -> Any:
     state = MambaSpec(
         block_size=caches.mamba_block_size,
         shapes=MambaStateShapeCalculator.kda_state_shape(
-            1, geometry.linear_num_heads, geometry.linear_head_dim, conv_kernel_size=geometry.conv_width
+            1,
+            geometry.linear_num_heads,
+            geometry.linear_head_dim,
+            conv_kernel_size=geometry.conv_width,
+            num_spec=config.num_speculative_tokens,
         ),
         dtypes=MambaStateDtypeCalculator.kda_state_dtype(model.dtype, "auto", "auto"),
         page_size_padded=attention.page_size_bytes,
         mamba_cache_mode=caches.mamba_cache_mode,
+        num_speculative_blocks=config.num_speculative_tokens,
     )
     specs = {f"model.layers.{layer}.self_attn": state if kda else attention for layer, kda in enumerate(geometry.kda)}
     return build(Scheduler, config, specs, available=available)

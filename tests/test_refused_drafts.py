@@ -1,0 +1,87 @@
+"""Drafts that have not run, or that kernels do not take, are refused, and the message says what is possible."""
+
+from types import SimpleNamespace
+
+import pytest
+from support.engine import RECALL
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from kimi_vllm import refusals
+from kimi_vllm.refusals import REFUSALS, refuse_unserved
+
+
+def ngram():
+    return AsyncEngineArgs(
+        str(RECALL),
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("cpu", "method", "stages", "block", "refused"),
+    [
+        (True, "ngram", 1, 64, []),
+        (False, "ngram", 1, 64, []),
+        (False, "ngram_gpu", 1, 64, []),
+        (True, "ngram_gpu", 1, 64, ["--speculative-config (method)"]),
+        (True, "suffix", 1, 64, ["--speculative-config (method)"]),
+        (True, "ngram", 2, 64, ["--speculative-config with --pipeline-parallel-size"]),
+        (True, "ngram", 1, 2, ["--speculative-config (num_speculative_tokens) with --block-size"]),
+    ],
+    ids=["served", "gpu", "on-device", "not-on-cpus", "method", "stages", "small-blocks"],
+)
+def test_drafts_that_have_not_run_are_refused(cpu, method, stages, block, refused, monkeypatch):
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(method=method),
+        num_speculative_tokens=3,
+        use_v2_model_runner=not cpu,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        cache_config=SimpleNamespace(block_size=block),
+    )
+    about = [each for each in REFUSALS if each.option.startswith("--speculative-config")]
+    assert [each.option for each in about if each.asked(config)] == refused
+
+
+@pytest.mark.parametrize(
+    ("cpu", "drafts", "block", "remedies"),
+    [
+        (True, 15, 64, []),
+        (True, 16, 64, ["Drop the option, or use at most 15."]),
+        (True, 15, 15, ["Use fewer drafts than --block-size has tokens, or raise it."]),
+        (False, 7, 64, []),
+        (False, 8, 64, ["Drop the option, or use at most 7."]),
+    ],
+)
+def test_a_window_is_as_long_as_kernels_and_blocks_take_it(cpu, drafts, block, remedies, monkeypatch):
+    """The message tells of the limit that is exceeded, and of no other device's."""
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+    config = SimpleNamespace(num_speculative_tokens=drafts, cache_config=SimpleNamespace(block_size=block))
+    about = [each for each in REFUSALS if "num_speculative_tokens" in each.option]
+    assert [each.instead for each in about if each.asked(config)] == remedies
+
+
+def test_stages_that_draft_are_told_which_of_two_options_to_drop(monkeypatch):
+    config = ngram()
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
+    with pytest.raises(ValueError, match=r"Use --pipeline-parallel-size 1, or drop --speculative-config\.$"):
+        refuse_unserved(config)
+
+
+@pytest.mark.parametrize(
+    ("runner", "method", "eager", "served"),
+    [("1", "ngram_gpu", False, True), ("0", "ngram", True, True), ("0", "ngram", False, False)],
+)
+def test_the_first_model_runner_drafts_without_graphs_only(runner, method, eager, served, monkeypatch):
+    config = ngram()
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(config.speculative_config, "method", method)
+    monkeypatch.setattr(config.model_config, "enforce_eager", eager)
+    if served:
+        refuse_unserved(config)
+        return
+    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=0: .* Drop the variable, or use --enforce-eager"):
+        refuse_unserved(config)
