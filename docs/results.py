@@ -208,20 +208,17 @@ def drafts_gpu() -> str:
 
 
 def windows() -> str:
-    """The kernel of windows, with the best launch parameters found for a number of rows."""
-    rows = [row for row in plain.read(KERNELS / "h100-windows.jsonl") if row["case"]["T"] == 4]
-    times: dict[int, dict[str, float]] = {}
-    for row in rows:
-        mine = " x " in row["provider"]
-        kept = times.setdefault(row["case"]["N"], {})
-        name = OURS if mine else row["provider"]
-        kept[name] = min(row["p50_us"], kept.get(name, row["p50_us"]))
-    cells = [
-        [str(count), *(f"{found[name]:,.1f}" for name in (OURS, "one token", IN_TREE))]
-        for count, found in sorted(times.items())
-        if OURS in found
-    ]
-    return table(["rows", "window of four, four records folded", "one token", "in-tree, window of four"], cells)
+    """The kernel of windows beside a step of one token and vLLM's sequence, without rows of a search."""
+    times: dict[tuple[str, int], dict[str, float]] = {}
+    for row in plain.read(KERNELS / "h100-windows.jsonl"):
+        times.setdefault((row["dtype"]["state"], row["case"]["N"]), {})[row["provider"]] = row["p50_us"]
+    cells = []
+    for (state, count), found in sorted(times.items(), key=lambda item: (item[0][0] != "fp32", item[0][1])):
+        ours, one, theirs = found[OURS], found["one token"], found.get(IN_TREE)
+        beside = ["–", "–"] if theirs is None else [f"{theirs:,.1f}", f"{ours / theirs:.2f}"]
+        cells.append([state, str(count), f"{ours:,.1f}", f"{one:,.1f}", f"{ours / one:.2f}", *beside])
+    head = ["state", "rows", "window of four", "one token", "ratio", "in-tree, window of four", "ratio"]
+    return table(head, cells, left=1)
 
 
 _TRACES = {"chat": "chat, 32 users", "agent": "branching agents", "rag": "questions about documents"}

@@ -29,8 +29,8 @@ class KimiOptions(BaseModel):
     state_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="Dtype in which KDA's recurrent state is kept. `float32` is what the checkpoint was trained with. "
-        "`bfloat16` and `float16` (GPUs only) halve the state of a request, but not its records of drafts. The state is "
-        "rounded once a step: for each decoded token, or once for all tokens that a step with drafts yields.",
+        "`bfloat16` and `float16` (GPUs only) halve the state of a request, but not its records of drafts. The state "
+        "is rounded once a step: for each decoded token, or once for all tokens that a step with drafts yields.",
     )
     checkpoint_interval: int = Field(
         default=0,

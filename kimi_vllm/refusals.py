@@ -88,9 +88,8 @@ REFUSALS = (
             and not config.use_v2_model_runner
             and config.speculative_config.method != "ngram"
         ),
-        "with the first model runner drafts have run on GPUs without CUDA graphs only, and ngram_gpu changes what was "
-        "scheduled behind the scheduler's back.",
-        "Drop the variable, or use --enforce-eager and ngram.",
+        "with the first model runner ngram_gpu changes what was scheduled behind the scheduler's back.",
+        "Drop the variable, or use ngram.",
     ),
     *(
         Refusal(

@@ -71,17 +71,15 @@ def test_stages_that_draft_are_told_which_of_two_options_to_drop(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("runner", "method", "eager", "served"),
-    [("1", "ngram_gpu", False, True), ("0", "ngram", True, True), ("0", "ngram", False, False)],
+    ("runner", "method", "served"), [("1", "ngram_gpu", True), ("0", "ngram", True), ("0", "ngram_gpu", False)]
 )
-def test_the_first_model_runner_drafts_without_graphs_only(runner, method, eager, served, monkeypatch):
+def test_the_first_model_runner_drafts_on_the_host_only(runner, method, served, monkeypatch):
     config = ngram()
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     monkeypatch.setattr(config.speculative_config, "method", method)
-    monkeypatch.setattr(config.model_config, "enforce_eager", eager)
     if served:
         refuse_unserved(config)
         return
-    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=0: .* Drop the variable, or use --enforce-eager"):
+    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=0: .* Drop the variable, or use ngram\."):
         refuse_unserved(config)

@@ -22,7 +22,7 @@ from serve.common.environment import SERVER
 HOST = "127.0.0.1"
 TERM_SECONDS = 15
 TAIL_LINES = 12
-ERROR = re.compile(r"\b\w+(Error|Exception): .+")
+ERROR = re.compile(r"(?<!raise )\b\w+(Error|Exception)(: .+|$)")
 PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
 
@@ -133,8 +133,14 @@ class Server:
     def why(self) -> str:
         """The first error in the log, which later ones follow from, and the end of the log."""
         lines = self._lines()
-        causes = [match[0] for line in lines if "WARNING" not in line and (match := ERROR.search(line))]
-        return "\n".join([*causes[:1], f"The end of {self.log}:", *lines[-TAIL_LINES:]])
+        found = [
+            (at, match[0]) for at, line in enumerate(lines) if "WARNING" not in line and (match := ERROR.search(line))
+        ]
+        cause: list[str] = []
+        for at, error in found[:1]:
+            # An assertion says what it is about in the lines before it only.
+            cause = [error] if ":" in error else [*lines[max(0, at - 2) : at], error]
+        return "\n".join([*cause, f"The end of {self.log}:", *lines[-TAIL_LINES:]])
 
     def _lines(self) -> list[str]:
         return [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]

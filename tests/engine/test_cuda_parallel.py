@@ -26,10 +26,10 @@ OPTIONS = {
     "max_num_seqs": 32,
     "max_num_batched_tokens": 97,
     "enable_prefix_caching": True,
-    "num_gpu_blocks_override": 24 + 16 * STATE_BLOCKS,  # so few that requests preempt each other as they grow
+    "num_gpu_blocks_override": 24 + 8 * STATE_BLOCKS,  # so few that requests preempt each other as they grow
 }
 PROMPTS = random_prompts([1, 63, 64, 65, *range(100, 320, 5)], 100)
-TOKENS = 40
+TOKENS = 140
 
 
 @pytest.fixture(scope="module")

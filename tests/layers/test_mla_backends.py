@@ -31,7 +31,7 @@ def test_blocks_that_vllm_cannot_split_are_refused(sizes, block_size):
 
 
 def test_backends_that_have_not_run_with_drafts_are_refused():
-    with pytest.raises(ValueError, match=r"--speculative-config: .* SOME_MLA, only with FLASH_ATTN_MLA\."):
+    with pytest.raises(ValueError, match=r"--speculative-config: .* SOME_MLA, only with FLASH_ATTN_MLA and FLASHMLA\."):
         check_drafts(backend(64))
     served = backend(64)
     served.get_name = staticmethod(lambda: WITH_DRAFTS[0])

@@ -74,3 +74,10 @@ def test_a_server_that_ends_says_why(tmp_path):
     server.command = ["sh", "-c", "echo 'ValueError: no such thing'; exit 3"]
     with pytest.raises(ServerError, match=r"ended \(status 3\)[^\0]*ValueError: no such thing"), server:
         server.wait_ready(20)
+
+
+def test_an_assertion_without_words_is_told_by_its_line(tmp_path):
+    server = Server("some/model", tmp_path / "log")
+    trace = ["Traceback:", "  File x.py", "    assert ready", "AssertionError", *["and so on"] * 99, "RuntimeError: ''"]
+    server.log.write_text("\n".join(trace))
+    assert server.why().startswith("  File x.py\n    assert ready\nAssertionError\n")
