@@ -5,6 +5,7 @@ the device (relative error 2^-22, subnormals are zero): what Triton emits for th
 prefill's instructions on subnormal results. Triton's interpreter has no device, so it gets Triton's own.
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
+# mypy: disable-error-code="assignment"
 # Triton's compiler reads these functions, not Python: a block of any shape has no Python type.
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ between each of these phases. New u replace old ones tile by tile, behind the pr
 Programmatic dependent launch as in decode.
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
-# mypy: disable-error-code="assignment, misc"
+# mypy: disable-error-code="assignment, misc, var-annotated"
 
 from __future__ import annotations
 
