@@ -105,7 +105,7 @@ def forgotten(manager, original):
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
-        ("get_num_blocks_to_allocate", hits_at_once, "is another prefix's"),
+        ("get_num_blocks_to_allocate", hits_at_once, "is another prefix's|lags by"),
         ("remove_skipped_blocks", dropped_too_early, "write slot . at once"),
         ("pop_blocks_for_free", forgotten, "slots are held"),
     ],
@@ -137,9 +137,9 @@ def all_rejected(scheduler, request):
     ("mode", "owner", "method", "change", "message"),
     [
         ("drafts", HashWorker, "state", not_folded, "is another prefix's"),
-        ("drafts", HashWorker, "_written_blocks", one_slot_only, "is another prefix's|is copied"),
+        ("drafts", HashWorker, "_written_blocks", one_slot_only, "is another prefix's|is copied|lags by"),
         ("drafts-in-flight", HashWorker, "state", not_folded, "is another prefix's"),
-        ("drafts-in-flight", HashWorker, "_written_blocks", one_slot_only, "is another prefix's|is copied"),
+        ("drafts-in-flight", HashWorker, "_written_blocks", one_slot_only, "is another prefix's|is copied|lags by"),
         ("drafts-in-flight", _StateScheduling, "_drafts_in_flight", all_rejected, "slots .*, and not"),
     ],
 )

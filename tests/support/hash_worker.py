@@ -163,8 +163,10 @@ class HashWorker:
     def state(self, slot: int, length: int) -> int | None:
         """The state after so many tokens, as whoever reads the slot folds it; None if that is not there."""
         contents = self.slot(slot) or ()
-        fold = min(max(0, length - self._bases.get(slot, 0)), self._window)
-        return contents[fold] if fold < len(contents) else None
+        lag = length - self._bases.get(slot, 0)
+        # A GPU does not say so: it folds what there is.
+        assert not slot or 0 <= lag <= self._window, f"slot {slot} lags by {lag} tokens"
+        return contents[lag] if 0 <= lag < len(contents) else None
 
     def page(self, page: int) -> list[int]:
         """What a page keeps of each of its tokens."""
