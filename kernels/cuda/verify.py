@@ -23,7 +23,8 @@ A thread has a channel of all tokens until x and y are there. All sums over chan
 taken at once, because each trip through shared memory waits for all warps. x and y go to the tiles through a scratch in
 memory. Threads of a program hand one another what they wrote, and a window that is run in place writes what others
 read, its columns of the ring (the newest lies where the oldest of the history lay) and its records: a barrier stands
-between each of these phases. New u replace old ones tile by tile, behind the product that needed these.
+between each of these phases. New u replace old ones a row of tiles at a time: a u comes of the whole row, so of every
+old u of it that was loaded.
 
 Programmatic dependent launch as in decode.
 """
@@ -272,7 +273,7 @@ def _verify(
         loaded = tl.load(tile_ptrs, mask=own & (ahead > 0), other=0.0, eviction_policy="evict_first")
         down, across = _tile_begin(tile, D, ROWS, COLUMNS)
         i_v, i_k = down + tl.arange(0, ROWS)[:, None], across + tl.arange(0, COLUMNS)[None, :]
-        # Unrolled, so that all records are on their way at once. One that does not count changes nothing.
+        # Unrolled, so that all records are on their way at once. Of one that does not count nothing is read.
         for past in tl.static_range(WINDOW):
             past_ptr = record_ptr(memory_ptr, sources, past, D, PIECES, RECORDS, FIRST_RECORD)
             folded = count > past

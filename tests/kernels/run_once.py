@@ -28,7 +28,7 @@ def main() -> None:
         case.verify([4, 3], [61, 0], [1, 0], [1, 2], [3, 0], [0, 0], nonfinite=case.flags())
         case.verify([4, 3], [63, 2], [3, 2], [3, 4], [0, 0], [2, 2], nonfinite=case.flags())
         case.rows(0, 4).prefill([4], [66], [[1, 3]], 64, num_fold=[3], nonfinite=case.flags())
-        # As many rows have it: several tiles, of which each is written while the next is on its way.
+        # Several tiles, of which each is written while the next is on its way.
         case = triton_case(8, 1, D, R=8, window=4, windows_config=launch.Windows(32, 32, 4, 128), **options)
         case.fill(1, 61)
         case.verify([4], [61], [1], [1], [0], [0])

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
-from kimi_vllm.kernels.contract import Activations, DecodeRows, Pools, PrefillRows, Weights, WindowRows
+from kimi_vllm.kernels.contract import MAX_WINDOW, Activations, DecodeRows, Pools, PrefillRows, Weights, WindowRows
 from kimi_vllm.kernels.cuda import decode, launch, prefill, rows, skinny, skinny_experts, verify
 from kimi_vllm.kernels.cuda.math import INTERPRETED
 from kimi_vllm.kernels.cut import Cut
@@ -125,6 +125,15 @@ def test_windows_of_four_spill_nothing(N: int, state_dtype: torch.dtype, compile
     *inputs, out = layer(4 * N, 4, state_dtype=state_dtype)
     verify.kda_verify(*inputs, window_rows(N), out)
     assert stack_bytes(compiled["_verify"], tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("D", "window"), [(64, 4), pytest.param(128, MAX_WINDOW["cuda"], marks=pytest.mark.slow)], ids=["D64", "longest"]
+)
+def test_windows(D: int, window: int, compiled: Kernels) -> None:
+    *inputs, out = layer(window, window, D=D)
+    verify.kda_verify(*inputs, window_rows(1), out)
+    assert set(compiled) == {"_verify"}
 
 
 @pytest.mark.parametrize(

@@ -248,8 +248,6 @@ def test_a_graph_replayed_with_other_slots_equals_eager(state_dtype: str) -> Non
         partial(launch.decode, head_dim=128, state_dtype=torch.float32),
         partial(launch.decode, head_dim=128, state_dtype=torch.bfloat16),
         partial(launch.prefill, head_dim=128, exact=False),
-        partial(launch.windows, head_dim=128, state_dtype=torch.float32),
-        partial(launch.windows, head_dim=128, state_dtype=torch.bfloat16),
     ],
 )
 def test_batch_sizes_meet_all_launch_parameters(heads, choose):
