@@ -22,7 +22,7 @@ from serve.common.environment import SERVER
 HOST = "127.0.0.1"
 TERM_SECONDS = 15
 TAIL_LINES = 12
-ERROR = re.compile(r"(?<!raise )\b\w+(Error|Exception)(: .+|$)")
+ERROR = re.compile(r"\b\w+(Error|Exception): .+|(^|(?<=[)\]] ))\w+(Error|Exception)$")
 PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
 

@@ -78,6 +78,8 @@ def test_a_server_that_ends_says_why(tmp_path):
 
 def test_an_assertion_without_words_is_told_by_its_line(tmp_path):
     server = Server("some/model", tmp_path / "log")
-    trace = ["Traceback:", "  File x.py", "    assert ready", "AssertionError", *["and so on"] * 99, "RuntimeError: ''"]
-    server.log.write_text("\n".join(trace))
-    assert server.why().startswith("  File x.py\n    assert ready\nAssertionError\n")
+    source = ["    from zmq import ZMQError", "    raise errors.ModelError", "  File x.py", "    assert ready"]
+    for prefix in ("", "(Worker pid=7) ERROR 11-28 [x.py:1] "):
+        trace = [*source, f"{prefix}AssertionError", *["and so on"] * 99, "RuntimeError: ''"]
+        server.log.write_text("\n".join(trace))
+        assert server.why().startswith("  File x.py\n    assert ready\nAssertionError\n")
