@@ -40,26 +40,36 @@ def test_what_fits_is_what_bytes_allow():
     assert row.fits == pytest.approx((1 + 4 * (STATE + 17)) * BLOCK / (43_909_120 + 17 * BLOCK))
 
 
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize(("prompt", "each"), [(1024, 1 + 3), (4096, 3 + 3)])
-def test_in_tree_holds_a_page_per_group_of_states_beside_those_of_attention(caching, prompt, each):
-    row = run_in_tree(16 * IN_TREE_PAGE, 64, prompt, LONGEST, caching)
-    assert (row.blocks, row.block_tokens) == (16, 1920)
-    assert row.running == 15 // each
-
-
 def test_with_caching_in_tree_needs_two_states_while_a_prompt_crosses_a_block():
     assert [run_in_tree(13 * IN_TREE_PAGE, 64, 4096, LONGEST, caching).running for caching in (True, False)] == [1, 2]
 
 
 @pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize(("prompt", "each"), [(1024, 1 + 2 * 3), (4096, 3 + 2 * 3)])
-def test_in_tree_holds_another_state_per_draft(caching, prompt, each):
-    row = run_in_tree(22 * IN_TREE_PAGE, 64, prompt, LONGEST, caching, drafts=1)
-    assert row.block_tokens == 1920
-    assert row.running == 21 // each
-    planned = InTree.of(geometry_of(concurrency._configure(LONGEST, caching, 2).model_config), 2, 2, 1, drafts=1)
-    assert (planned.page, planned.request_bytes(prompt)) == (IN_TREE_PAGE, each * IN_TREE_PAGE)
+@pytest.mark.parametrize(
+    ("drafts", "block_size", "prompt", "each"),
+    [
+        (0, 1920, 1024, 1 + 3),
+        (0, 1920, 4000, 3 + 3),
+        (1, 1920, 1024, 1 + 2 * 3),
+        (1, 1920, 4000, 3 + 2 * 3),
+        (2, 2048, 1024, 1 + 3 * 3),
+        (2, 2048, 4000, 2 + 3 * 3),
+        (3, 2048, 1024, 1 + 4 * 3),
+        (3, 2048, 4000, 2 + 4 * 3),
+    ],
+)
+def test_in_tree_holds_pages_of_attention_and_a_state_per_draft_and_one_as_plan_says(
+    drafts, block_size, prompt, each, caching
+):
+    """Five requests run in what five need beside the null block, and four in one block less."""
+    page = 7 * block_size * 576 * 2
+    planned = InTree.of(geometry_of(concurrency._configure(LONGEST, caching, 2).model_config), 2, 2, 1, drafts)
+    assert (planned.page, planned.request_bytes(prompt)) == (page, each * page)
+    # With caching the last to be admitted holds another state while its prompt crosses a block.
+    enough = 1 + 5 * each + (3 if caching and prompt > block_size else 0)
+    for blocks, running in ((enough, 5), (enough - 1, 4)):
+        row = run_in_tree(blocks * page, 64, prompt, LONGEST, caching, drafts)
+        assert (row.block_tokens, row.blocks, row.running) == (block_size, blocks, running)
 
 
 def test_max_num_seqs_is_the_most_that_runs():
@@ -79,7 +89,7 @@ def test_in_tree_has_the_pages_that_vllm_logs_on_a_gpu(caching):
     assert scheduler.cache_config.block_size == 1920
 
 
-@pytest.mark.parametrize(("drafts", "block_size"), [(0, ALIGN_BLOCK), (1, ALIGN_BLOCK), (3, 2048)])
+@pytest.mark.parametrize(("drafts", "block_size"), [(0, ALIGN_BLOCK), (1, ALIGN_BLOCK), (2, 2048), (3, 2048)])
 def test_vllm_chooses_blocks_as_large_as_a_state(drafts, block_size):
     config = concurrency._configure(LONGEST, True, 2)
     model, linear = config.model_config, config.model_config.hf_config.linear_attn_config

@@ -38,12 +38,13 @@ from kimi_vllm.cache.arena import ArenaPool
 from kimi_vllm.cache.eviction import Eviction
 from kimi_vllm.cache.manager import KDAStateSpec
 from kimi_vllm.cache.scheduler import KimiScheduler
+from kimi_vllm.cli.plan_data import InTree
 from kimi_vllm.geometry import geometry_of
 from serve.bench.cache.traces import BLOCK, Tokens, Turn, prompt_of
 from serve.common.paths import RECALL
 
 ALIGN_BLOCK = 1920
-"""Tokens of vLLM's attention block for the 48B model: as many as make a page as large as a layer's float32 state."""
+"""Tokens of vLLM's attention block for the 48B model without drafts, which make a page as large as a layer's state."""
 LONGEST = 8192
 """Tokens of the tiny checkpoint's longest sequence, and so of a trace's."""
 BLOCK_BYTES, STATE_BYTES = 516_096, 43_909_120
@@ -94,19 +95,27 @@ def align_scheduler(memory: Memory, match_unit: int | None = None) -> Any:
     """
     config = configuration(memory, "lru")
     config.cache_config.prefix_match_unit = match_unit
-    return in_tree_scheduler(config)
+    return in_tree_scheduler(config, block_size=ALIGN_BLOCK)
 
 
-def in_tree_scheduler(config: VllmConfig, available: int = _ROOM) -> Any:
-    """VLLM's scheduler with the caches that its own model has on a GPU, in so many bytes."""
+def in_tree_scheduler(config: VllmConfig, available: int = _ROOM, block_size: int | None = None) -> Any:
+    """VLLM's scheduler with the caches that its own model has on a GPU, in so many bytes.
+
+    Args:
+        block_size: tokens of an attention block. Default: what vLLM chooses for this model with its drafts; a small
+            model that stands in for a large one needs the large one's.
+    """
     config.scheduler_config.scheduler_cls = None
     caches, model = config.cache_config, config.model_config
-    geometry, attention = geometry_of(model), attention_spec(config, ALIGN_BLOCK)
+    geometry, itemsize = geometry_of(model), model.dtype.itemsize
+    if block_size is None:
+        block_size = InTree.of(geometry, itemsize, itemsize, 1, config.num_speculative_tokens).block_size
+    attention = attention_spec(config, block_size)
     # As vLLM's MambaModelConfig has it: without prefix caching one "block" is as long as any sequence.
     caching = caches.enable_prefix_caching
-    caches.block_size = ALIGN_BLOCK
+    caches.block_size = block_size
     caches.mamba_cache_mode = "align" if caching else "none"
-    caches.mamba_block_size = ALIGN_BLOCK if caching else model.max_model_len
+    caches.mamba_block_size = block_size if caching else model.max_model_len
     state = MambaSpec(
         block_size=caches.mamba_block_size,
         shapes=MambaStateShapeCalculator.kda_state_shape(
