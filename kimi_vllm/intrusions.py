@@ -30,6 +30,7 @@ _EXPERTS = "vllm.model_executor.layers.fused_moe"
 _SCALED_MM = "vllm.model_executor.kernels.linear.scaled_mm.cpu"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _REQUEST = "vllm.v1.request:Request"
+_GPU_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _CACHE_CONFIG = "vllm.config.cache:CacheConfig"
 _SCHEDULER_CONFIG = "vllm.config.scheduler:SchedulerConfig"
 
@@ -85,7 +86,13 @@ PATCHES = (
     ),
     Intrusion(
         "wrap CPUModelRunner.sample_tokens, and keep from it the generators of requests in the middle of their prompt",
-        ("vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens",),
+        (
+            "vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens",
+            f"{_GPU_RUNNER}.discard_request_mask",
+            "vllm.v1.utils:CpuGpuBuffer.np",
+            f"{_GPU_RUNNER}.input_batch",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.generators",
+        ),
         "vLLM samples after each chunk of a prompt, drops the token, and sets the request's generator back by an "
         "offset, which CPU generators do not have. A seed and a prompt in chunks end the engine.",
         "tests/test_patches.py::test_vllm_still_sets_an_offset_that_cpus_lack",
@@ -214,7 +221,7 @@ INTRUSIONS = (
         "run dummy steps of our own choice",
         (
             "vllm.v1.worker.gpu.model_runner:GPUModelRunner._dummy_run",
-            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._dummy_run",
+            f"{_GPU_RUNNER}._dummy_run",
         ),
         "vLLM warms up a few sizes, and the first requests of other sizes would wait for Triton.",
         "the first request of 8,191 tokens compiles without it",

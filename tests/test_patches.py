@@ -106,7 +106,11 @@ def test_vllm_still_sets_an_offset_that_cpus_lack():
     from vllm.v1.worker import cpu_model_runner, gpu_model_runner
 
     runner = gpu_model_runner.GPUModelRunner
-    assert "gen.set_offset(gen.get_offset() - 4)" in inspect.getsource(runner._bookkeeping_sync)
+    source = inspect.getsource(runner._bookkeeping_sync)
+    assert "gen.set_offset(gen.get_offset() - 4)" in source
+    # Where vLLM looks for what it discards, and for its generators, is where the patch does.
+    assert "self.discard_request_mask.np[" in source
+    assert "self.input_batch.generators.get(" in source
     assert cpu_model_runner.CPUModelRunner._bookkeeping_sync is runner._bookkeeping_sync
     with pytest.raises(RuntimeError, match="does not use offset"):
         torch.Generator().get_offset()
