@@ -79,9 +79,10 @@ def _draw_only_what_counts() -> None:
     def without_the_discarded(self: Any, grammar_output: Any) -> Any:
         generators: dict[int, torch.Generator] = self.input_batch.generators
         hidden = {row: generators.pop(row) for row in [*generators] if self.discard_request_mask.np[row]}
-        output = sample(self, grammar_output)
-        generators.update(hidden)
-        return output
+        try:
+            return sample(self, grammar_output)
+        finally:
+            generators.update(hidden)
 
     CPUModelRunner.sample_tokens = without_the_discarded
 

@@ -1,6 +1,8 @@
 """The ledger of patches: each still needed, each still works."""
 
 import inspect
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,3 +119,29 @@ def test_vllm_still_sets_an_offset_that_cpus_lack():
     patches.apply_all()
     patches.apply_all()  # as every engine of a process does
     assert cpu_model_runner.CPUModelRunner.sample_tokens.__wrapped__ is runner.sample_tokens
+
+
+@pytest.mark.parametrize("failure", [None, "a step that fails"])
+def test_seeds_of_discarded_rows_come_back(failure, monkeypatch):
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    seen = []
+
+    def sample(self, grammar_output):
+        seen.append({*self.input_batch.generators})
+        if failure:
+            raise RuntimeError(failure)
+        return grammar_output
+
+    patches.apply_all()
+    monkeypatch.delattr(CPUModelRunner, "sample_tokens")  # our own, which is put back after the test
+    monkeypatch.setattr(GPUModelRunner, "sample_tokens", sample)
+    patches.apply_all()
+    seeds = {row: torch.Generator() for row in (0, 1, 3)}
+    mask = SimpleNamespace(np=[False, True, True, False])
+    runner = SimpleNamespace(input_batch=SimpleNamespace(generators={**seeds}), discard_request_mask=mask)
+    with pytest.raises(RuntimeError, match=failure) if failure else nullcontext():
+        assert CPUModelRunner.sample_tokens(runner, "grammar") == "grammar"
+    assert seen == [{0, 3}]
+    assert runner.input_batch.generators == seeds
