@@ -81,15 +81,16 @@ REFUSALS = (
         f"Drop the option, or use {' or '.join(DRAFTS)}, on GPUs {' or '.join(GPU_DRAFTS)}.",
     ),
     Refusal(
-        "--speculative-config with VLLM_USE_V2_MODEL_RUNNER=0",
+        "--speculative-config with the first model runner",
         lambda config: (
             not current_platform.is_cpu()
             and config.speculative_config
             and not config.use_v2_model_runner
             and config.speculative_config.method != "ngram"
         ),
-        "with the first model runner ngram_gpu changes what was scheduled behind the scheduler's back.",
-        "Drop the variable, or use ngram.",
+        "there ngram_gpu changes what was scheduled behind the scheduler's back.",
+        # Unset, vLLM takes the first runner for options that the second lacks; with 1 its error names them.
+        "Use ngram, or set VLLM_USE_V2_MODEL_RUNNER=1 for the second runner.",
     ),
     *(
         Refusal(

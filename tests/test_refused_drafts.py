@@ -71,15 +71,22 @@ def test_stages_that_draft_are_told_which_of_two_options_to_drop(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("runner", "method", "served"), [("1", "ngram_gpu", True), ("0", "ngram", True), ("0", "ngram_gpu", False)]
+    ("runner", "method", "served"),
+    [("1", "ngram_gpu", True), ("0", "ngram", True), ("0", "ngram_gpu", False), (None, "ngram_gpu", False)],
 )
 def test_the_first_model_runner_drafts_on_the_host_only(runner, method, served, monkeypatch):
+    """Whether it was asked for, or vLLM chose it for options that the second runner lacks."""
     config = ngram()
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    if runner is None:
+        monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+        monkeypatch.setattr(type(config), "_get_v2_model_runner_unsupported_features", lambda self: ["an option"])
+    else:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     monkeypatch.setattr(config.speculative_config, "method", method)
     if served:
         refuse_unserved(config)
         return
-    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER=0: .* Drop the variable, or use ngram\."):
+    remedy = r"Use ngram, or set VLLM_USE_V2_MODEL_RUNNER=1 for the second runner\.$"
+    with pytest.raises(ValueError, match=f"^--speculative-config with the first model runner: .* {remedy}"):
         refuse_unserved(config)
