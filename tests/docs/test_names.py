@@ -68,7 +68,15 @@ def _exists(text: str) -> bool:
         return any(text.removesuffix("_total").removeprefix("kimi_state_") in some for some in _texts("kimi_vllm"))
     longest = max(text.split("…"), key=len).strip()
     # aiohttp is the client of vLLM's load generator.
-    vllm = ("renderers", "entrypoints", "utils", "v1/core", "v1/engine")
+    vllm = (
+        "renderers",
+        "entrypoints",
+        "utils",
+        "v1/core",
+        "v1/engine",
+        "v1/executor",
+        "distributed/device_communicators",
+    )
     places = (SITE / name for name in (*(f"vllm/{part}" for part in vllm), "aiohttp"))
     return any(longest in path.read_text() for place in places for path in place.glob("*.py"))
 
