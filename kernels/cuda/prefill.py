@@ -38,6 +38,10 @@ from kimi_vllm.kernels.cuda.slots import (
 from kimi_vllm.kernels.cuda.step import replay
 
 _CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
+_CHUNKS = 192
+"""Most chunks of the workspace, unless a group or a prompt needs more: 0.43 GiB for 32 heads of 128 channels."""
+_GROUP = 32
+"""Sequences that run at once whatever their tokens."""
 
 
 @triton.jit(
@@ -55,14 +59,14 @@ def inter_chunk(
     WINDOW: tl.constexpr, RECORDS: tl.constexpr, FIRST_RECORD: tl.constexpr, FLAGS: tl.constexpr,
     STAGES: tl.constexpr, EXACT: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence with BV value channels of one head; the last programs clear rows that belong to nobody."""
+    """Walk one sequence with BV value channels of one head; the last programs clear rows behind those of the group."""
     program = tl.program_id(0)
     first = (program % (D // BV)) * BV
     head = (program // (D // BV)) % H
     n = program // (D // BV * H)
     i, k, v = tl.arange(0, CHUNK), tl.arange(0, D), tl.arange(0, BV)
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
-    begin = tl.load(cu_seqlens_ptr + n)
+    group, begin = tl.load(cu_seqlens_ptr), tl.load(cu_seqlens_ptr + n)
     if n == num_sequences:
         if launch_pdl:
             tl.extra.cuda.gdc_wait()
@@ -94,7 +98,7 @@ def inter_chunk(
         tl.extra.cuda.gdc_launch_dependents()
     grid = context // CHUNK
     num_chunks = tl.where(length > 0, (end - 1) // CHUNK - grid + 1, 0)
-    chunk_head = first_chunk(begin, n).to(tl.int64) * H + head
+    chunk_head = first_chunk(begin - group, n).to(tl.int64) * H + head
     operand = w_in_ptr.dtype.element_ty
     tile = i[:, None] * D + k[None, :]  # [CHUNK, D]
     spoiled = tl.zeros((CHUNK, BV), tl.float32)
@@ -204,41 +208,59 @@ def kda_prefill(
         return
     exact = x.qkv.dtype == torch.float32 if exact is None else exact
     H, D = pools.cut.H, pools.cut.D
-    config = config or launch.prefill(N * H, D, exact)
-    chunks = (T + _SLACK * N) // _CHUNK
+    group = sequences_at_once(T, N)
+    config = config or launch.prefill(group * H, D, exact)
+    chunks = (T + _SLACK * group) // _CHUNK
     q, k, down, v, scores, blocks, decay = _workspace(chunks * H, D, exact, device)
-    table = rows.slot_table
-    index = (rows.cu_seqlens, rows.context_len, table, rows.block_size)
     ring, state = launch.typed(pools)
     memory = None if rows.num_fold is None else launch.records(pools)
+    table = rows.slot_table
     slots = (*pools.pages.shape, pools.first_unit, table.stride(0), table.shape[1])
     form = {"EXACT": exact, **launch.pdl(device)}
     sizes = {"W": weights.conv_weight.shape[0], **launch.sizes(pools.cut), **form}
-    chunk_features[(chunks * _CHUNK // _BLOCK * H,)](
-        x.qkv, x.gate, x.beta, weights.conv_weight, weights.A_log, weights.dt_bias, ring, pools.pages,
-        *index, q, k, down, v, blocks,
-        N, *slots, x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0),
-        **sizes, num_warps=config.features_warps, num_stages=1,
-    )  # fmt: skip
-    intra_chunk[(chunks * H,)](
-        x.beta, rows.cu_seqlens, rows.context_len, q, k, down, v, blocks, scores, decay, N, x.beta.stride(0),
-        H=H, D=D, **form, num_warps=config.intra_warps, num_stages=1,
-    )  # fmt: skip
-    # From here on q, k, down and v hold what the second launch made of them: qg, w, kg and u.
     splits = D // config.value_block
-    inter_chunk[(splits * H * (N + 1),)](
-        x.qkv, x.out_gate, out, weights.norm_weight, weights.norm_eps, ring, state, memory, pools.pages,
-        *index, rows.num_fold, k, v, q, down, scores, decay,
-        N, T, *slots, x.qkv.stride(0), x.out_gate.stride(0), out.stride(0), pools.nonfinite,
-        **sizes, **launch.window_sizes(pools.cut), FLAGS=pools.cut.flags,
-        BV=config.value_block, STAGES=config.inter_stages, num_warps=config.inter_warps,
-    )  # fmt: skip
+    for first in range(0, N, group):
+        last = min(first + group, N)
+        some = last - first
+        index = (rows.cu_seqlens[first : last + 1], rows.context_len[first:last], table[first:last], rows.block_size)
+        num_fold = None if rows.num_fold is None else rows.num_fold[first:last]
+        chunk_features[(chunks * _CHUNK // _BLOCK * H,)](
+            x.qkv, x.gate, x.beta, weights.conv_weight, weights.A_log, weights.dt_bias, ring, pools.pages,
+            *index, q, k, down, v, blocks,
+            some, *slots, x.qkv.stride(0), x.gate.stride(0), x.beta.stride(0),
+            **sizes, num_warps=config.features_warps, num_stages=1,
+        )  # fmt: skip
+        intra_chunk[(chunks * H,)](
+            x.beta, *index[:2], q, k, down, v, blocks, scores, decay, some, x.beta.stride(0),
+            H=H, D=D, **form, num_warps=config.intra_warps, num_stages=1,
+        )  # fmt: skip
+        # From here on q, k, down and v hold what the second launch made of them: qg, w, kg and u. Rows behind the
+        # group's are nobody's if it is the last.
+        inter_chunk[(splits * H * (some + 1),)](
+            x.qkv, x.out_gate, out, weights.norm_weight, weights.norm_eps, ring, state, memory, pools.pages,
+            *index, num_fold, k, v, q, down, scores, decay,
+            some, T if last == N else 0, *slots, x.qkv.stride(0), x.out_gate.stride(0), out.stride(0), pools.nonfinite,
+            **sizes, **launch.window_sizes(pools.cut), FLAGS=pools.cut.flags,
+            BV=config.value_block, STAGES=config.inter_stages, num_warps=config.inter_warps,
+        )  # fmt: skip
     if splits > 1:
         rows_per_program = 2048 // D
         _norm[(triton.cdiv(T * H, rows_per_program),)](
             out, x.out_gate, weights.norm_weight, weights.norm_eps, T, out.stride(0), x.out_gate.stride(0),
             H=H, D=D, ROWS=rows_per_program, num_warps=4, **launch.pdl(device),
         )  # fmt: skip
+
+
+def sequences_at_once(T: int, N: int) -> int:
+    """Return how many of N sequences with T new tokens in all share the workspace; the others follow in groups.
+
+    The workspace is as large as its bound on chunks, which counts nearly two for each sequence, however short. vLLM
+    sets aside what its largest step takes, so without groups all memory would hold fewer requests for the sake of
+    steps of hundreds of short prompts.
+    """
+    allowed = max(_GROUP, (_CHUNKS * _CHUNK - T) // _SLACK)
+    even = triton.cdiv(N, triton.cdiv(N, allowed))
+    return min(N, triton.cdiv(even, 4) * 4)  # rows of a group begin where pointers are aligned
 
 
 def _workspace(chunk_heads: int, D: int, exact: bool, device: torch.device) -> tuple[Tensor, ...]:

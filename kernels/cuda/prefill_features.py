@@ -33,7 +33,7 @@ that forget everything (gates of 100 at a rate of 16) come among others, these l
 
 @triton.jit
 def first_chunk(begin, n):
-    """Return the number of the first chunk of sequence n, whose first row is `begin`.
+    """Return the number of the first chunk of sequence n of a group, whose first row is `begin` of the group's.
 
     Chunks lie on the grid of absolute positions, so a sequence of L new tokens spans at most ``(L + 126) // 64``
     of them. Numbering with that bound needs neither a plan made on the host nor a prefix sum: some numbers stay
@@ -48,15 +48,15 @@ def find_chunk(chunk, cu_seqlens_ptr, context_len_ptr, num_sequences):
 
     The sequence is the last one whose chunks begin at or before this number. An unused number has no length.
     """
-    count = 0
+    count, start = 0, tl.load(cu_seqlens_ptr)  # the first of the group
     for first in range(0, num_sequences, 256):
         n = first + tl.arange(0, 256)
         begin = tl.load(cu_seqlens_ptr + n, mask=n < num_sequences, other=0)
-        count += tl.sum(((n < num_sequences) & (first_chunk(begin, n) <= chunk)).to(tl.int32), axis=0)
+        count += tl.sum(((n < num_sequences) & (first_chunk(begin - start, n) <= chunk)).to(tl.int32), axis=0)
     n = count - 1
     begin, context = tl.load(cu_seqlens_ptr + n), tl.load(context_len_ptr + n)
     end = context + tl.load(cu_seqlens_ptr + n + 1) - begin
-    grid = context // CHUNK + chunk - first_chunk(begin, n)
+    grid = context // CHUNK + chunk - first_chunk(begin - start, n)
     position = tl.maximum(context, grid * CHUNK)
     return n, begin, context, position, tl.minimum((grid + 1) * CHUNK, end) - position
 

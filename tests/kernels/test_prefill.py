@@ -33,7 +33,7 @@ from triton_case import (
     without_null_blocks,
 )
 
-from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda import launch, prefill
 
 pytestmark = pytest.mark.triton
 
@@ -85,6 +85,27 @@ def test_mixed_sequences() -> None:
     lengths, context = [16, 0, 1, 65, 37, 1], [64, 0, 0, 93, 0, 7]
     table = [[1, 4, 9], [9, 9, 9], [5, 9, 9], [9, 2, 6], [8, 9, 9], [10, 9, 9]]
     check_prefill(case, lengths, context, table, BLOCK)  # tokens 120 to 124 belong to nobody
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_groups_of_sequences_one_after_another(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "_GROUP", 4)
+    monkeypatch.setattr(prefill, "_CHUNKS", 1)  # so there are groups of four and of three
+    case = triton_case(185, 1, D=64, S=12, exact=FORMS[form])
+    case.fill(1, 64)
+    case.fill(2, 93)
+    case.fill(10, 7)
+    lengths, context = [16, 0, 1, 65, 37, 1, 60], [64, 0, 0, 93, 0, 7, 0]
+    table = [[1, 4, 9], [9, 9, 9], [5, 9, 9], [9, 2, 6], [8, 9, 9], [10, 9, 9], [11, 9, 9]]
+    check_prefill(case, lengths, context, table, BLOCK, None if FORMS[form] else FAST)  # the last 5 are nobody's
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "group"),
+    [(8192, 256, 32), (8192, 8, 8), (1024, 64, 64), (1024, 256, 88), (4096, 256, 64), (100_000, 40, 20), (5, 5, 5)],
+)
+def test_groups_are_as_large_as_the_workspace_allows(T: int, N: int, group: int) -> None:
+    assert prefill.sequences_at_once(T, N) == group
 
 
 @pytest.mark.parametrize("state_dtype", DTYPES)
