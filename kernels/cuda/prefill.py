@@ -258,9 +258,9 @@ def sequences_at_once(T: int, N: int) -> int:
     sets aside what its largest step takes, so without groups all memory would hold fewer requests for the sake of
     steps of hundreds of short prompts.
     """
-    allowed = max(_GROUP, (_CHUNKS * _CHUNK - T) // _SLACK)
-    even = triton.cdiv(N, triton.cdiv(N, allowed))
-    return min(N, triton.cdiv(even, 4) * 4)  # rows of a group begin where pointers are aligned
+    allowed: int = max(_GROUP, (_CHUNKS * _CHUNK - T) // _SLACK)
+    groups = -(-N // allowed)
+    return min(N, -(-N // groups // 4) * 4)  # rows of a group begin where pointers are aligned
 
 
 def _workspace(chunk_heads: int, D: int, exact: bool, device: torch.device) -> tuple[Tensor, ...]:

@@ -122,6 +122,22 @@ def check_triton() -> Finding:
     return Finding("Triton", "OK", found if on_gpu else f"{found}, not used on CPUs")
 
 
+def check_nccl() -> Finding:
+    """VLLM's NCCL communicator, which switches itself off without a message where the library lacks a function."""
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        return Finding("NCCL", "OK", "not used with fewer than two GPUs")
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    try:
+        found = NCCLLibrary().ncclGetVersion()
+    except (OSError, AttributeError) as error:
+        found = f"vLLM cannot use it, and data parallelism of experts will not start: {error}"
+        return Finding("NCCL", "WARN", found, "install a newer NCCL, and set VLLM_NCCL_SO_PATH to its libnccl.so.2")
+    return Finding("NCCL", "OK", found)
+
+
 def check_vllm() -> Finding:
     """The distribution of vLLM: tested on this device, merely in the supported range, or unsupported."""
     installed = _vllm.installed_vllm()
@@ -261,6 +277,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_vllm,
     check_vllm_command,
     check_triton,
+    check_nccl,
     check_model_class,
     check_kernels,
     check_quantised_weights,

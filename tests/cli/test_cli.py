@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kimi_vllm import _vllm, cpu_quantization
@@ -93,6 +95,28 @@ def turned_off() -> dict[str, tuple[int, dict[str, dict[str, str]]]]:
     done = subprocess.run(command, env=inherited, capture_output=True, text=True, timeout=120, check=True)
     reports = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     return {name: (status, {finding["check"]: finding for finding in found}) for name, status, found in reports}
+
+
+@pytest.mark.parametrize(
+    ("library", "said"), [("libc.so.6", "undefined symbol: nccl"), ("libnccl-of-nobody.so", "No such file")]
+)
+def test_doctor_warns_of_an_nccl_that_vllm_cannot_use(library, said, monkeypatch) -> None:
+    from vllm.distributed.device_communicators import pynccl_wrapper
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(pynccl_wrapper, "find_nccl_library", lambda: library)
+    finding = doctor.check_nccl()
+    assert (finding.status, said in finding.found) == ("WARN", True), finding
+    assert "VLLM_NCCL_SO_PATH" in finding.fix
+
+
+def test_doctor_tells_the_version_of_nccl(monkeypatch) -> None:
+    from vllm.distributed.device_communicators import pynccl_wrapper
+
+    monkeypatch.setattr(pynccl_wrapper, "NCCLLibrary", lambda: SimpleNamespace(ncclGetVersion=lambda: "2.30.7"))
+    assert doctor.check_nccl().found == "not used with fewer than two GPUs"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert doctor.check_nccl() == Finding("NCCL", "OK", "2.30.7")
 
 
 @pytest.mark.parametrize(
