@@ -1,6 +1,6 @@
 """The plugin's entry point: ours in range, vLLM's own outside of it, and strictness on request.
 
-That vLLM finds our class, and its own one when the plugin is disabled, `tests/cli/test_cli.py` asks the doctor.
+That vLLM finds our class, and its own one when the plugin is disabled, `tests/cli/test_doctor.py` asks the doctor.
 """
 
 import logging
