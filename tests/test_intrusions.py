@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,15 +21,25 @@ AS_VLLMS_MODELS_DO = {"static_forward_context", "e_score_correction_bias"}
 """What vLLM's own layers and models set in the same way."""
 
 
+def assigned(found, name):
+    """Whether a class has such a field, or a method that sets such an attribute: neither is on the class."""
+    [tree] = ast.parse(textwrap.dedent(inspect.getsource(found))).body
+    fields = [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
+    attributes = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    ]
+    names = {ast.unparse(node) for node in [*fields, *attributes]}
+    return bool(names & {name, f"self.{name}"})
+
+
 def exists(target):
     module, _, dotted = target.partition(":")
     if module == "env":
         return dotted in envs.environment_variables or dotted.startswith("TRITON_")
     found = importlib.import_module(module)
     for name in dotted.split("."):
-        # Attributes that __init__ or a field makes are not on the class.
         if not hasattr(found, name):
-            return inspect.isclass(found) and re.search(rf"^\s+(self\.)?{name}\b", inspect.getsource(found), re.M)
+            return inspect.isclass(found) and assigned(found, name)
         found = getattr(found, name)
     return True
 
@@ -41,6 +52,15 @@ def test_target_exists(target, monkeypatch):
 
 def test_a_target_that_moved_is_found_missing():
     assert not exists("vllm.v1.request:Request.drop_stale_outputs")
+
+
+def test_an_attribute_that_is_only_read_is_found_missing(monkeypatch):
+    target = "vllm.v1.worker.gpu_model_runner:GPUModelRunner.input_batch"
+    source = inspect.getsource
+    monkeypatch.setattr(
+        inspect, "getsource", lambda found: re.sub(r"self\.input_batch(?= =|:)", "self.x", source(found))
+    )
+    assert not exists(target)
 
 
 def test_every_entry_is_complete():
