@@ -39,7 +39,7 @@ from kimi_vllm.kernels.cuda.step import replay
 
 _CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
 _CHUNKS = 192
-"""Most chunks of the workspace, unless a group or a prompt needs more: 0.43 GiB for 32 heads of 128 channels."""
+"""Most chunks of the workspace, unless a group or a prompt needs more: 0.44 GiB for 32 heads of 128 channels."""
 _GROUP = 32
 """Sequences that run at once whatever their tokens."""
 
@@ -211,7 +211,7 @@ def kda_prefill(
     group = sequences_at_once(T, N)
     config = config or launch.prefill(group * H, D, exact)
     chunks = (T + _SLACK * group) // _CHUNK
-    q, k, down, v, scores, blocks, decay = _workspace(chunks * H, D, exact, device)
+    q, k, down, v, scores, blocks, decay = _workspace(workspace_chunks(T, N) * H, D, exact, device)
     ring, state = launch.typed(pools)
     memory = None if rows.num_fold is None else launch.records(pools)
     table = rows.slot_table
@@ -258,9 +258,18 @@ def sequences_at_once(T: int, N: int) -> int:
     sets aside what its largest step takes, so without groups all memory would hold fewer requests for the sake of
     steps of hundreds of short prompts.
     """
-    allowed: int = max(_GROUP, (_CHUNKS * _CHUNK - T) // _SLACK)
+    # Multiples of four: rows of a group begin where pointers are aligned.
+    allowed: int = max(_GROUP, (_CHUNKS * _CHUNK - T) // _SLACK // 4 * 4)
     groups = -(-N // allowed)
-    return min(N, -(-N // groups // 4) * 4)  # rows of a group begin where pointers are aligned
+    return min(N, -(-N // groups // 4) * 4)
+
+
+def workspace_chunks(T: int, N: int) -> int:
+    """Return the chunks of the workspace: no fewer for more tokens or sequences, so that the largest step needs most.
+
+    A group can need fewer. But what vLLM sets aside is what a step of the most tokens and sequences takes.
+    """
+    return int(min((T + _SLACK * N) // _CHUNK, max(_CHUNKS, (T + _SLACK * _GROUP) // _CHUNK)))
 
 
 def _workspace(chunk_heads: int, D: int, exact: bool, device: torch.device) -> tuple[Tensor, ...]:

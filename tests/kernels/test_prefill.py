@@ -108,6 +108,27 @@ def test_groups_are_as_large_as_the_workspace_allows(T: int, N: int, group: int)
     assert prefill.sequences_at_once(T, N) == group
 
 
+def test_no_smaller_step_takes_a_larger_workspace() -> None:
+    sizes = {(T, N): prefill.workspace_chunks(T, N) for T in range(1, 17_000, 199) for N in range(1, min(T, 300) + 1)}
+    for (T, N), chunks in sizes.items():
+        assert chunks >= (T + 126 * prefill.sequences_at_once(T, N)) // 64
+        assert chunks >= sizes.get((T, N - 1), 0)
+        assert chunks >= sizes.get((T - 199, N), 0)
+
+
+@pytest.mark.parametrize("lengths", [[66, 66, 0, 0], [0, 0, 66, 66]], ids=str)
+def test_a_group_that_uses_every_chunk(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "sequences_at_once", lambda T, N: 2)
+    monkeypatch.setattr(prefill, "workspace_chunks", lambda T, N: (T + 126 * 2) // 64)
+    case = triton_case(132, 1, D=64, S=10)
+    context, table = [0] * 4, [[0, 0, 0] for _ in range(4)]
+    for n, length in enumerate(lengths):
+        if length:
+            case.fill(n + 1, 63)
+            context[n], table[n] = 63, [n + 1, 5 + n, 5 + n]
+    check_prefill(case, lengths, context, table, BLOCK)
+
+
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype: str, state_dtype: str) -> None:

@@ -31,7 +31,7 @@ from window_case import (
 )
 
 from kimi_vllm.kernels.contract import WindowRows
-from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda import launch, prefill
 
 pytestmark = pytest.mark.triton
 
@@ -112,8 +112,13 @@ def test_a_checkpoint_lags_and_forks() -> None:
     check_lagging_checkpoint(windows, nearly)
 
 
-@pytest.mark.parametrize(("lengths", "pieces"), [([3, 1], 1), ([5, 35], 2)], ids=["extend", "chunked"])
-def test_prefills_fold(lengths: list[int], pieces: int) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "pieces", "group"),
+    [([3, 1], 1, 2), ([5, 35], 2, 2), ([5, 35], 2, 1)],
+    ids=["extend", "chunked", "one after another"],
+)
+def test_prefills_fold(lengths: list[int], pieces: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "sequences_at_once", lambda T, N: group)
     case = windows(sum(lengths), pieces=pieces)
     lag(case, 1, 62, 3)
     lag(case, 2, 30, 1)
