@@ -16,6 +16,8 @@ host or waits for the device.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -39,9 +41,9 @@ from kimi_vllm.kernels.cuda.step import replay
 
 _CHUNK, _BLOCK, _SLACK = CHUNK.value, BLOCK.value, SLACK.value
 _CHUNKS = 192
-"""Most chunks of the workspace, unless a group or a prompt needs more: 0.44 GiB for 32 heads of 128 channels."""
+"""Most chunks of the workspace, unless a group or a prompt needs more: 0.44 GiB for 32 heads of 128 in bfloat16."""
 _GROUP = 32
-"""Sequences that run at once whatever their tokens."""
+"""Sequences that a group may have however many tokens a step has."""
 
 
 @triton.jit(
@@ -66,7 +68,7 @@ def inter_chunk(
     n = program // (D // BV * H)
     i, k, v = tl.arange(0, CHUNK), tl.arange(0, D), tl.arange(0, BV)
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
-    group, begin = tl.load(cu_seqlens_ptr), tl.load(cu_seqlens_ptr + n)
+    group_begin, begin = tl.load(cu_seqlens_ptr), tl.load(cu_seqlens_ptr + n)
     if n == num_sequences:
         if launch_pdl:
             tl.extra.cuda.gdc_wait()
@@ -98,7 +100,7 @@ def inter_chunk(
         tl.extra.cuda.gdc_launch_dependents()
     grid = context // CHUNK
     num_chunks = tl.where(length > 0, (end - 1) // CHUNK - grid + 1, 0)
-    chunk_head = first_chunk(begin - group, n).to(tl.int64) * H + head
+    chunk_head = first_chunk(begin - group_begin, n).to(tl.int64) * H + head
     operand = w_in_ptr.dtype.element_ty
     tile = i[:, None] * D + k[None, :]  # [CHUNK, D]
     spoiled = tl.zeros((CHUNK, BV), tl.float32)
@@ -210,7 +212,7 @@ def kda_prefill(
     H, D = pools.cut.H, pools.cut.D
     group = sequences_at_once(T, N)
     config = config or launch.prefill(group * H, D, exact)
-    chunks = (T + _SLACK * group) // _CHUNK
+    chunks = _most_chunks(T, group)
     q, k, down, v, scores, blocks, decay = _workspace(workspace_chunks(T, N) * H, D, exact, device)
     ring, state = launch.typed(pools)
     memory = None if rows.num_fold is None else launch.records(pools)
@@ -220,10 +222,9 @@ def kda_prefill(
     sizes = {"W": weights.conv_weight.shape[0], **launch.sizes(pools.cut), **form}
     splits = D // config.value_block
     for first in range(0, N, group):
-        last = min(first + group, N)
-        some = last - first
-        index = (rows.cu_seqlens[first : last + 1], rows.context_len[first:last], table[first:last], rows.block_size)
-        num_fold = None if rows.num_fold is None else rows.num_fold[first:last]
+        some = min(group, N - first)
+        part = rows if some == N else _sequences(rows, first, first + some)
+        index = (part.cu_seqlens, part.context_len, part.slot_table, part.block_size)
         chunk_features[(chunks * _CHUNK // _BLOCK * H,)](
             x.qkv, x.gate, x.beta, weights.conv_weight, weights.A_log, weights.dt_bias, ring, pools.pages,
             *index, q, k, down, v, blocks,
@@ -238,8 +239,9 @@ def kda_prefill(
         # group's are nobody's if it is the last.
         inter_chunk[(splits * H * (some + 1),)](
             x.qkv, x.out_gate, out, weights.norm_weight, weights.norm_eps, ring, state, memory, pools.pages,
-            *index, num_fold, k, v, q, down, scores, decay,
-            some, T if last == N else 0, *slots, x.qkv.stride(0), x.out_gate.stride(0), out.stride(0), pools.nonfinite,
+            *index, part.num_fold, k, v, q, down, scores, decay,
+            some, T if first + some == N else 0, *slots,
+            x.qkv.stride(0), x.out_gate.stride(0), out.stride(0), pools.nonfinite,
             **sizes, **launch.window_sizes(pools.cut), FLAGS=pools.cut.flags,
             BV=config.value_block, STAGES=config.inter_stages, num_warps=config.inter_warps,
         )  # fmt: skip
@@ -264,12 +266,29 @@ def sequences_at_once(T: int, N: int) -> int:
     return min(N, -(-N // groups // 4) * 4)
 
 
+def _sequences(rows: PrefillRows, first: int, last: int) -> PrefillRows:
+    """Return the sequences from first to last; their rows still count from the step's first token."""
+    return dataclasses.replace(
+        rows,
+        cu_seqlens=rows.cu_seqlens[first : last + 1],
+        context_len=rows.context_len[first:last],
+        slot_table=rows.slot_table[first:last],
+        num_fold=None if rows.num_fold is None else rows.num_fold[first:last],
+    )
+
+
+def _most_chunks(T: int, N: int) -> int:
+    """Return the bound on the chunks of N sequences with T new tokens in all; see `first_chunk`."""
+    bound: int = (T + _SLACK * N) // _CHUNK
+    return bound
+
+
 def workspace_chunks(T: int, N: int) -> int:
     """Return the chunks of the workspace: no fewer for more tokens or sequences, so that the largest step needs most.
 
     A group can need fewer. But what vLLM sets aside is what a step of the most tokens and sequences takes.
     """
-    return int(min((T + _SLACK * N) // _CHUNK, max(_CHUNKS, (T + _SLACK * _GROUP) // _CHUNK)))
+    return min(_most_chunks(T, N), max(_CHUNKS, _most_chunks(T, _GROUP)))
 
 
 def _workspace(chunk_heads: int, D: int, exact: bool, device: torch.device) -> tuple[Tensor, ...]:

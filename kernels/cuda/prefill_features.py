@@ -33,7 +33,7 @@ that forget everything (gates of 100 at a rate of 16) come among others, these l
 
 @triton.jit
 def first_chunk(begin, n):
-    """Return the number of the first chunk of sequence n of a group, whose first row is `begin` of the group's.
+    """Return the number of the first chunk of a group's n-th sequence, behind `begin` new tokens of the group.
 
     Chunks lie on the grid of absolute positions, so a sequence of L new tokens spans at most ``(L + 126) // 64``
     of them. Numbering with that bound needs neither a plan made on the host nor a prefix sum: some numbers stay

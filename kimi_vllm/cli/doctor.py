@@ -123,7 +123,7 @@ def check_triton() -> Finding:
 
 
 def check_nccl() -> Finding:
-    """VLLM's NCCL communicator, which switches itself off without a message where the library lacks a function."""
+    """Whether vLLM's NCCL communicator works: it turns itself off without a message if the library lacks a function."""
     import torch
 
     if torch.cuda.device_count() < 2:
