@@ -53,11 +53,11 @@ def test_two_gpus_say_what_one_says(layout, alone, monkeypatch, record_property)
     with engine(RECALL, **OPTIONS, **LAYOUTS[layout]) as running:
         together = running.complete(PROMPTS, max_tokens=TOKENS)
         assert running.num_preemptions > 0
-        # Twice: nothing may be left in the cache of so little memory.
-        first, again = (running.complete(PROMPTS[-4:], max_tokens=TOKENS) for _ in range(2))
-        for completion, plain in zip([*together, *first, *again], [*alone, *alone[-4:], *alone[-4:]], strict=True):
+        # One prompt twice: so little memory keeps nothing of the others.
+        [first], [again] = (running.complete(PROMPTS[-1:], max_tokens=TOKENS) for _ in range(2))
+        for completion, plain in zip([*together, first, again], [*alone, alone[-1], alone[-1]], strict=True):
             check_equal(completion, plain)
-        assert sum(completion.cached for completion in again) > 0
+        assert again.cached > 0
         running.llm.collective_rpc(break_the_second_worker)
         [output] = running.llm.generate([{"prompt_token_ids": [5, 6, 7]}], use_tqdm=False)
         assert output.outputs[0].finish_reason == "error"
