@@ -91,12 +91,12 @@ def every(file: str) -> str:
 
 
 def long_requests() -> str:
-    """Largest batches with options set for long requests, beside in-tree's default ones."""
-    theirs = {case: row for (name, case), row in latest(read(ENGINE / "h200.jsonl"), "tpot").items() if name == IN_TREE}
+    """Largest batches with states of 16 bits, beside in-tree's default ones."""
+    points = latest(read(ENGINE / "h200-options.jsonl"), "tpot")
     cells = []
-    for row in read(ENGINE / "h200-options.jsonl"):
-        if row["case"].get("batch") == "largest":
-            peer = theirs[json.dumps(row["case"])]
+    for (name, case), row in points.items():
+        if name == OURS and row["case"]["batch"] == "largest":
+            peer = points[IN_TREE, case]
             requests = " / ".join(str(some["requests"]) for some in (row, peer))
             rates = pair(_rate(row), _rate(peer), more_is_better=True)
             cells.append([tokens(row["case"]["context"]), requests, rates])
@@ -187,7 +187,7 @@ def drafts() -> str:
 
 def drafts_gpu() -> str:
     """Drafts on a GPU that are right to a set degree, beside no drafts and beside vLLM's own model."""
-    rows = read(ENGINE / "h100-drafts.jsonl")
+    rows = read(ENGINE / "h200-drafts.jsonl")
     found = {
         # By the median step: of forty, one that waits for something else weighs too much.
         (row["provider"], row["case"]["requests"], row["case"]["right"]): row["case"]["requests"]

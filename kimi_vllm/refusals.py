@@ -12,7 +12,7 @@ from vllm import envs
 from vllm.config import MambaConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from kimi_vllm import ARCHITECTURE
+from kimi_vllm import ARCHITECTURE, nccl
 from kimi_vllm.cache.window import window_of
 from kimi_vllm.kernels.contract import MAX_WINDOW
 
@@ -204,9 +204,12 @@ REFUSALS = (
     ),
     Refusal(
         "--pipeline-parallel-size",
-        lambda config: not current_platform.is_cpu() and config.parallel_config.pipeline_parallel_size > 1,
-        "on two H100 the first stage stopped with an illegal memory access, for a reason not found yet.",
-        "Use --tensor-parallel-size.",
+        lambda config: (
+            not current_platform.is_cpu() and config.parallel_config.pipeline_parallel_size > 1 and nccl.why_unusable()
+        ),
+        "vLLM cannot use this NCCL for its own communicator, and without that the first stage stops with an illegal "
+        "memory access.",
+        f"{nccl.REMEDY}, or use --tensor-parallel-size.",
     ),
     Refusal("--cpu-offload-gb", _set("offload_config.uva.cpu_offload_gb"), _UNTRIED),
     Refusal("--offload-group-size", _set("offload_config.prefetch.offload_group_size"), _UNTRIED),
@@ -246,6 +249,17 @@ REFUSALS = (
         "vLLM for CPUs cannot send tokens to experts of another replica (it lacks all_gatherv) and would fail at the "
         "first request.",
         "Start several servers behind a load balancer.",
+    ),
+    Refusal(
+        "--data-parallel-size with experts",
+        lambda config: (
+            not current_platform.is_cpu()
+            and config.model_config.is_moe
+            and config.parallel_config.data_parallel_size > 1
+            and nccl.why_unusable()
+        ),
+        "vLLM cannot use this NCCL for its own communicator, by which experts of several replicas exchange tokens.",
+        f"{nccl.REMEDY}, or start several servers behind a load balancer.",
     ),
     Refusal(
         "--enable-expert-parallel",

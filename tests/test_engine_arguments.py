@@ -15,6 +15,7 @@ from packaging.version import Version
 from support.engine import RECALL
 from vllm.config import AttentionConfig, CompilationConfig, KernelConfig, KVEventsConfig, PoolerConfig
 from vllm.config.aux_output import AuxOutputConfig
+from vllm.distributed.device_communicators import pynccl_wrapper
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from kimi_vllm._vllm import installed_vllm
@@ -328,13 +329,17 @@ def test_every_operator_of_ours_splits_compiled_graphs():
     assert {*OUR_OPERATIONS} == {f"vllm::{name}" for name in registered}
 
 
-def test_pipeline_stages_are_for_cpus_only(create, monkeypatch):
+@pytest.mark.parametrize("parallel", ["pipeline", "data"])
+def test_stages_and_replicas_on_gpus_want_an_nccl_that_vllm_can_use(parallel, create, monkeypatch):
     config = create()
-    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
-    refuse_unserved(config)
     monkeypatch.setattr("kimi_vllm.refusals.current_platform", SimpleNamespace(is_cpu=lambda: False))
-    with pytest.raises(ValueError, match=r"--pipeline-parallel-size: .* Use --tensor-parallel-size"):
+    refuse_unserved(config)  # one worker asks for no NCCL: the library below does not exist
+    monkeypatch.setattr(config.parallel_config, f"{parallel}_parallel_size", 2)
+    monkeypatch.setattr(pynccl_wrapper, "find_nccl_library", lambda: "libnccl-of-nobody.so")
+    with pytest.raises(ValueError, match=rf"--{parallel}-parallel-size.* VLLM_NCCL_SO_PATH .*, or "):
         refuse_unserved(config)
+    monkeypatch.setattr(pynccl_wrapper, "NCCLLibrary", lambda: SimpleNamespace(ncclGetVersion=lambda: "2.30.7"))
+    refuse_unserved(config)
 
 
 def test_each_refusal_has_one_name():

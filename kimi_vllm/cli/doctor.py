@@ -17,7 +17,7 @@ from typing import Literal
 
 from packaging.version import Version
 
-from kimi_vllm import ARCHITECTURE, _vllm
+from kimi_vllm import ARCHITECTURE, _vllm, nccl
 
 Status = Literal["OK", "WARN", "FAIL"]
 
@@ -130,12 +130,10 @@ def check_nccl() -> Finding:
         return Finding("NCCL", "OK", "not used with fewer than two GPUs")
     from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
-    try:
-        found = NCCLLibrary().ncclGetVersion()
-    except (OSError, AttributeError) as error:
-        found = f"vLLM cannot use it, and data parallelism of experts will not start: {error}"
-        return Finding("NCCL", "WARN", found, "install a newer NCCL, and set VLLM_NCCL_SO_PATH to its libnccl.so.2")
-    return Finding("NCCL", "OK", found)
+    if why := nccl.why_unusable():
+        found = f"vLLM cannot use it: {why}; pipeline parallelism and data-parallel experts are refused"
+        return Finding("NCCL", "WARN", found, nccl.REMEDY)
+    return Finding("NCCL", "OK", NCCLLibrary().ncclGetVersion())
 
 
 def check_vllm() -> Finding:

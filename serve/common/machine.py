@@ -21,7 +21,7 @@ def facts(*packages: str) -> dict[str, Any]:
         device = {
             "device": properties.name,
             "device_bytes": properties.total_memory,
-            "driver": nvidia_smi("driver_version"),
+            "driver": nvidia_smi("driver_version").split(", ")[0],
             "cuda": torch.version.cuda,
             "cores": os.cpu_count(),
         }
