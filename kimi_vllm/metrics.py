@@ -33,6 +33,7 @@ _COUNTERS = {
     "swaps_out": "States copied to host memory.",
     "swaps_in": "States copied back from host memory.",
     "swap_bytes": "Bytes copied to and from host memory, on a worker of the first pipeline stage.",
+    "steps_without_drafts": "Steps that went without drafts because few had been accepted.",
     "quarantined": "Requests whose state became NaN or infinite.",
 }
 

@@ -55,6 +55,15 @@ class KimiOptions(BaseModel):
         "`resume` recomputes it once from its last good checkpoint.",
     )
 
+    least_drafts_accepted: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="With `--speculative-config`: while a smaller share of drafts is accepted, steps go without, as "
+        "verifying drafts would cost more than they yield; after every 64 steps some are tried. 0 always drafts. By "
+        "default 0.15 on CPUs, and 0 on GPUs, where other values are untried.",
+    )
+
     @classmethod
     def of(cls, vllm_config: Any) -> Self:
         """The ``kimi`` entry of vLLM's ``--additional-config``, which nothing else reads and nobody changes.

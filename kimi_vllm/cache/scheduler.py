@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakSet
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -25,6 +26,7 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 from kimi_vllm.cache.arena import install
 from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.cache.contagion import Access, Step, spread
+from kimi_vllm.cache.drafting import Drafting
 from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, STATS, Sick
 from kimi_vllm.cache.manager import KDAStateManager
 from kimi_vllm.options import KimiOptions
@@ -66,10 +68,19 @@ class _StateScheduling:
         self.arena = install(self.kv_cache_manager, pages.kv_cache_group_id)
         self._states.share(self.arena)
         self._states.scheduling = False
-        if self._states.kv_cache_spec.window and self.dynamic_sd_lookup is None:
+        options = KimiOptions.of(self.vllm_config)
+        self._drafting = None
+        if self._states.kv_cache_spec.window:
+            most = self.vllm_config.scheduler_config.max_num_seqs + 1
             # Without a schedule by batch size, vLLM fills a prompt of one token up with drafts of -1, for CUDA graphs,
             # and orders it as what it is: behind longer prompts, where all tokens count.
-            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.vllm_config.scheduler_config.max_num_seqs + 1)
+            self._drafts = self.dynamic_sd_lookup or [self.num_spec_tokens] * most
+            self.dynamic_sd_lookup, self._no_drafts = self._drafts, [0] * most
+            # Replicas of experts step together, and each would rest on its own.
+            if self.vllm_config.parallel_config.data_parallel_size == 1:
+                least = options.least_drafts_accepted
+                least = 0.15 * current_platform.is_cpu() if least is None else least
+                self._drafting = Drafting(least, self.num_spec_tokens)
         spec = self._states.kv_cache_spec
         # A page is one MLA layer's, a block all of theirs.
         layers = self.kv_cache_config.kv_cache_groups[self._states.kv_cache_group_id].layer_names
@@ -77,7 +88,7 @@ class _StateScheduling:
         capacity = Capacity(self.arena.num_gpu_blocks, spec.block_size, spec.state_blocks)
         scheduled, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
         logger.info("%s", capacity.table(scheduled.max_num_seqs, model.max_model_len))
-        self._on_nonfinite = KimiOptions.of(self.vllm_config).on_nonfinite
+        self._on_nonfinite = options.on_nonfinite
         self._steps: deque[tuple[SchedulerOutput, Step]] = deque()
         self._overrun: WeakSet[Request] = WeakSet()
         self._resumed: set[str] = set()
@@ -90,6 +101,10 @@ class _StateScheduling:
         # With steps in flight, more may be computed than is known.
         left = sum([more for r in self.running if (more := r.num_tokens - r.num_computed_tokens) > 0])
         self._states.expect(left, self.max_num_scheduled_tokens)
+        if self._drafting and self.running:
+            wanted = self._drafting.wanted(len(self.running))
+            self._counts["steps_without_drafts"] += not wanted
+            self.dynamic_sd_lookup = self._drafts if wanted else self._no_drafts
         self._states.scheduling = True
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         self._states.scheduling = False
@@ -133,6 +148,16 @@ class _StateScheduling:
                 )
             )
         return outputs
+
+    def make_spec_decoding_stats(
+        self, spec_decoding_stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Learn whether drafts are worth it; vLLM calls this for each request of a step that had drafts."""
+        if self._drafting:
+            self._drafting.saw(num_draft_tokens, num_accepted_tokens)
+        return super().make_spec_decoding_stats(  # type: ignore[misc]
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
+        )
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Statistics of vLLM and ours: slots now, and what happened since the last call."""

@@ -29,7 +29,7 @@ PATHS = {
     "lru-host-priority": {"evictions", "swaps_out", "swaps_in", "preemptions"},
 }
 ALWAYS = {"hits", "aborts", "pages to states", "states to pages"}
-DRAFTED = {"accepted", "rejected", "two slots"}
+DRAFTED = {"accepted", "rejected", "two slots", "steps_without_drafts"}
 
 
 @pytest.fixture(params=["step-by-step", "two-in-flight", *DRAFTING])
@@ -68,7 +68,13 @@ def run_cases(make_server, **options):
                 else:
                     assert arrival.abort_after is not None
         seen.update(cases=1, page_evictions=server.scheduler.arena.page_evictions)
-        for counts in (server.seen, server.manager.block_pool.counts, server.worker.conversions, server.worker.seen):
+        for counts in (
+            server.seen,
+            server.scheduler._counts,
+            server.manager.block_pool.counts,
+            server.worker.conversions,
+            server.worker.seen,
+        ):
             seen.update(counts)
 
     cases()
@@ -140,7 +146,7 @@ def all_rejected(scheduler, request):
         ("drafts", HashWorker, "_written_blocks", one_slot_only, "is another prefix's|is copied|lags by"),
         ("drafts-in-flight", HashWorker, "state", not_folded, "is another prefix's"),
         ("drafts-in-flight", HashWorker, "_written_blocks", one_slot_only, "is another prefix's|is copied|lags by"),
-        ("drafts-in-flight", _StateScheduling, "_drafts_in_flight", all_rejected, "slots .*, and not"),
+        ("drafts-in-flight", _StateScheduling, "_drafts_in_flight", all_rejected, "slots? .*, and not"),
     ],
 )
 def test_windows_that_err_are_caught(mode, owner, method, change, message, monkeypatch):

@@ -29,7 +29,7 @@ def options(states, pages=None, drafts=5, block=BLOCK, **kimi):
         "max_num_batched_tokens": 37,
         "num_gpu_blocks_override": states * held + pages,
         "speculative_config": ngram(drafts),
-        "additional_config": {"kimi": kimi},
+        "additional_config": {"kimi": {"least_drafts_accepted": 0} | kimi},
     }
 
 
@@ -80,6 +80,7 @@ CONFIGURATIONS = {
     "fifteen drafts": options(30, drafts=15, block=64),
     "by batch size": options(60)
     | {"speculative_config": ngram(5) | {"num_speculative_tokens_per_batch_size": [[1, 2, 5], [3, 4, 2], [5, 8, 0]]}},
+    "seldom": options(60, least_drafts_accepted=1),
     "few states": options(9),
     "few states, host": options(9, host_memory_gib=0.01),
     "few pages": options(6, pages=30),
@@ -108,6 +109,8 @@ def test_answers_are_the_plain_ones(running, name):
     assert 0 < seen["accepted"] < seen["drafted"]
     if name.startswith("few"):
         assert chosen.counts["evictions"] or chosen.num_preemptions
+    elif name == "seldom":
+        assert 0 < chosen.scheduler._counts["steps_without_drafts"] < seen["steps"]
     elif name != "nothing cached":
         block = CONFIGURATIONS[name]["block_size"]
         # The last token of an answer was never computed.

@@ -6,6 +6,24 @@ from random import Random
 from support.hashes import NONSENSE, after, next_token
 
 
+class Moods:
+    """Stands in for `Drafting`: steps draft for a while, and then for a while do not, by a seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random, self._wanted = Random(seed), True
+
+    def wanted(self, requests: int) -> bool:
+        """Whether the next step is to draft: in most cases as the last one."""
+        assert requests
+        if self._random.random() < 0.2:
+            self._wanted = not self._wanted
+        return self._wanted
+
+    def saw(self, drafts: int, accepted: int) -> None:
+        """Whatever became of them."""
+        assert 0 <= accepted <= drafts
+
+
 class Drafter:
     """Proposes so many tokens after a state, by a seed; `luck` are chances that one is right."""
 

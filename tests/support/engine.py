@@ -87,10 +87,14 @@ def engines(checkpoint: Path, configurations: Mapping[Any, Mapping[str, Any]]) -
     """
     little: dict[str, Any] = {"num_gpu_blocks_override": BLOCKS} if "VLLM_CPU_KVCACHE_SPACE" in os.environ else {}
     drafts = {"speculative_config": ngram(DRAFTS)} if DRAFTS else {}
-    configurations = {
-        name: little | (drafts if name != PLAIN else {}) | options for name, options in configurations.items()
-    }
+    given, configurations = (
+        configurations,
+        {name: little | (drafts if name != PLAIN else {}) | options for name, options in configurations.items()},
+    )
     with common.engines(Engine, checkpoint, configurations) as started:
+        for name, running in started.items():
+            if "speculative_config" not in given[name]:
+                running.scheduler._drafting = None  # most drafts of random tokens are wrong, and all are to be tried
         yield started
 
 

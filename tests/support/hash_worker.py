@@ -100,6 +100,7 @@ class HashWorker:
         self._tried: dict[str, set[int]] = {}
         self.drafter = Drafter(max(0, window - 1))
         self.drafts: dict[str, list[int]] = {}
+        self._wanted = 0
         self.conversions: Counter[str] = Counter()
         self.glitches: dict[str, Glitch] = {}
         self.pages_end = False
@@ -122,6 +123,7 @@ class HashWorker:
             self.conversions["states to pages"] += isinstance(self._memory.get(page), tuple)
             self._memory[page] = []
         rows = self._rows(output, self._follow(output))
+        self._wanted = output.num_spec_tokens_to_schedule
         reads = {name: self._read(name, row.start) for name, row in rows.items() if row.start}
         for name, row in rows.items():
             row.healthy = self._healthy(name, row)
@@ -329,7 +331,7 @@ class HashWorker:
                     break
         right = max(0, len(tokens) - 1)
         self._computed[name], self._rejected[name] = computed + right, len(row.drafts) - right
-        self.drafts[name] = self.drafter.propose(known[-1]) if tokens else []
+        self.drafts[name] = self.drafter.propose(known[-1])[: self._wanted] if tokens else []
         self.seen.update(accepted=right, rejected=len(row.drafts) - right)
         if (glitch := self.glitches.get(name)) and glitch.happened:
             glitch.counted |= row.healthy < computed + right

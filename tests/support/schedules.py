@@ -16,7 +16,7 @@ from kimi_vllm.cache.window import window_of
 from serve.bench.cache import replay
 from serve.bench.cache.replay import Memory
 from support.arrivals import BLOCK, Arrival
-from support.drafter import Drafter
+from support.drafter import Drafter, Moods
 from support.engine import ngram
 from support.hash_worker import HashWorker
 from support.hashes import SICK
@@ -62,7 +62,10 @@ class Mode:
         config = _configuration(self, name, on_nonfinite)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(self.second_runner)))  # the scheduler's half of it
-            return Server(name, config, Drafter(self.drafts, seed))
+            server = Server(name, config, Drafter(self.drafts, seed))
+            if self.drafts:
+                server.scheduler._drafting = Moods(seed)
+            return server
 
 
 @cache
