@@ -76,6 +76,13 @@ _Drafts = Annotated[
     typer.Option(min=0, help="num_speculative_tokens of --speculative-config: a state keeps records of so many."),
 ]
 _AS_VLLM = "As for `vllm serve`."
+_CacheMemory = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_memory,
+        help="As for `vllm serve`, or what an engine has logged as available: then nothing is estimated.",
+    ),
+]
 
 
 def plan(
@@ -93,6 +100,7 @@ def plan(
     max_model_len: Annotated[int | None, typer.Option(parser=parse_tokens, help=_AS_VLLM)] = None,
     prefix_caching: Annotated[bool, typer.Option(help=_AS_VLLM)] = True,
     gpu_memory_utilization: Annotated[float, typer.Option(min=0.1, max=1, help=_AS_VLLM)] = 0.92,
+    kv_cache_memory_bytes: _CacheMemory = None,
     block_size: Annotated[int, typer.Option(min=1, help=_AS_VLLM)] = 64,
     device: _Device = "cuda",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -135,6 +143,7 @@ def plan(
             contexts=shown,
             lengths=lengths or {},
             speculative_tokens=speculative_tokens,
+            cache_memory=kv_cache_memory_bytes,
         )
         made.check()
     except ValueError as error:

@@ -74,6 +74,7 @@ class Plan:
     contexts: tuple[int, ...]
     lengths: Mapping[int, float]
     speculative_tokens: int = 0
+    cache_memory: int | None = None
 
     @cached_property
     def costs(self) -> Costs:
@@ -93,6 +94,8 @@ class Plan:
     @cached_property
     def available(self) -> int:
         """Bytes for state and KV cache."""
+        if self.cache_memory is not None:
+            return self.cache_memory
         return cache_bytes(self.memory, self.utilization, self.costs.weights)
 
     @cached_property
@@ -118,7 +121,10 @@ class Plan:
         if self.speculative_tokens > most:
             raise PlanError(f"--speculative-tokens {self.speculative_tokens}: at most {most} on {devices}.")
         remedy = "raise --gpu-memory-utilization or --tensor-parallel-size"
-        check_one_fits(self.capacity, self.demand, self.costs.block, remedy, self.costs.weights)
+        weights = self.costs.weights if self.cache_memory is None else None
+        if self.cache_memory is not None:
+            remedy = "raise --kv-cache-memory-bytes"
+        check_one_fits(self.capacity, self.demand, self.costs.block, remedy, weights)
 
     @property
     def state_fill(self) -> float:

@@ -16,11 +16,16 @@ def show(plan: Plan) -> None:
     console = Console(highlight=False, soft_wrap=True)
     demand, least = plan.demand, memory_needed(plan.costs, plan.demand, plan.utilization)
     devices = f"{plan.ranks} device" + "s" * (plan.ranks > 1)
+    used = (
+        f", of which {plan.utilization:.0%} are used.\nPer device, {_gib(allowance(plan.memory))} GiB are reserved for "
+        "activations and CUDA graphs (an estimate; the engine measures).\n"
+    )
+    starts = f"; below {least / 1e9:.1f} GB the engine does not start"
+    if plan.cache_memory is not None:
+        used, starts = ".\nNothing is estimated: --kv-cache-memory-bytes is what states and KV cache share.\n", ""
     console.print(
         f"{plan.model}: {num_parameters(plan.geometry):,} parameters on {devices} of {plan.memory / 1e9:.1f} GB "
-        f"({_gib(plan.memory)} GiB), of which {plan.utilization:.0%} are used.\n"
-        f"Per device, {_gib(allowance(plan.memory))} GiB are reserved for activations and CUDA graphs (an estimate; "
-        "the engine measures).\n",
+        f"({_gib(plan.memory)} GiB){used}",
         markup=False,
     )
     facts = Table.grid(padding=(0, 2))
@@ -57,7 +62,7 @@ def show(plan: Plan) -> None:
         f"all-MLA: all {plan.geometry.num_layers} layers MLA, which is smaller below {plan.break_even:,} tokens. "
         f"in-tree: vLLM's own cache, whose blocks have {plan.in_tree.block_size:,} tokens here{states}.\n"
         f"Limits: a request beyond {demand.max_model_len:,} tokens is refused; more requests than fit wait, or are "
-        f"preempted as others grow; below {least / 1e9:.1f} GB the engine does not start.",
+        f"preempted as others grow{starts}.",
         markup=False,
     )
 

@@ -94,6 +94,15 @@ def test_plan_says_how_many_drafts_there_can_be(device: str, most: str) -> None:
     assert (status, f"--speculative-tokens 16: at most {most}." in output) == (1, True)
 
 
+def test_plan_estimates_nothing_if_the_memory_of_the_cache_is_given() -> None:
+    report = plan_json("--kv-cache-memory-bytes", "3GiB", "--max-model-len", "8K")
+    assert (report["available"], report["capacity"]["blocks"]) == (3 * 2**30, 3 * 2**30 // (64 * 8064))
+    _, text = run_plan("--kv-cache-memory-bytes", "3GiB", "--max-model-len", "8K")
+    assert ("an estimate" in text, "does not start" in text, "memory left  3.00 GiB" in text) == (False, False, True)
+    status, text = run_plan("--kv-cache-memory-bytes", "1GiB", "--max-model-len", "1M")
+    assert (status, "or raise --kv-cache-memory-bytes." in text) == (1, True)
+
+
 def test_plan_table_says_what_the_json_says() -> None:
     report = plan_json("--max-num-seqs", "400")
     _, text = run_plan("--max-num-seqs", "400")
