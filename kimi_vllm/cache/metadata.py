@@ -53,6 +53,11 @@ class KDAMetadata:
     windows: WindowRows | None = None
 
 
+def most_prefills(num_tokens: int, max_num_seqs: int, window: int = 0) -> int:
+    """Return the most sequences that can all be prefills in a step: each has more tokens than a decode or a window."""
+    return max(1, min(max_num_seqs, num_tokens // (1 + max(1, window))))
+
+
 def rehearsal(
     num_tokens: int, num_sequences: int, block_size: int, device: torch.device, window: int = 0
 ) -> KDAMetadata:

@@ -17,7 +17,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from kimi_vllm.cache.group import StateHome
-from kimi_vllm.cache.metadata import KDAMetadata, rehearsal
+from kimi_vllm.cache.metadata import KDAMetadata, most_prefills, rehearsal
 from kimi_vllm.cache.window import window_of
 from kimi_vllm.geometry import KimiGeometry, input_filling
 from kimi_vllm.kernels import dispatch
@@ -187,7 +187,8 @@ class KimiDeltaAttention(nn.Module):
     def rehearse(self, x: Activations, out: Tensor) -> None:
         """Take part in vLLM's profiling run: check once what all later steps bring alike, and on a GPU use the memory.
 
-        Arguments as `advance`. The tokens belong to as many new sequences as can be, and no state of theirs is kept.
+        Arguments as `advance`. The tokens belong to as many new sequences as can be, and to as many as can all be
+        prefills: either step may take more memory. No state of theirs is kept.
 
         Raises:
             ValueError: the kernels do not take such tensors.
@@ -195,18 +196,19 @@ class KimiDeltaAttention(nn.Module):
         # Loaders that share or map weights build on the meta device and register other parameters afterwards. Reloading
         # keeps the parameters: graphs rely on their addresses too.
         self.weights = self._kernel_weights()
-        sequences = min(out.shape[0], self.max_num_seqs)
-        step = rehearsal(out.shape[0], sequences, self.block_size, out.device, self.pools.cut.window)
-        if step.decode is not None:
-            check_decode(x, self.weights, self.pools, step.decode, out)
-        if step.windows is not None:
-            check_windows(x, self.weights, self.pools, step.windows, out)
-        if step.prefill is not None:
-            check_prefill(x, self.weights, self.pools, step.prefill, out)
+        tokens, window = out.shape[0], self.pools.cut.window
+        for sequences in {min(tokens, self.max_num_seqs), most_prefills(tokens, self.max_num_seqs, window)}:
+            step = rehearsal(tokens, sequences, self.block_size, out.device, window)
+            if step.decode is not None:
+                check_decode(x, self.weights, self.pools, step.decode, out)
+            if step.windows is not None:
+                check_windows(x, self.weights, self.pools, step.windows, out)
+            if step.prefill is not None:
+                check_prefill(x, self.weights, self.pools, step.prefill, out)
+            if out.device.type != "cpu":
+                self.advance(x, out, step)
         if out.device.type == "cpu":
             out.zero_()  # the loops need no memory beside their arguments
-        else:
-            self.advance(x, out, step)
 
     def warm_up(self, max_num_tokens: int, dtype: torch.dtype) -> None:
         """Compile every kernel that a step of up to so many tokens in `dtype` can need. Touches no slot.

@@ -11,7 +11,7 @@ from test_metadata import step
 from kimi_vllm.cache import guard
 from kimi_vllm.cache.contagion import Access, Step
 from kimi_vllm.cache.manager import KDAStateSpec
-from kimi_vllm.cache.metadata import KDAMetadataBuilder, rehearsal
+from kimi_vllm.cache.metadata import KDAMetadataBuilder, most_prefills, rehearsal
 from kimi_vllm.cache.scheduler import _that_count
 
 BLOCK, WINDOW = 8, 4
@@ -91,6 +91,17 @@ def test_a_rehearsal(tokens, kind):
     assert rows.cu_seqlens[-1] == tokens
     assert rows.num_fold.tolist() == [0] * 3
     assert [getattr(built, name) is None for name in ("decode", "prefill", "windows")].count(True) == 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "window", "expected"),
+    [(8192, 256, 0, 256), (256, 256, 0, 128), (8192, 256, 4, 256), (2048, 256, 8, 227), (5, 8, 4, 1)],
+)
+def test_what_is_profiled_is_a_prefill_of_as_many_sequences_as_can_be(tokens, most, window, expected):
+    """Also where so many tokens would do for decodes or windows of all sequences."""
+    sequences = most_prefills(tokens, most, window)
+    built = rehearsal(tokens, sequences, BLOCK, torch.device("cpu"), window)
+    assert (sequences, built.prefill is None, built.num_decodes) == (expected, False, 0)
 
 
 def test_the_first_sick_token_of_each_slot_is_told(monkeypatch):

@@ -8,7 +8,8 @@ pytestmark = pytest.mark.engine
 OPTIONS = {"block_size": 16, "max_model_len": 256}
 # A step has room for all drafts beside the chunks: fewer drafts are fewer draws.
 CHUNKED = OPTIONS | {"max_num_batched_tokens": 80, "long_prefill_token_threshold": 12, "enable_prefix_caching": True}
-DRAFTS, NONE = {"speculative_config": ngram(5)}, {"speculative_config": None}
+ALWAYS = {"additional_config": {"kimi": {"least_drafts_accepted": 0}}}
+DRAFTS, NONE = {"speculative_config": ngram(5)} | ALWAYS, {"speculative_config": None}
 CONFIGURATIONS = {
     PLAIN: OPTIONS,
     "chunks": CHUNKED | NONE,

@@ -108,7 +108,7 @@ def test_the_tail_of_a_padded_step_becomes_zeros() -> None:
     assert not out[4:].any()
 
 
-@pytest.mark.parametrize("tokens", [2, T], ids=["decodes", "prefills"])
+@pytest.mark.parametrize("tokens", [1, 2, T], ids=["decode", "both", "prefills"])
 def test_the_profiling_run_refuses_what_the_kernels_do_not_take(tokens: int) -> None:
     layer, (*x, out) = small_layer(), [each[:tokens] for each in activations()]
     out.fill_(1)
