@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from kimi_vllm import cpu_quantization, patches
+from kimi_vllm.cache.drafting import both_lengths
 from kimi_vllm.geometry import GEOMETRY_ATTRIBUTE, GeometryError, KimiGeometry, geometry_of, stages_of
 from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions
@@ -72,6 +73,7 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         _settle_block_size(vllm_config, options)
         refuse_unserved(vllm_config)
         _split_compiled_graphs(vllm_config.compilation_config)
+        _capture_steps_without_drafts(vllm_config, options)
         if current_platform.is_cpu():
             written = as_written(vars(vllm_config.model_config.hf_config))
             cpu_quantization.refuse_unserved(vllm_config, geometry_of(vllm_config.model_config), written)
@@ -116,6 +118,17 @@ def _split_compiled_graphs(compilation: CompilationConfig) -> None:
         return
     if not current_platform.is_cpu():
         compilation.splitting_ops = [*CompilationConfig._attention_ops, *OUR_OPERATIONS]
+
+
+def _capture_steps_without_drafts(vllm_config: VllmConfig, options: KimiOptions) -> None:
+    """Have vLLM capture CUDA graphs of steps with drafts and without, unless the user set the drafts by batch size."""
+    speculation, scheduling = vllm_config.speculative_config, vllm_config.scheduler_config
+    if current_platform.is_cpu() or speculation is None or not options.least_accepted(on_cpu=False):
+        return
+    # The first model runner has full graphs of one length only.
+    if vllm_config.use_v2_model_runner and speculation.num_speculative_tokens_per_batch_size is None:
+        lengths = both_lengths(scheduling.max_num_seqs, speculation.num_speculative_tokens)
+        speculation.num_speculative_tokens_per_batch_size = lengths
 
 
 def _refuse_device() -> None:

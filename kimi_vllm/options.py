@@ -64,6 +64,10 @@ class KimiOptions(BaseModel):
         "default 0.15 on CPUs, and 0 on GPUs, where other values are untried.",
     )
 
+    def least_accepted(self, *, on_cpu: bool) -> float:
+        """`least_drafts_accepted`, or the default of the device."""
+        return 0.15 * on_cpu if self.least_drafts_accepted is None else self.least_drafts_accepted
+
     @classmethod
     def of(cls, vllm_config: Any) -> Self:
         """The ``kimi`` entry of vLLM's ``--additional-config``, which nothing else reads and nobody changes.

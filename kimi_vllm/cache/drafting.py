@@ -10,6 +10,15 @@ HALF_LIFE = 256
 """Drafts after which a result counts half."""
 
 
+def both_lengths(max_num_seqs: int, drafts: int) -> list[tuple[int, int, int]]:
+    """Return a schedule by batch size for whose sake vLLM captures CUDA graphs with drafts and without, of any batch.
+
+    Which steps draft is up to `Drafting`: the sizes mean nothing. The format is that of
+    `num_speculative_tokens_per_batch_size` in vLLM's `SpeculativeConfig`.
+    """
+    return [(1, 1, 0), (2, max(2, max_num_seqs), drafts)]
+
+
 class Drafting:
     """Follows which share of drafts is accepted, of all requests together.
 

@@ -26,7 +26,7 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 from kimi_vllm.cache.arena import install
 from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.cache.contagion import Access, Step, spread
-from kimi_vllm.cache.drafting import Drafting
+from kimi_vllm.cache.drafting import Drafting, both_lengths
 from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, STATS, Sick
 from kimi_vllm.cache.manager import KDAStateManager
 from kimi_vllm.options import KimiOptions
@@ -74,12 +74,14 @@ class _StateScheduling:
             most = self.vllm_config.scheduler_config.max_num_seqs + 1
             # Without a schedule by batch size, vLLM fills a prompt of one token up with drafts of -1, for CUDA graphs,
             # and orders it as what it is: behind longer prompts, where all tokens count.
-            self._drafts = self.dynamic_sd_lookup or [self.num_spec_tokens] * most
-            self.dynamic_sd_lookup, self._no_drafts = self._drafts, [0] * most
+            by_batch_size = self.vllm_config.speculative_config.num_speculative_tokens_per_batch_size
+            if by_batch_size in (None, both_lengths(most - 1, self.num_spec_tokens)):
+                self.dynamic_sd_lookup = [self.num_spec_tokens] * most
+            self._drafts: list[int] | None = self.dynamic_sd_lookup
+            self._no_drafts = [0] * most
             # Replicas of experts step together, and each would rest on its own.
             if self.vllm_config.parallel_config.data_parallel_size == 1:
-                least = options.least_drafts_accepted
-                least = 0.15 * current_platform.is_cpu() if least is None else least
+                least = options.least_accepted(on_cpu=current_platform.is_cpu())
                 self._drafting = Drafting(least, self.num_spec_tokens)
         spec = self._states.kv_cache_spec
         # A page is one MLA layer's, a block all of theirs.

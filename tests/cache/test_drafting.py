@@ -1,10 +1,14 @@
 """Drafts stop while few are accepted, soon come back when more are, and trying costs little."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
-from kimi_vllm.cache.drafting import HALF_LIFE, KNOWN, REST, TRIED, Drafting
+from kimi_vllm import config_hook
+from kimi_vllm.cache.drafting import HALF_LIFE, KNOWN, REST, TRIED, Drafting, both_lengths
+from kimi_vllm.options import KimiOptions
 
 
 class Traffic:
@@ -68,3 +72,34 @@ def test_prompts_in_which_nothing_recurs_cost_nothing_and_stop_nothing():
     """The drafter finds no drafts: there are no results, and no reason to stop looking."""
     drafting = Drafting(0.25, 3)
     assert all(drafting.wanted(4) for _ in range(1000))
+
+
+@pytest.mark.parametrize("most", [2, 256])
+def test_vllm_captures_graphs_with_drafts_and_without(most):
+    lookup = build_dynamic_sd_schedule_lookup(
+        both_lengths(most, 3), vllm_max_batch_size=most, vllm_num_speculative_tokens=3
+    )
+    assert {*lookup[1:]} == {0, 3}
+
+
+@pytest.mark.parametrize(
+    ("least", "cpu", "second_runner", "by_batch_size", "expected"),
+    [
+        (None, False, True, None, None),
+        (0.1, False, True, None, [(1, 1, 0), (2, 8, 3)]),
+        (0.1, False, False, None, None),
+        (0.1, True, True, None, None),
+        (0.1, False, True, [(1, 8, 2)], [(1, 8, 2)]),
+    ],
+    ids=["by default", "asked for", "first runner", "no graphs", "set by the user"],
+)
+def test_graphs_without_drafts_are_asked_for(least, cpu, second_runner, by_batch_size, expected, monkeypatch):
+    monkeypatch.setattr(config_hook, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+    speculation = SimpleNamespace(num_speculative_tokens=3, num_speculative_tokens_per_batch_size=by_batch_size)
+    config = SimpleNamespace(
+        speculative_config=speculation,
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        use_v2_model_runner=second_runner,
+    )
+    config_hook._capture_steps_without_drafts(config, KimiOptions(least_drafts_accepted=least))
+    assert speculation.num_speculative_tokens_per_batch_size == expected
