@@ -21,7 +21,7 @@ RUNNERS = {
 
 
 def configurations(name, monkeypatch):
-    """Of one runner: with room for all, without, and without drafts."""
+    """Of one runner: with room for all, the same with drafts in few steps, with less room, and without drafts."""
     runner, method, asynchronous, eager = RUNNERS[name]
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     common = {"enforce_eager": eager, "async_scheduling": asynchronous}
@@ -31,7 +31,12 @@ def configurations(name, monkeypatch):
         return chosen | common | {"speculative_config": chosen["speculative_config"] | {"method": method}}
 
     plain = OPTIONS | common | {"num_gpu_blocks_override": 400, "speculative_config": None}
-    return {"ample": drafting(60), "scarce": drafting(9, host_memory_gib=0.01), PLAIN: plain}
+    return {
+        "ample": drafting(60),
+        "seldom": drafting(60, least_drafts_accepted=1),
+        "scarce": drafting(9, host_memory_gib=0.01),
+        PLAIN: plain,
+    }
 
 
 def check_kind(running, name):
@@ -58,7 +63,8 @@ def test_answers_are_the_plain_ones(name, monkeypatch, record_property):
             with watched(running) as seen:
                 turns[kind] = run(running, prompts, 3 * BLOCK + 5)
             assert 0 < seen["accepted"] < seen["drafted"]
-            assert kind == "ample" or running.counts["evictions"]
+            assert kind != "scarce" or running.counts["evictions"]
+            assert (kind == "seldom") == (running.scheduler._counts["steps_without_drafts"] > 0)
     known = [len(prompt) + 3 * BLOCK + 4 for prompt in prompts]
     assert [done.cached for done in turns["ample"][1]] == [length // BLOCK * BLOCK for length in known]
 
