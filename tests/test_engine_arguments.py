@@ -333,9 +333,9 @@ def test_every_operator_of_ours_splits_compiled_graphs():
 def test_stages_and_replicas_on_gpus_want_an_nccl_that_vllm_can_use(parallel, create, monkeypatch):
     config = create()
     monkeypatch.setattr("kimi_vllm.refusals.current_platform", SimpleNamespace(is_cpu=lambda: False))
-    refuse_unserved(config)  # one worker asks for no NCCL: the library below does not exist
-    monkeypatch.setattr(config.parallel_config, f"{parallel}_parallel_size", 2)
     monkeypatch.setattr(pynccl_wrapper, "find_nccl_library", lambda: "libnccl-of-nobody.so")
+    refuse_unserved(config)  # one worker asks for no NCCL
+    monkeypatch.setattr(config.parallel_config, f"{parallel}_parallel_size", 2)
     with pytest.raises(ValueError, match=rf"--{parallel}-parallel-size.* VLLM_NCCL_SO_PATH .*, or "):
         refuse_unserved(config)
     monkeypatch.setattr(pynccl_wrapper, "NCCLLibrary", lambda: SimpleNamespace(ncclGetVersion=lambda: "2.30.7"))

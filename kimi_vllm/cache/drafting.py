@@ -1,9 +1,9 @@
-"""When steps go without drafts: while so few are accepted that verifying them costs more than they yield."""
+"""When steps go without drafts: while so few are accepted that verifying them may cost more than they yield."""
 
 REST = 64
 """Steps without drafts before some are tried again."""
 TRIED = 16
-"""Drafts that are tried, in as few steps as they take."""
+"""Drafts whose results end a trial."""
 KNOWN = 64
 """Drafts whose results must be known before steps go without."""
 HALF_LIFE = 256
@@ -20,41 +20,49 @@ def both_lengths(max_num_seqs: int, drafts: int) -> list[tuple[int, int, int]]:
 
 
 class Drafting:
-    """Follows which share of drafts is accepted, of all requests together.
+    """Follows which share of drafts is accepted, of all requests together, and decides once a step.
 
     vLLM schedules as many drafts for each request of a step, because its CUDA graphs are for requests of one length.
     """
 
-    def __init__(self, least: float, drafts: int) -> None:
+    def __init__(self, least: float) -> None:
         """Begin with drafts.
 
         Args:
             least: The share of accepted drafts below which steps go without; 0: never.
-            drafts: Drafts of a request.
         """
-        self._least, self._drafts = least, drafts
-        self._drafting, self._rested = True, 0
-        self._seen, self._accepted = 0.0, 0.0
+        self._least = least
+        self._rests, self._rested = False, 0
+        self._seen = self._accepted = 0.0  # counted less with time
+        self._new_seen = self._new_accepted = 0
 
-    def wanted(self, requests: int) -> bool:
-        """Return whether the next step, of so many requests, is to draft."""
-        if self._drafting:
-            return True
-        self._rested += 1
-        if self._rested <= REST:
-            return False
-        if self._rested >= REST + -(-TRIED // (self._drafts * requests)):
-            self._rested = 0
-        return True
+    def wanted(self, can_draft: bool) -> bool:
+        """Return whether the next step is to draft.
+
+        Args:
+            can_draft: Whether any of its requests could; if not, the step counts as neither a rest nor a trial.
+        """
+        self._settle()
+        tried = self._rested > REST
+        if self._rests and can_draft and not tried:
+            self._rested += 1
+            if tried := self._rested > REST:
+                self._seen = self._accepted = 0.0
+        return not self._rests or tried
 
     def saw(self, drafts: int, accepted: int) -> None:
         """Take in how many of a request's drafts were accepted in a step, some steps after it was scheduled."""
-        keep = 0.5 ** (drafts / HALF_LIFE)
-        self._seen, self._accepted = keep * self._seen + drafts, keep * self._accepted + accepted
-        if self._seen < (KNOWN if self._drafting else TRIED):
+        self._new_seen += drafts
+        self._new_accepted += accepted
+
+    def _settle(self) -> None:
+        """Decide by the results that have come since the last step: of all its requests, in whatever order."""
+        if not self._new_seen:
             return
-        enough = self._accepted >= self._least * self._seen
-        if enough != self._drafting:
-            self._drafting, self._rested = enough, 0
-        if not enough:
-            self._seen = self._accepted = 0.0
+        keep = 0.5 ** (self._new_seen / HALF_LIFE)
+        self._seen, self._accepted = keep * self._seen + self._new_seen, keep * self._accepted + self._new_accepted
+        self._new_seen = self._new_accepted = 0
+        if self._rests and self._rested <= REST:
+            return  # of steps before the rest
+        if self._seen >= (TRIED if self._rests else KNOWN):
+            self._rests, self._rested = self._accepted < self._least * self._seen, 0

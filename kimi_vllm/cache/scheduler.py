@@ -77,12 +77,12 @@ class _StateScheduling:
             by_batch_size = self.vllm_config.speculative_config.num_speculative_tokens_per_batch_size
             if by_batch_size in (None, both_lengths(most - 1, self.num_spec_tokens)):
                 self.dynamic_sd_lookup = [self.num_spec_tokens] * most
-            self._drafts: list[int] | None = self.dynamic_sd_lookup
-            self._no_drafts = [0] * most
+            assert self.dynamic_sd_lookup is not None
+            self._drafts, self._no_drafts = self.dynamic_sd_lookup, [0] * most
             # Replicas of experts step together, and each would rest on its own.
             if self.vllm_config.parallel_config.data_parallel_size == 1:
                 least = options.least_accepted(on_cpu=current_platform.is_cpu())
-                self._drafting = Drafting(least, self.num_spec_tokens)
+                self._drafting = Drafting(least)
         spec = self._states.kv_cache_spec
         # A page is one MLA layer's, a block all of theirs.
         layers = self.kv_cache_config.kv_cache_groups[self._states.kv_cache_group_id].layer_names
@@ -103,9 +103,11 @@ class _StateScheduling:
         # With steps in flight, more may be computed than is known.
         left = sum([more for r in self.running if (more := r.num_tokens - r.num_computed_tokens) > 0])
         self._states.expect(left, self.max_num_scheduled_tokens)
-        if self._drafting and self.running:
-            wanted = self._drafting.wanted(len(self.running))
-            self._counts["steps_without_drafts"] += not wanted
+        if self._drafting:
+            # By the schedule, and none in the middle of a prompt.
+            can_draft = bool(self._drafts[len(self.running)]) and any(not r.is_prefill_chunk for r in self.running)
+            wanted = self._drafting.wanted(can_draft)
+            self._counts["steps_without_drafts"] += can_draft and not wanted
             self.dynamic_sd_lookup = self._drafts if wanted else self._no_drafts
         self._states.scheduling = True
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -154,7 +156,10 @@ class _StateScheduling:
     def make_spec_decoding_stats(
         self, spec_decoding_stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Learn whether drafts are worth it; vLLM calls this for each request of a step that had drafts."""
+        """Learn whether drafts are worth it; vLLM calls this for each request of a step that had drafts.
+
+        Those that a grammar or a drafter left out and vLLM filled up count as wrong: verifying them costs as much.
+        """
         if self._drafting:
             self._drafting.saw(num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(  # type: ignore[misc]

@@ -22,6 +22,13 @@ def parse_memory(text: str) -> int:
     return card or _parse(text, _UNITS, "141GB, 80GiB or a number of bytes")
 
 
+def parse_cache_memory(text: str) -> int:
+    """Bytes in "32G", which vLLM takes for 32 GiB, "32g" for 32 GB, "31.87GiB" as its log says, or "34000000000"."""
+    # Upper case is binary to vLLM.
+    text = re.sub(r"(?<=\d)\s*([KMGT])$", r"\1iB", re.sub(r"(?<=\d)\s*([kmgt])$", r"\1B", text.strip()))
+    return _parse(text, _UNITS, "32G, 31.87GiB or a number of bytes")
+
+
 def parse_tokens(text: str) -> int:
     """Tokens in "4k" (4,096), "1M" or "1000"."""
     return _parse(str(text), _FACTORS, "4k, 1M or a number of tokens")
@@ -79,8 +86,8 @@ _AS_VLLM = "As for `vllm serve`."
 _CacheMemory = Annotated[
     int | None,
     typer.Option(
-        parser=parse_memory,
-        help="As for `vllm serve`, or what an engine has logged as available: then nothing is estimated.",
+        parser=parse_cache_memory,
+        help="As for `vllm serve` (32G), or what an engine has logged as available (31.87GiB): nothing is estimated.",
     ),
 ]
 

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kimi_vllm.cli import app
+from kimi_vllm.cli.plan import parse_cache_memory
 
 CONFIG_48B = Path(__file__).parents[2] / "configs" / "models" / "48b-a3b"
 HEAVY = ("torch", "vllm", "numba", "transformers")
@@ -101,6 +102,18 @@ def test_plan_estimates_nothing_if_the_memory_of_the_cache_is_given() -> None:
     assert ("an estimate" in text, "does not start" in text, "memory left  3.00 GiB" in text) == (False, False, True)
     status, text = run_plan("--kv-cache-memory-bytes", "1GiB", "--max-model-len", "1M")
     assert (status, "or raise --kv-cache-memory-bytes." in text) == (1, True)
+
+
+@pytest.mark.parametrize("text", ["34000000000", "32G", "32g", "3T", "500000M", "31.5g"])
+def test_memory_of_the_cache_is_read_as_vllm_reads_it(text: str) -> None:
+    from vllm.utils.argparse_utils import human_readable_int
+
+    assert parse_cache_memory(text) == human_readable_int(text)
+
+
+@pytest.mark.parametrize(("text", "count"), [("31.5GiB", 63 * 2**29), ("80GB", 80 * 10**9)])
+def test_memory_of_the_cache_is_no_card(text: str, count: int) -> None:
+    assert parse_cache_memory(text) == count
 
 
 def test_plan_table_says_what_the_json_says() -> None:

@@ -12,10 +12,9 @@ class Moods:
     def __init__(self, seed: int = 0) -> None:
         self._random, self._wanted = Random(seed), True
 
-    def wanted(self, requests: int) -> bool:
+    def wanted(self, can_draft: bool) -> bool:
         """Whether the next step is to draft: in most cases as the last one."""
-        assert requests
-        if self._random.random() < 0.2:
+        if can_draft and self._random.random() < 0.2:
             self._wanted = not self._wanted
         return self._wanted
 
