@@ -158,6 +158,13 @@ INTRUSIONS = (
         "operators can be registered as splitting",
     ),
     Intrusion(
+        "set a schedule of drafts by batch size that nobody asked for, where steps may go without drafts on a GPU",
+        ("vllm.config.speculative:SpeculativeConfig.num_speculative_tokens_per_batch_size",),
+        "vLLM captures full CUDA graphs of steps without drafts only if such a schedule has a size without.",
+        "tests/cache/test_drafting.py asks vLLM's function which lengths the schedule has",
+        "vLLM captures graphs of one token a request beside those of windows",
+    ),
+    Intrusion(
         "attach attributes to objects that vLLM passes between processes",
         (
             "vllm.config.model:ModelConfig.hf_config",
