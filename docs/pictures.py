@@ -11,7 +11,7 @@ from serve.bench.engine.plan import IN_TREE, OURS
 from serve.bench.engine.rows import read
 
 ROWS = ENGINE / "h200.jsonl"
-DRAWN = {ENGINE / f"h200-{name}.png": f"{name}.png" for name in ("tpot", "tpot-amortised", "kda-mla")}
+DRAWN = {ENGINE / f"h200-{name}.png": f"{name}.png" for name in ("tpot", "tpot-amortised", "kda-mla", "concurrency")}
 """The pictures, and the names that `serve.bench.engine plot` gives them."""
 
 _KEY = "Rows-SHA256"
