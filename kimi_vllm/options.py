@@ -62,7 +62,7 @@ class KimiOptions(BaseModel):
         description="With `--speculative-config`: while a smaller share of drafts is accepted, steps go without, as "
         "verifying drafts may cost more than they yield; after every 64 steps some are tried. 0 always drafts, which "
         "answers with a `seed` need to be reproducible. By default 0.15 on CPUs, measured with three and five drafts, "
-        "and 0 on GPUs, where other values are untried. Without effect with `--data-parallel-size`.",
+        "and 0 on GPUs, where other values are untried, and with `--data-parallel-size`, where they are refused.",
     )
 
     def least_accepted(self, *, on_cpu: bool) -> float:

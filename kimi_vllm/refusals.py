@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from kimi_vllm import ARCHITECTURE, nccl
 from kimi_vllm.cache.window import window_of
 from kimi_vllm.kernels.contract import MAX_WINDOW
+from kimi_vllm.options import KimiOptions
 
 DRAFTS, GPU_DRAFTS = ("ngram",), ("ngram", "ngram_gpu")
 """Methods of speculative decoding that have run, on CPUs and on GPUs."""
@@ -100,6 +101,16 @@ REFUSALS = (
             f"Drop the option, or use at most {MAX_WINDOW[device] - 1}.",
         )
         for device, devices in (("cpu", "CPUs"), ("cuda", "GPUs"))
+    ),
+    Refusal(
+        "kimi.least_drafts_accepted with --data-parallel-size",
+        lambda config: (
+            config.speculative_config
+            and config.parallel_config.data_parallel_size > 1
+            and KimiOptions.of(config).least_drafts_accepted
+        ),
+        "replicas step together, and each would leave out drafts on its own.",
+        "Drop the option, or set it to 0.",
     ),
     Refusal(
         "--speculative-config (num_speculative_tokens) with --block-size",
@@ -207,8 +218,8 @@ REFUSALS = (
         lambda config: (
             not current_platform.is_cpu() and config.parallel_config.pipeline_parallel_size > 1 and nccl.why_unusable()
         ),
-        "vLLM cannot use this NCCL for its own communicator, and without that the first stage stops with an illegal "
-        "memory access.",
+        "vLLM cannot use this NCCL for its own communicator (kimi-vllm doctor tells why), and without that the first "
+        "stage stops with an illegal memory access.",
         f"{nccl.REMEDY}, or use --tensor-parallel-size.",
     ),
     Refusal("--cpu-offload-gb", _set("offload_config.uva.cpu_offload_gb"), _UNTRIED),
@@ -258,7 +269,8 @@ REFUSALS = (
             and config.parallel_config.data_parallel_size > 1
             and nccl.why_unusable()
         ),
-        "vLLM cannot use this NCCL for its own communicator, by which experts of several replicas exchange tokens.",
+        "vLLM cannot use this NCCL for its own communicator (kimi-vllm doctor tells why), by which experts of several "
+        "replicas exchange tokens.",
         f"{nccl.REMEDY}, or start several servers behind a load balancer.",
     ),
     Refusal(

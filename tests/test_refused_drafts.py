@@ -90,3 +90,14 @@ def test_the_first_model_runner_drafts_on_the_host_only(runner, method, served, 
     remedy = r"Use ngram, or set VLLM_USE_V2_MODEL_RUNNER=1 for the second runner\.$"
     with pytest.raises(ValueError, match=f"^--speculative-config with the first model runner: .* {remedy}"):
         refuse_unserved(config)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "least", "refused"), [(2, 0.1, True), (2, 0, False), (2, None, False), (1, 0.1, False)]
+)
+def test_replicas_do_not_leave_out_drafts_on_their_own(replicas, least, refused):
+    config = ngram()
+    config.parallel_config.data_parallel_size = replicas
+    config.additional_config = {"kimi": {"least_drafts_accepted": least}}
+    [refusal] = [each for each in REFUSALS if each.option.startswith("kimi.least_drafts_accepted")]
+    assert bool(refusal.asked(config)) == refused
