@@ -109,6 +109,7 @@ def products(
     linear: Annotated[bool, typer.Option(help="Time linear layers.")] = True,
     experts: Annotated[bool, typer.Option(help="Time experts; needs vLLM.")] = True,
     inner: Annotated[list[int], typer.Option(help="Inner channels of an expert; repeat for several.")] = [1024],  # noqa: B006
+    fp8: Annotated[bool, typer.Option(help="FP8 weights, beside vLLM's products; needs vLLM.")] = False,
     json: Annotated[Path | None, typer.Option(help="Append one JSON line per row to this file.")] = None,
 ) -> None:
     """Time products of a few rows against cuBLAS, and experts of a few tokens against vLLM's, at the 48B shapes."""
@@ -118,9 +119,9 @@ def products(
     from kimi_vllm.kernels.bench import products as bench
 
     found = chain(
-        bench.linear_rows(tuple(tokens), search) if linear else (),
+        bench.linear_rows(tuple(tokens), search, fp8) if linear else (),
         bench.routing_rows(tuple(tokens)) if experts else (),
-        bench.expert_rows(tuple(tokens), search, tuple(inner)) if experts else (),
+        bench.expert_rows(tuple(tokens), search, tuple(inner), fp8) if experts else (),
     )
     _take(found, gpu.environment(), bench.report, json)
 

@@ -21,7 +21,7 @@ from kimi_vllm.kernels.cut import Cut
 EXTEND_TOKENS = 4
 """Steps of at most this many tokens run token by token in one launch."""
 
-SKINNY_ROWS = (1, 2, 4)
+SKINNY_ROWS = (1, 2, 4, 8)
 """Rows for which the table can have a product of few rows."""
 
 
@@ -124,22 +124,30 @@ def prefill(heads: int, head_dim: int, exact: bool) -> Prefill:
 
 
 @cache
-def skinny(tokens: int, outputs: int, inputs: int) -> Skinny | None:
-    """Return the launch parameters for a product of so many rows; None where cuBLAS is faster or nobody measured."""
+def skinny(tokens: int, outputs: int, inputs: int, fp8: bool = False) -> Skinny | None:
+    """Return the launch parameters for a product of so many rows; None where vLLM's is faster or nobody measured."""
     for rule in _table()["skinny"]:
         shaped = rule.get("min_inputs", 0) <= inputs <= rule.get("max_inputs", inputs)
-        if tokens == rule["tokens"] and shaped and outputs * inputs <= rule["max_weights"]:
+        few = tokens == rule["tokens"] and outputs * inputs <= rule["max_weights"]
+        if few and shaped and fp8 == rule.get("fp8", False):
             return Skinny(**rule["launch"])
     return None
 
 
 @cache
-def skinny_experts(tokens: int, hidden: int, inner: int) -> SkinnyExperts | None:
+def skinny_experts(tokens: int, hidden: int, inner: int, fp8: bool = False) -> SkinnyExperts | None:
     """Return the launch parameters for the experts of so many tokens; None where vLLM's are faster."""
     for rule in _table()["skinny_experts"]:
-        if tokens <= rule["max_tokens"] and hidden * inner <= rule["max_weights"]:
+        few = tokens <= rule["max_tokens"] and hidden * inner <= rule["max_weights"]
+        if few and fp8 == rule.get("fp8", False):
             return SkinnyExperts(Skinny(**rule["up"]), Skinny(**rule["down"]))
     return None
+
+
+@cache
+def routed_tokens() -> int:
+    """Return for how many tokens our kernel chooses experts; for more vLLM's does."""
+    return int(_table()["routing"][0]["max_tokens"])
 
 
 def batch_sizes(heads: int, most: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The routed experts of a decode step of one or a few tokens on CUDA: chosen, then two launches that read each once.
+"""The routed experts of a decode step on CUDA: chosen, and for one or a few tokens two launches that read each once.
 
 Nothing is sorted by expert: with few tokens hardly two of them meet in one, so every (token, expert) pair is a product
 of one row on CUDA cores, as in skinny.py. Sums are float32 in a fixed order, so no token depends on the others.
@@ -13,13 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.scales import Scales
+from kimi_vllm.kernels.cuda.skinny import block_scales
 
 
-@triton.jit(do_not_specialize_on_alignment=["logits_ptr", "weights_ptr", "ids_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["logits_ptr", "padding_ptr", "weights_ptr", "ids_ptr"])
 def _choose_experts(
-    logits_ptr, bias_ptr, weights_ptr, ids_ptr, experts, scaling,
+    logits_ptr, bias_ptr, padding_ptr, weights_ptr, ids_ptr, experts, scaling,
     BLOCK: tl.constexpr, TOP_K: tl.constexpr, TOP_BLOCK: tl.constexpr, NORMALISE: tl.constexpr,
-    launch_pdl: tl.constexpr,
+    PADDED: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Choose the TOP_K experts of the largest biased scores for one token, and their weights."""
     token = tl.program_id(0).to(tl.int64)
@@ -28,7 +30,10 @@ def _choose_experts(
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    score = 1 / (1 + tl.exp(-tl.load(logits_ptr + token * experts + e, mask=e < experts, other=0.0)))
+    chooser = token
+    if PADDED:
+        chooser = tl.where(tl.load(padding_ptr + token) != 0, 0, token)
+    score = 1 / (1 + tl.exp(-tl.load(logits_ptr + chooser * experts + e, mask=e < experts, other=0.0)))
     biased = score + offset
     place = tl.arange(0, TOP_BLOCK)
     chosen, weight = tl.zeros((TOP_BLOCK,), tl.int32), tl.zeros((TOP_BLOCK,), tl.float32)
@@ -44,44 +49,63 @@ def _choose_experts(
     tl.store(ids_ptr + token * TOP_K + place, chosen, mask=place < TOP_K)
 
 
-@triton.jit(do_not_specialize_on_alignment=["x_ptr", "ids_ptr", "out_ptr"])
+@triton.jit(
+    do_not_specialize=["scale_expert", "scale_row", "scale_column"],
+    do_not_specialize_on_alignment=["x_ptr", "ids_ptr", "out_ptr"],
+)
 def _experts_up(
-    x_ptr, w13_ptr, ids_ptr, out_ptr, inner, x_stride,
-    K: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, launch_pdl: tl.constexpr,
+    x_ptr, w13_ptr, scale_ptr, ids_ptr, out_ptr, inner, x_stride, scale_expert, scale_row, scale_column,
+    K: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Compute ROWS channels of ``silu(gate x) * (up x)`` for one token and expert."""
     pair = tl.program_id(1)
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    n = first + tl.arange(0, ROWS)
     k = tl.arange(0, STEP)
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     expert = tl.load(ids_ptr + pair).to(tl.int64)
+    scale_ptr += expert * scale_expert
     token_ptr = x_ptr + (pair // TOP_K).to(tl.int64) * x_stride
     inside = (n < inner)[:, None]
     gate_ptrs = w13_ptr + (expert * 2 * inner + n[:, None]) * K + k[None, :]
     up_ptrs = gate_ptrs + inner.to(tl.int64) * K
     gate, up = tl.zeros((ROWS, STEP), tl.float32), tl.zeros((ROWS, STEP), tl.float32)
     for start in tl.static_range(0, K, STEP):
-        mask = inside & (start + k < K)[None, :]
+        there = start + k < K
+        mask = inside & there[None, :]
         g = tl.load(gate_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_first")
         u = tl.load(up_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_first")
-        a = tl.load(token_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)[None, :]
-        gate += a * g.to(tl.float32)
-        up += a * u.to(tl.float32)
-    z = tl.sum(gate, axis=1)  # [ROWS]
-    y = z / (1 + tl.exp(-z)) * tl.sum(up, axis=1)
+        a = tl.load(token_ptr + start + k, mask=there, other=0.0).to(tl.float32)
+        b = a
+        if BLOCK > 0:
+            a *= block_scales(scale_ptr, first, start + k, there, scale_row, scale_column, BLOCK)
+            b *= block_scales(scale_ptr, inner + first, start + k, there, scale_row, scale_column, BLOCK)
+        gate += a[None, :] * g.to(tl.float32)
+        up += b[None, :] * u.to(tl.float32)
+    z, y = tl.sum(gate, axis=1), tl.sum(up, axis=1)  # [ROWS]
+    if SCALED and BLOCK == 0:
+        z *= tl.load(scale_ptr + n * scale_row, mask=n < inner, other=0.0)
+        y *= tl.load(scale_ptr + (inner + n) * scale_row, mask=n < inner, other=0.0)
+    y *= z / (1 + tl.exp(-z))
     tl.store(out_ptr + pair.to(tl.int64) * inner + n, y.to(out_ptr.dtype.element_ty), mask=n < inner)
 
 
-@triton.jit(do_not_specialize_on_alignment=["ids_ptr", "weights_ptr", "out_ptr"])
+@triton.jit(
+    do_not_specialize=["scale_expert", "scale_row", "scale_column"],
+    do_not_specialize_on_alignment=["ids_ptr", "weights_ptr", "out_ptr"],
+)
 def _experts_down(
-    act_ptr, w2_ptr, ids_ptr, weights_ptr, out_ptr, hidden,
-    I: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, launch_pdl: tl.constexpr,
+    act_ptr, w2_ptr, scale_ptr, ids_ptr, weights_ptr, out_ptr, hidden, scale_expert, scale_row, scale_column,
+    I: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Compute ROWS channels of the weighted sum over one token's experts."""
     token = tl.program_id(1)
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    n = first + tl.arange(0, ROWS)
     k = tl.arange(0, STEP)
     inside = (n < hidden)[:, None]
     # The kernel ahead let this one start after it had waited itself, so ids are there; its own output is not yet.
@@ -93,7 +117,12 @@ def _experts_down(
     totals = tl.zeros((ROWS, STEP), tl.float32)
     for j in tl.static_range(TOP_K):
         pair = token.to(tl.int64) * TOP_K + j
-        scale = tl.load(weights_ptr + pair)
+        weight = tl.load(weights_ptr + pair)
+        factor = tl.full((ROWS,), 1.0, tl.float32)
+        if SCALED:
+            expert_ptr = scale_ptr + tl.load(ids_ptr + pair).to(tl.int64) * scale_expert
+            if BLOCK == 0:
+                factor = tl.load(expert_ptr + n * scale_row, mask=n < hidden, other=0.0)
         for start in tl.static_range(0, I, STEP):
             here = w
             if start + STEP < I:
@@ -104,22 +133,30 @@ def _experts_down(
             elif j + 1 < TOP_K:
                 row_ptrs = w2_ptr + (tl.load(ids_ptr + pair + 1).to(tl.int64) * hidden + n[:, None]) * I + k[None, :]
                 w = tl.load(row_ptrs, mask=inside & (k < I)[None, :], other=0.0, eviction_policy="evict_first")
-            a = tl.load(act_ptr + pair * I + start + k, mask=start + k < I, other=0.0).to(tl.float32) * scale
-            totals += a[None, :] * here.to(tl.float32)
+            a = tl.load(act_ptr + pair * I + start + k, mask=start + k < I, other=0.0).to(tl.float32) * weight
+            if BLOCK > 0:
+                a *= block_scales(expert_ptr, first, start + k, start + k < I, scale_row, scale_column, BLOCK)
+            if SCALED and BLOCK == 0:
+                totals += (factor[:, None] * a[None, :]) * here.to(tl.float32)
+            else:
+                totals += a[None, :] * here.to(tl.float32)
     y = tl.sum(totals, axis=1)  # [ROWS]
     tl.store(out_ptr + token.to(tl.int64) * hidden + n, y.to(out_ptr.dtype.element_ty), mask=n < hidden)
 
 
 def choose_experts(
-    logits: Tensor, bias: Tensor, top_k: int, *, normalise: bool, scaling: float
+    logits: Tensor, bias: Tensor, top_k: int, *, normalise: bool, scaling: float, padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Choose each token's experts by ``sigmoid(logits) + bias`` and weight them by ``sigmoid(logits)``.
+
+    Rows of padding choose what the first row chooses, so that they add no expert to those that are read.
 
     Args:
         logits: ``[M, E]`` float32 contiguous.
         bias: ``[E]`` float32.
         top_k: experts of a token, at most E.
         normalise: whether a token's weights sum to `scaling`; else each is multiplied by it.
+        padding: ``[M]`` bool, which rows fill up a CUDA graph; None if none does.
 
     Returns:
         Weights ``[M, top_k]`` float32 and experts ``[M, top_k]`` int32, the best first.
@@ -128,15 +165,21 @@ def choose_experts(
     weights = logits.new_empty(tokens, top_k)
     ids = logits.new_empty(tokens, top_k, dtype=torch.int32)
     _choose_experts[(tokens,)](
-        logits, bias, weights, ids, experts, scaling,
+        logits, bias, logits if padding is None else padding, weights, ids, experts, scaling,
         BLOCK=triton.next_power_of_2(experts), TOP_K=top_k, TOP_BLOCK=triton.next_power_of_2(top_k),
-        NORMALISE=normalise, num_warps=1, **launch.pdl(logits.device),
+        NORMALISE=normalise, PADDED=padding is not None, num_warps=1, **launch.pdl(logits.device),
     )  # fmt: skip
     return weights, ids
 
 
 def skinny_experts(
-    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, config: launch.SkinnyExperts
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    config: launch.SkinnyExperts,
+    scales: tuple[Scales, Scales] | None = None,
 ) -> Tensor:
     """``sum_j weights[t, j] * w2[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`` with ``e = ids[t, j]``.
 
@@ -146,7 +189,8 @@ def skinny_experts(
         w2: ``[E, hidden, intermediate]`` contiguous.
         weights: ``[M, top_k]`` float32 contiguous.
         ids: ``[M, top_k]`` int32 or int64 contiguous, each in [0, E).
-        config: launch parameters.
+        config: launch parameters; their rows divide a block of `scales`.
+        scales: of quantised weights, `w13` and `w2`; a block of outputs does not hold both gates and ups.
 
     Returns:
         ``[M, hidden]`` in the dtype of `x`.
@@ -155,12 +199,19 @@ def skinny_experts(
     hidden, inner = w2.shape[1:]
     act, out = x.new_empty(tokens * top_k, inner), x.new_empty(tokens, hidden)
     pdl = launch.pdl(x.device)
+    up, down = scales or (None, None)
     _experts_up[(triton.cdiv(inner, config.up.rows), tokens * top_k)](
-        x, w13, ids, act, inner, x.stride(0),
-        K=hidden, TOP_K=top_k, ROWS=config.up.rows, STEP=config.up.step, num_warps=config.up.warps, **pdl,
+        x, w13, w13 if up is None else up.values, ids, act, inner, x.stride(0), *_strides(up),
+        K=hidden, TOP_K=top_k, ROWS=config.up.rows, STEP=config.up.step,
+        SCALED=up is not None, BLOCK=up.block if up else 0, num_warps=config.up.warps, **pdl,
     )  # fmt: skip
     _experts_down[(triton.cdiv(hidden, config.down.rows), tokens)](
-        act, w2, ids, weights, out, hidden,
-        I=inner, TOP_K=top_k, ROWS=config.down.rows, STEP=config.down.step, num_warps=config.down.warps, **pdl,
+        act, w2, w2 if down is None else down.values, ids, weights, out, hidden, *_strides(down),
+        I=inner, TOP_K=top_k, ROWS=config.down.rows, STEP=config.down.step,
+        SCALED=down is not None, BLOCK=down.block if down else 0, num_warps=config.down.warps, **pdl,
     )  # fmt: skip
     return out
+
+
+def _strides(scales: Scales | None) -> tuple[int, int, int]:
+    return (scales.values.stride(0), *scales.strides) if scales else (0, 0, 0)

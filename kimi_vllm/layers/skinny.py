@@ -1,17 +1,20 @@
 """Linear layers and experts for a few rows: our kernels where they are faster, else vLLM's methods.
 
 At batch 1 a decode step of the 48B model has 176 products of one row, for most of which cuBLAS takes several times as
-long as reading the weights (kernels/NOTES.md).
+long as reading the weights, and vLLM's FP8 another launch for the activations (kernels/NOTES.md).
 """
 
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import vllm.envs as envs
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
@@ -23,59 +26,85 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.platforms import current_platform
 
 from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.scales import Scales
+from kimi_vllm.layers.fp8_weights import expert_scales, linear_weights
+
+logger = init_logger(__name__)
 
 
-def product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-    """``x @ weight.T`` in `dtype`, by default that of `x`; None if another implementation is faster."""
-    config = launch.skinny(x.shape[0], *weight.shape)
+def product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, scales: Scales | None = None) -> Tensor | None:
+    """``x @ (scales * weight).T`` in `dtype`, by default that of `x`; None if another implementation is faster."""
+    config = launch.skinny(x.shape[0], *weight.shape, weight.itemsize == 1)
     if config is None or x.dim() != 2 or x.stride(1) != 1:
         return None
     from kimi_vllm.kernels.cuda.skinny import skinny_linear
 
-    return skinny_linear(x, weight, x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype), config)
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype)
+    return skinny_linear(x, weight, out, config, scales)
 
 
-class SkinnyLinearMethod(UnquantizedLinearMethod):
-    """The method for unquantised weights, with our kernel for a few rows."""
+@cache
+def skinny_linear_method(theirs: Any) -> Any:
+    """Return a subclass of one of vLLM's methods for linear layers, with our kernel for a few rows."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``[M, K]`` to ``[M, N]``."""
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        out = product(x, weight) if bias is None else None
-        return super().apply(layer, x, bias) if out is None else out
+    class SkinnyLinear(theirs):  # type: ignore[misc]
+        def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            """``[M, K]`` to ``[M, N]``."""
+            out: Tensor | None = None
+            if bias is None and x.shape[0] in launch.SKINNY_ROWS and (stored := _stored(layer)):
+                out = product(x, stored[0], scales=stored[1])
+            return super().apply(layer, x, bias) if out is None else out
+
+    return SkinnyLinear
 
 
-class SkinnyExpertsMethod(UnquantizedFusedMoEMethod):
-    """The method for unquantised experts, with our kernels for a few tokens."""
+@cache
+def skinny_experts_method(theirs: Any) -> Any:
+    """Return a subclass of one of vLLM's methods for experts, with our kernels for a few tokens."""
 
-    def apply(
-        self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any, **named: Any
-    ) -> Tensor:
-        """``[M, hidden]`` to ``[M, hidden]``: the weighted sum over each token's experts.
+    class SkinnyExperts(theirs):  # type: ignore[misc]
+        def apply(
+            self, layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any, **named: Any
+        ) -> Tensor:
+            """``[M, hidden]`` to ``[M, hidden]``: the weighted sum over each token's experts.
 
-        `_alone` excludes kernels that also compute shared experts.
-        """
-        config = launch.skinny_experts(x.shape[0], *layer.w2_weight.shape[1:])
-        if config is None or x.stride(1) != 1:
-            out: Tensor = super().apply(layer, x, topk_weights, topk_ids, *shared, **named)
-            return out
-        from kimi_vllm.kernels.cuda.skinny_experts import skinny_experts
+            `_alone` excludes kernels that also compute shared experts.
+            """
+            weight = layer.w2_weight
+            config = launch.skinny_experts(x.shape[0], *weight.shape[1:], weight.itemsize == 1)
+            if config is None or x.stride(1) != 1:
+                out: Tensor = super().apply(layer, x, topk_weights, topk_ids, *shared, **named)
+                return out
+            from kimi_vllm.kernels.cuda.skinny_experts import skinny_experts
 
-        return skinny_experts(x, layer.w13_weight, layer.w2_weight, topk_weights, topk_ids, config)
+            return skinny_experts(x, layer.w13_weight, weight, topk_weights, topk_ids, config, expert_scales(layer))
+
+    return SkinnyExperts
+
+
+def _taken(method: object) -> bool:
+    return type(method).__module__ == __name__
 
 
 class SkinnyRouter(GroupedTopKRouter):
-    """The router for one group of experts with sigmoid scores, with our kernel for a few tokens."""
+    """The router for one group of experts with sigmoid scores, with our kernel for steps of decodes.
+
+    A CUDA graph has as many rows as it was captured with; those that no request fills read no expert of their own.
+    """
 
     def _compute_routing(
         self, hidden_states: Tensor, router_logits: Tensor, *indices_type: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
-        few = router_logits.shape[0] <= max(launch.SKINNY_ROWS)
+        few = router_logits.shape[0] <= launch.routed_tokens()
         if not few or router_logits.dtype != torch.float32 or not router_logits.is_contiguous():
             chosen: tuple[Tensor, Tensor] = super()._compute_routing(
                 hidden_states, router_logits, *indices_type, **named
             )
             return chosen
+        return self.choose(router_logits, _padding(router_logits.shape[0]))
+
+    def choose(self, router_logits: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Choose by our kernel: ``[M, E]`` to weights and ids ``[M, top_k]``."""
         from kimi_vllm.kernels.cuda.skinny_experts import choose_experts
 
         return choose_experts(
@@ -84,7 +113,26 @@ class SkinnyRouter(GroupedTopKRouter):
             self.top_k,
             normalise=self.renormalize,
             scaling=self.routed_scaling_factor,
+            padding=padding,
         )
+
+
+def _padding(rows: int) -> Tensor | None:
+    """Return which rows of a step are padding.
+
+    None with several data-parallel ranks, which pad to the largest step among them: so many rows on the same few
+    experts would wait for each other.
+    """
+    context = get_forward_context() if is_forward_context_available() else None
+    if context is None or context.is_padding is None or context.dp_metadata is not None:
+        return None
+    return context.is_padding[:rows] if len(context.is_padding) >= rows else None
+
+
+def _stored(layer: Any) -> tuple[Tensor, Scales | None] | None:
+    if isinstance(layer.quant_method, UnquantizedLinearMethod):
+        return layer.weight, None
+    return linear_weights(layer)
 
 
 def _one_group(router: Any) -> bool:
@@ -101,10 +149,13 @@ def _one_group(router: Any) -> bool:
 
 def _alone(experts: RoutedExperts) -> bool:
     """Whether this device has all experts of a layer, or a slice of each, in the checkpoint's layout."""
-    method = experts.quant_method
+    method: Any = experts.quant_method
+    if type(method) is UnquantizedFusedMoEMethod:
+        in_place = method.unquantized_backend == UnquantizedMoeBackend.TRITON
+    else:
+        in_place = expert_scales(experts) is not None
     return (
-        type(method) is UnquantizedFusedMoEMethod
-        and method.unquantized_backend == UnquantizedMoeBackend.TRITON
+        in_place
         and experts.activation == MoEActivation.SILU
         and experts.expert_map is None
         and not experts.apply_router_weight_on_input
@@ -131,33 +182,54 @@ def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
 
     for module in model.modules():
         if isinstance(module, MoERunner) and type(module.router) is SkinnyRouter:
-            bias, compute = module.router.e_score_correction_bias[None], module.router._compute_routing
-            once((module.router.top_k, bias.shape[1], module.router.renormalize), partial(compute, bias, bias))
-        elif isinstance(module, RoutedExperts) and type(module.quant_method) is SkinnyExpertsMethod:
-            hidden, inner = module.w2_weight.shape[1:]
+            router, bias = module.router, module.router.e_score_correction_bias[None]
+            for padding in (None, torch.zeros(1, dtype=torch.bool, device=bias.device)):
+                kind = (router.top_k, bias.shape[1], router.renormalize, padding is None)
+                once(kind, partial(router.choose, bias, padding))
+        elif isinstance(module, RoutedExperts) and _taken(module.quant_method):
+            weight = module.w2_weight
             for tokens in launch.SKINNY_ROWS:
-                if config := launch.skinny_experts(tokens, hidden, inner):
-                    x = module.w2_weight.new_zeros(tokens, hidden, dtype=dtype)
+                if config := launch.skinny_experts(tokens, *weight.shape[1:], weight.itemsize == 1):
+                    x = weight.new_zeros(tokens, weight.shape[1], dtype=dtype)
                     ids = torch.zeros(tokens, module.top_k, dtype=torch.int32, device=x.device)
                     run = partial(module.quant_method.apply, module, x, ids.float(), ids, None, None)
-                    once((module.top_k, hidden, inner, config), run)
-        elif isinstance(module, LinearBase):
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.dim() == 2:
-                result = torch.float32 if isinstance(module, GateLinear) else dtype
-                for rows in launch.SKINNY_ROWS:
-                    x = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
-                    key = (rows, weight.shape[1], launch.skinny(rows, *weight.shape), weight.dtype, result)
-                    once(key, partial(product, x, weight, result))
+                    once((module.top_k, weight.shape[1:], weight.dtype, config), run)
+        elif isinstance(module, LinearBase) and (stored := _stored(module)):
+            weight, scales = stored
+            result = torch.float32 if isinstance(module, GateLinear) else dtype
+            for rows in launch.SKINNY_ROWS:
+                x = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
+                launched = launch.skinny(rows, *weight.shape, weight.itemsize == 1)
+                block = scales.block if scales else None
+                once(
+                    (rows, weight.shape[1], launched, weight.dtype, block, result),
+                    partial(product, x, weight, result, scales),
+                )
 
 
 def install(model: nn.Module) -> None:
     """Switch all linear layers, experts and routers of a loaded model to these kernels."""
+    ours, theirs = Counter[str](), Counter[str]()
     for module in model.modules():
         # Methods and routers hold what vLLM has set up for the layer, so only their class changes.
         if isinstance(module, MoERunner) and _one_group(module.router):
             module.router.__class__ = SkinnyRouter
-        elif isinstance(module, RoutedExperts) and _alone(module):
-            module.quant_method.__class__ = SkinnyExpertsMethod
-        elif isinstance(module, LinearBase) and type(module.quant_method) is UnquantizedLinearMethod:
-            module.quant_method = SkinnyLinearMethod()
+        elif isinstance(module, (RoutedExperts, LinearBase)):
+            experts, method = isinstance(module, RoutedExperts), module.quant_method
+            if _taken(method):
+                continue
+            kind: Any = type(method)
+            takes = _alone(module) if experts else _stored(module) is not None
+            (ours if takes else theirs)[kind.__name__] += 1
+            if takes:
+                method.__class__ = skinny_experts_method(kind) if experts else skinny_linear_method(kind)
+    logger.info_once(
+        "Steps of up to %d rows use kimi-vllm's products where they are faster, in the layers of %s%s",
+        max(launch.SKINNY_ROWS),
+        _counted(ours),
+        f"; left to vLLM: {_counted(theirs)}" if theirs else "",
+    )
+
+
+def _counted(methods: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in methods.items()) or "no method"

@@ -22,6 +22,7 @@ from triton.runtime import JITFunction, driver
 from kimi_vllm.kernels.contract import MAX_WINDOW, Activations, DecodeRows, Pools, PrefillRows, Weights, WindowRows
 from kimi_vllm.kernels.cuda import decode, launch, prefill, rows, skinny, skinny_experts, verify
 from kimi_vllm.kernels.cuda.math import INTERPRETED
+from kimi_vllm.kernels.cuda.scales import Scales
 from kimi_vllm.kernels.cut import Cut
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -174,3 +175,23 @@ def test_products_of_few_rows(compiled: Kernels) -> None:
     w13, w2 = empty(256, 2048, 2304, dtype=torch.bfloat16), empty(256, 2304, 1024, dtype=torch.bfloat16)
     skinny_experts.skinny_experts(x[:, :2304], w13, w2, weights, ids, experts)
     assert set(compiled) == {"_skinny", "_choose_experts", "_experts_up", "_experts_down"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"), [((1, 1), 0), ((2304, 1), 0), ((18, 32), 128)], ids=["tensor", "channel", "block"]
+)
+def test_products_of_few_rows_with_fp8_weights(shape: tuple[int, int], block: int, compiled: Kernels) -> None:
+    stored, wide = torch.float8_e4m3fn, torch.float32
+    x, weight = empty(1, 4096, dtype=torch.bfloat16), empty(2304, 4096, dtype=stored)
+    config = launch.skinny(1, *weight.shape, fp8=True)
+    assert config is not None
+    scales = Scales(empty(*shape, dtype=wide), block)
+    skinny.skinny_linear(x, weight, empty(1, 2304, dtype=torch.bfloat16), config, scales)
+    experts = launch.skinny_experts(1, 2304, 1024, fp8=True)
+    assert experts is not None
+    up, down = ((16, 18), (18, 8)) if block else ((1, 1), (1, 1)) if shape == (1, 1) else ((2048, 1), (2304, 1))
+    both = Scales(empty(256, *up, dtype=wide), block), Scales(empty(256, *down, dtype=wide), block)
+    w13, w2 = empty(256, 2048, 2304, dtype=stored), empty(256, 2304, 1024, dtype=stored)
+    chosen = empty(1, 8, dtype=wide), empty(1, 8)
+    skinny_experts.skinny_experts(x[:, :2304], w13, w2, *chosen, experts, both)
+    assert set(compiled) == {"_skinny", "_experts_up", "_experts_down"}

@@ -7,6 +7,7 @@ import torch
 from triton_case import DEVICE
 
 from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda.scales import Scales
 from kimi_vllm.kernels.cuda.skinny import skinny_linear
 
 pytestmark = pytest.mark.triton
@@ -35,6 +36,43 @@ def test_sums_are_float32_and_so_can_be_the_result(dtype):
     assert out.tolist() == [[1032.0, 1032.0]]
 
 
+def quantised(weight, kind):
+    """`weight` ``[.., N, K]`` in FP8 with scales of one kind, and what the two mean, in float64."""
+    N, K = weight.shape[-2:]
+    block, rows, columns = {"tensor": (0, N, K), "channel": (0, 1, K), "block": (32, 32, 32)}[kind]
+    padded = torch.nn.functional.pad(weight, (0, -K % columns, 0, -N % rows))
+    tiles = padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))  # [.., N / rows, rows, K / columns, columns]
+    values = tiles.abs().amax(dim=(-3, -1)).float().clamp(min=1e-6) / 448
+    spread = values.repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :N, :K]
+    stored = (weight / spread).to(torch.float8_e4m3fn)
+    return stored, Scales(values, block), stored.double() * spread.double()
+
+
+@pytest.mark.parametrize("M", [1, 4, 8])
+@pytest.mark.parametrize(("N", "K"), [(40, 288), (33, 128), (7, 96), (64, 1000)])
+@pytest.mark.parametrize("kind", ["tensor", "channel", "block"])
+def test_fp8_weights_meet_unquantised_activations(M, N, K, kind):
+    torch.manual_seed(0)
+    x, weight = torch.randn(M, K, device=DEVICE), torch.randn(N, K, device=DEVICE)
+    weight *= torch.logspace(-2, 2, N, device=DEVICE)[:, None]
+    stored, scales, meant = quantised(weight, kind)
+    gold = x.double() @ meant.T
+    out = skinny_linear(x, stored, torch.empty(M, N, device=DEVICE), launch.Skinny(4, 256, 4), scales)
+    torch.testing.assert_close(out.double() / gold.abs().amax(0), gold / gold.abs().amax(0), rtol=1e-5, atol=1e-5)
+
+
+def test_every_fp8_number_is_read_as_what_it_is():
+    """Subnormal ones and the largest, of either sign; e4m3 has no infinity and one NaN."""
+    stored = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    finite = stored[~stored.float().isnan()]
+    weight = finite[:, None].expand(-1, 16).contiguous()
+    x = torch.zeros(1, 16, device=DEVICE)
+    x[0, 3] = 1.0
+    scales = Scales(torch.ones(1, 1, device=DEVICE))
+    out = skinny_linear(x, weight, torch.empty(1, len(finite), device=DEVICE), launch.Skinny(2, 16, 1), scales)
+    assert torch.equal(out[0], finite.float())
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
     torch.manual_seed(0)
     x, weight = torch.randn(4, 640, device=DEVICE), torch.randn(9, 640, device=DEVICE)
@@ -56,5 +94,12 @@ def test_the_table_serves_what_was_measured_faster_than_cublas():
     assert not any(launch.skinny(tokens, *router) for tokens in (0, 5, 8, 8192))
 
 
+def test_the_table_has_rules_of_their_own_for_fp8():
+    in_proj = (12672, 2304)
+    assert launch.skinny(1, *in_proj, fp8=True)
+    assert not launch.skinny(1, *in_proj)
+    assert launch.skinny_experts(1, 2304, 1024, fp8=True)
+
+
 def test_the_table_names_no_other_numbers_of_rows():
-    assert {rule["tokens"] for rule in launch._table()["skinny"]} == set(launch.SKINNY_ROWS)
+    assert {rule["tokens"] for rule in launch._table()["skinny"]} <= set(launch.SKINNY_ROWS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_skinny import quantised
 from triton_case import DEVICE, ON_GPU
 
 from kimi_vllm.kernels.cuda import launch
@@ -55,6 +56,21 @@ def test_equals_torch(tokens, hidden, inner, top_k, config):
     torch.testing.assert_close(out.double(), expected(*inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["tensor", "channel", "block"])
+@pytest.mark.parametrize(("tokens", "hidden", "inner", "top_k"), [(1, 96, 64, 4), (3, 72, 96, 2), (2, 130, 32, 1)])
+def test_fp8_experts_equal_what_their_scales_mean(tokens, hidden, inner, top_k, kind):
+    x, w13, w2, weights, ids = case(tokens, hidden, inner, top_k)
+    # Experts of different sizes, and gates of other sizes than ups, so that no scale can be taken for another.
+    sizes = torch.logspace(-1, 1, 7, device=DEVICE)[:, None, None]
+    w13, w2 = w13.nan_to_num() * sizes, w2.nan_to_num() / sizes
+    w13[:, inner:] *= 4
+    (up, up_scales, up_meant), (down, down_scales, down_meant) = quantised(w13, kind), quantised(w2, kind)
+    config = launch.SkinnyExperts(launch.Skinny(4, 32, 2), launch.Skinny(4, 16, 2))
+    out = skinny_experts(x, up, down, weights, ids, config, (up_scales, down_scales)).double()
+    gold = expected(x, up_meant, down_meant, weights, ids)
+    torch.testing.assert_close(out, gold, rtol=1e-5, atol=1e-5 * float(gold.abs().max()))
+
+
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_bfloat16_rounds_only_inner_channels_and_the_result(ids_dtype):
     x, w13, w2, weights, ids = case(2, 96, 64, 4, dtype=torch.bfloat16)
@@ -86,6 +102,19 @@ def test_chooses_by_biased_scores_and_weighs_by_plain_ones(experts, top_k, norma
     gold = scores.gather(1, ids.long())
     gold = gold / gold.sum(1, keepdim=True) if normalise else gold
     torch.testing.assert_close(weights.double(), 2.5 * gold, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("others", [0.0, torch.nan, 1e30])
+def test_padding_chooses_what_the_first_row_chooses(others):
+    torch.manual_seed(0)
+    logits, bias = torch.randn(6, 33, device=DEVICE), torch.randn(33, device=DEVICE)
+    padding = torch.tensor([False, False, True, False, True, True], device=DEVICE)
+    alone = choose_experts(logits, bias, 5, normalise=True, scaling=2.0)
+    logits[padding] = others
+    chosen = choose_experts(logits, bias, 5, normalise=True, scaling=2.0, padding=padding)
+    for before, now in zip(alone, chosen, strict=True):
+        assert torch.equal(now[~padding], before[~padding])
+        assert torch.equal(now[padding], before[:1].expand(3, -1))
 
 
 @pytest.mark.parametrize("logit", [torch.nan, torch.inf, -torch.inf])

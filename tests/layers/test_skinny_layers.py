@@ -8,16 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from vllm.model_executor.kernels.linear.scaled_mm.cutlass import (
+    CutlassFp8BlockScaledMMKernel,
+    CutlassFP8ScaledMMLinearKernel,
+)
+from vllm.model_executor.kernels.linear.scaled_mm.marlin import MarlinFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from kimi_vllm.kernels.cuda import launch
-from kimi_vllm.layers import skinny
+from kimi_vllm.layers import fp8_weights, skinny
 
 
 class Linear(LinearBase):
@@ -26,11 +32,14 @@ class Linear(LinearBase):
     def __init__(self, outputs, inputs):
         nn.Module.__init__(self)
         self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=torch.bfloat16), requires_grad=False)
+        self.quant_method = UnquantizedLinearMethod()
 
 
 def test_each_kind_of_product_is_made_once(monkeypatch):
     made = []
-    monkeypatch.setattr(skinny, "product", lambda x, weight, dtype: made.append((x.shape[0], *weight.shape, dtype)))
+    monkeypatch.setattr(
+        skinny, "product", lambda x, weight, dtype, scales: made.append((x.shape[0], *weight.shape, dtype))
+    )
     shapes = [(2304, 4096), (2304, 4096), (256, 2304), (2048, 2304)]
     skinny.warm_up(nn.ModuleList([nn.LayerNorm(4), *(Linear(*shape) for shape in shapes)]), torch.bfloat16)
     assert len(made) == len(set(made))
@@ -68,7 +77,7 @@ def experts(
 def test_experts_are_taken_over():
     layer = experts()
     skinny.install(nn.ModuleList([layer]))
-    assert type(layer.quant_method) is skinny.SkinnyExpertsMethod
+    assert type(layer.quant_method) is skinny.skinny_experts_method(UnquantizedFusedMoEMethod)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +134,9 @@ def test_other_routers_are_left_to_vllm(unlike):
     assert type(layer.router) is GroupedTopKRouter
 
 
-@pytest.mark.parametrize("logits", [torch.zeros(64, 8), torch.zeros(1, 8, dtype=torch.bfloat16)], ids=["many", "bf16"])
+@pytest.mark.parametrize(
+    "logits", [torch.zeros(8192, 8), torch.zeros(1, 8, dtype=torch.bfloat16)], ids=["many", "bf16"]
+)
 def test_other_logits_are_left_to_vllm(monkeypatch, logits):
     layer = runner(router())
     skinny.install(nn.ModuleList([layer]))
@@ -139,6 +150,122 @@ def test_experts_are_compiled_once(monkeypatch):
     layers = [experts(), experts()]
     skinny.install(nn.ModuleList(layers))
     made = []
-    monkeypatch.setattr(skinny.SkinnyExpertsMethod, "apply", lambda self, layer, x, *rest: made.append(len(x)))
+    monkeypatch.setattr(
+        skinny.skinny_experts_method(UnquantizedFusedMoEMethod),
+        "apply",
+        lambda self, layer, x, *rest: made.append(len(x)),
+    )
     skinny.warm_up(nn.ModuleList(layers), torch.bfloat16)
     assert len(made) == 1
+
+
+class Fp8Experts(nn.Module):
+    """What vLLM's methods for FP8 experts are to ours."""
+
+    def __init__(self, backend, scales, block=None):
+        super().__init__()
+        self.fp8_backend = backend
+        self.moe = SimpleNamespace(has_bias=False, moe_parallel_config=SimpleNamespace(use_all2all_kernels=False))
+        self.moe_quant_config = SimpleNamespace(w1_scale=scales[0], w2_scale=scales[1], block_shape=block)
+
+
+def fp8_experts(backend=Fp8MoeBackend.TRITON, scales=((3,), (3,)), block=None, dtype=torch.float32):
+    layer = experts()
+    layer.w13_weight.data = layer.w13_weight.data.to(torch.float8_e4m3fn)
+    layer.w2_weight.data = layer.w2_weight.data.to(torch.float8_e4m3fn)
+    layer.quant_method = Fp8Experts(backend, [torch.ones(shape, dtype=dtype) for shape in scales], block)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("scales", "block", "strides"),
+    [
+        (((3,), (3,)), None, ((0, 1), (0, 1))),
+        (((3, 1), (3, 1)), None, ((0, 1), (0, 1))),
+        (((3, 96, 1), (3, 96, 1)), None, ((1, 1), (1, 1))),
+        (((3, 96), (3, 96)), None, ((1, 1), (1, 1))),
+        (((3, 2, 2), (3, 2, 1)), [64, 64], None),  # 48 channels inside: a block would hold gates and ups
+        (((3, 96 // 32, 3), (3, 3, 2)), [32, 32], None),
+        (((3, 7, 1), (3, 96, 1)), None, None),
+    ],
+    ids=str,
+)
+def test_scales_of_experts_are_known_by_their_shapes(scales, block, strides):
+    found = fp8_weights.expert_scales(fp8_experts(scales=scales, block=block))
+    assert (found and tuple(each.strides for each in found)) == strides
+
+
+def test_fp8_experts_are_taken_over():
+    layer = fp8_experts()
+    skinny.install(nn.ModuleList([layer, experts()]))
+    assert type(layer.quant_method) is skinny.skinny_experts_method(Fp8Experts)
+    skinny.install(nn.ModuleList([layer]))  # as after an update of weights
+    assert type(layer.quant_method) is skinny.skinny_experts_method(Fp8Experts)
+
+
+@pytest.mark.parametrize(
+    "unlike", [{"backend": Fp8MoeBackend.FLASHINFER_CUTLASS}, {"dtype": torch.float8_e8m0fnu}], ids=str
+)
+def test_fp8_experts_that_lie_otherwise_are_left_to_vllm(unlike):
+    layer = fp8_experts(**unlike)
+    skinny.install(nn.ModuleList([layer]))
+    assert type(layer.quant_method) is Fp8Experts
+
+
+def fp8_linear(kernel, scale, *, block=None, transposed=True, size=(48, 96), padded=0):
+    """A layer of 48 outputs and 96 inputs after vLLM's processing."""
+    layer = Linear(*size)
+    stored = torch.zeros(48 + padded, 96).to(torch.float8_e4m3fn)
+    layer.weight.data = stored.t() if transposed else stored
+    layer.output_size_per_partition, layer.input_size_per_partition = 48, 96
+    layer.weight_scale, layer.weight_block_size = torch.ones(scale), block
+    layer.quant_method = SimpleNamespace(fp8_linear=kernel.__new__(kernel))
+    return layer
+
+
+@pytest.mark.parametrize("scale", [(), (1,), (48,), (48, 1)], ids=str)
+def test_fp8_weights_are_found_as_rows_of_outputs(scale):
+    weight, scales = fp8_weights.linear_weights(fp8_linear(CutlassFP8ScaledMMLinearKernel, scale))
+    assert weight.shape == (48, 96)
+    assert weight.is_contiguous()
+    assert scales.values.shape in ((1, 1), (48, 1))
+
+
+def test_fp8_weights_in_blocks_are_found():
+    kernel = CutlassFp8BlockScaledMMKernel
+    weight, scales = fp8_weights.linear_weights(fp8_linear(kernel, (2, 3), block=[32, 32], transposed=False))
+    assert weight.shape == (48, 96)
+    assert (scales.block, scales.strides) == (32, (3, 1))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        fp8_linear(MarlinFP8ScaledMMLinearKernel, (1,)),
+        fp8_linear(CutlassFP8ScaledMMLinearKernel, (1,), padded=16),
+        fp8_linear(CutlassFP8ScaledMMLinearKernel, (2,)),
+        fp8_linear(CutlassFp8BlockScaledMMKernel, (2, 3), block=[32, 64], transposed=False),
+        fp8_linear(CutlassFp8BlockScaledMMKernel, (3, 12), block=[16, 8], transposed=False),
+    ],
+    ids=["repacked", "padded", "scales of parts", "oblong blocks", "small blocks"],
+)
+def test_other_fp8_weights_are_left_to_vllm(layer):
+    assert fp8_weights.linear_weights(layer) is None
+
+
+@pytest.mark.parametrize(
+    ("context", "found"),
+    [
+        (None, None),
+        (SimpleNamespace(is_padding=None, dp_metadata=None), None),
+        (SimpleNamespace(is_padding=torch.tensor([False, True, True]), dp_metadata=None), [False, True]),
+        (SimpleNamespace(is_padding=torch.tensor([False]), dp_metadata=None), None),
+        (SimpleNamespace(is_padding=torch.tensor([False, True]), dp_metadata="of two ranks"), None),
+    ],
+    ids=["none", "no padding", "padded", "shorter", "several ranks"],
+)
+def test_padding_is_what_vllm_says_of_the_step(monkeypatch, context, found):
+    monkeypatch.setattr(skinny, "is_forward_context_available", lambda: context is not None)
+    monkeypatch.setattr(skinny, "get_forward_context", lambda: context)
+    padding = skinny._padding(2)
+    assert (padding if padding is None else padding.tolist()) == found
