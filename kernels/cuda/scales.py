@@ -22,4 +22,5 @@ class Scales:
     @property
     def strides(self) -> tuple[int, int]:
         """Elements from the scale of an output, or of a block of them, to the next one's; the same for inputs."""
-        return 0 if self.values.shape[-2] == 1 else self.values.stride(-2), self.values.stride(-1)
+        row = 0 if self.values.shape[-2] == 1 else self.values.stride(-2)
+        return row, self.values.stride(-1) if self.block else 0

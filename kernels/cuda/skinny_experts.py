@@ -1,11 +1,14 @@
 """The routed experts of a decode step on CUDA: chosen, and for one or a few tokens two launches that read each once.
 
 Nothing is sorted by expert: with few tokens hardly two of them meet in one, so every (token, expert) pair is a product
-of one row on CUDA cores, as in skinny.py. Sums are float32 in a fixed order, so no token depends on the others.
+of one row on CUDA cores, as in skinny.py. A shared expert is one more pair of each token, the last and of weight 1.
+Sums are float32 in a fixed order, so no token depends on the others.
 """
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,6 +18,27 @@ from torch import Tensor
 from kimi_vllm.kernels.cuda import launch
 from kimi_vllm.kernels.cuda.scales import Scales
 from kimi_vllm.kernels.cuda.skinny import block_scales
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """An expert of every token.
+
+    Attributes:
+        w13: ``[2 * intermediate, hidden]`` contiguous.
+        w2: ``[hidden, intermediate]`` contiguous.
+        scales: of both, if they are quantised.
+    """
+
+    w13: Tensor
+    w2: Tensor
+    scales: tuple[Scales, Scales] | None = None
+
+    def like(self, w13: Tensor, w2: Tensor, scales: tuple[Scales, Scales] | None) -> bool:
+        """Whether routed experts are of the same size, dtype and form."""
+        own = [(each.block, each.strides) for each in self.scales or ()]
+        same = (self.w13.shape, self.w2.shape, self.w13.dtype) == (w13.shape[1:], w2.shape[1:], w13.dtype)
+        return same and own == [(each.block, each.strides) for each in scales or ()]
 
 
 @triton.jit(do_not_specialize_on_alignment=["logits_ptr", "padding_ptr", "weights_ptr", "ids_ptr"])
@@ -54,8 +78,9 @@ def _choose_experts(
     do_not_specialize_on_alignment=["x_ptr", "ids_ptr", "out_ptr"],
 )
 def _experts_up(
-    x_ptr, w13_ptr, scale_ptr, ids_ptr, out_ptr, inner, x_stride, scale_expert, scale_row, scale_column,
-    K: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    x_ptr, w13_ptr, shared_ptr, scale_ptr, shared_scale_ptr, ids_ptr, out_ptr, inner, x_stride,
+    scale_expert, scale_row, scale_column,
+    K: tl.constexpr, TOP_K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     SCALED: tl.constexpr, BLOCK: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Compute ROWS channels of ``silu(gate x) * (up x)`` for one token and expert."""
@@ -66,11 +91,15 @@ def _experts_up(
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    expert = tl.load(ids_ptr + pair).to(tl.int64)
-    scale_ptr += expert * scale_expert
-    token_ptr = x_ptr + (pair // TOP_K).to(tl.int64) * x_stride
+    token, place = (pair // PAIRS).to(tl.int64), pair % PAIRS
+    if place < TOP_K:
+        expert = tl.load(ids_ptr + token * TOP_K + place).to(tl.int64)
+        shared_ptr = w13_ptr + expert * 2 * inner * K
+        shared_scale_ptr = scale_ptr + expert * scale_expert
+    scale_ptr = shared_scale_ptr
+    token_ptr = x_ptr + token * x_stride
     inside = (n < inner)[:, None]
-    gate_ptrs = w13_ptr + (expert * 2 * inner + n[:, None]) * K + k[None, :]
+    gate_ptrs = shared_ptr + n[:, None].to(tl.int64) * K + k[None, :]
     up_ptrs = gate_ptrs + inner.to(tl.int64) * K
     gate, up = tl.zeros((ROWS, STEP), tl.float32), tl.zeros((ROWS, STEP), tl.float32)
     for start in tl.static_range(0, K, STEP):
@@ -98,8 +127,9 @@ def _experts_up(
     do_not_specialize_on_alignment=["ids_ptr", "weights_ptr", "out_ptr"],
 )
 def _experts_down(
-    act_ptr, w2_ptr, scale_ptr, ids_ptr, weights_ptr, out_ptr, hidden, scale_expert, scale_row, scale_column,
-    I: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    act_ptr, w2_ptr, shared_ptr, scale_ptr, shared_scale_ptr, ids_ptr, weights_ptr, out_ptr, hidden,
+    scale_expert, scale_row, scale_column,
+    I: tl.constexpr, TOP_K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     SCALED: tl.constexpr, BLOCK: tl.constexpr, launch_pdl: tl.constexpr,
 ):  # fmt: skip
     """Compute ROWS channels of the weighted sum over one token's experts."""
@@ -115,14 +145,15 @@ def _experts_down(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     totals = tl.zeros((ROWS, STEP), tl.float32)
-    for j in tl.static_range(TOP_K):
-        pair = token.to(tl.int64) * TOP_K + j
-        weight = tl.load(weights_ptr + pair)
-        factor = tl.full((ROWS,), 1.0, tl.float32)
-        if SCALED:
-            expert_ptr = scale_ptr + tl.load(ids_ptr + pair).to(tl.int64) * scale_expert
-            if BLOCK == 0:
-                factor = tl.load(expert_ptr + n * scale_row, mask=n < hidden, other=0.0)
+    for j in tl.static_range(PAIRS):
+        weight, expert_scale_ptr = 1.0, shared_scale_ptr
+        if j < TOP_K:
+            weight = tl.load(weights_ptr + token * TOP_K + j)
+            if SCALED:
+                expert_scale_ptr = scale_ptr + tl.load(ids_ptr + token * TOP_K + j).to(tl.int64) * scale_expert
+        if SCALED and BLOCK == 0:
+            factor = tl.load(expert_scale_ptr + n * scale_row, mask=n < hidden, other=0.0)
+        pair = token.to(tl.int64) * PAIRS + j
         for start in tl.static_range(0, I, STEP):
             here = w
             if start + STEP < I:
@@ -130,12 +161,16 @@ def _experts_down(
                     row_ptrs + start + STEP, mask=inside & (start + STEP + k < I)[None, :], other=0.0,
                     eviction_policy="evict_first",
                 )  # fmt: skip
-            elif j + 1 < TOP_K:
-                row_ptrs = w2_ptr + (tl.load(ids_ptr + pair + 1).to(tl.int64) * hidden + n[:, None]) * I + k[None, :]
+            elif j + 1 < PAIRS:
+                if j + 1 < TOP_K:
+                    expert_ptr = w2_ptr + tl.load(ids_ptr + token * TOP_K + j + 1).to(tl.int64) * hidden * I
+                else:
+                    expert_ptr = shared_ptr
+                row_ptrs = expert_ptr + n[:, None].to(tl.int64) * I + k[None, :]
                 w = tl.load(row_ptrs, mask=inside & (k < I)[None, :], other=0.0, eviction_policy="evict_first")
             a = tl.load(act_ptr + pair * I + start + k, mask=start + k < I, other=0.0).to(tl.float32) * weight
             if BLOCK > 0:
-                a *= block_scales(expert_ptr, first, start + k, start + k < I, scale_row, scale_column, BLOCK)
+                a *= block_scales(expert_scale_ptr, first, start + k, start + k < I, scale_row, scale_column, BLOCK)
             if SCALED and BLOCK == 0:
                 totals += (factor[:, None] * a[None, :]) * here.to(tl.float32)
             else:
@@ -180,6 +215,7 @@ def skinny_experts(
     ids: Tensor,
     config: launch.SkinnyExperts,
     scales: tuple[Scales, Scales] | None = None,
+    shared: SharedExpert | None = None,
 ) -> Tensor:
     """``sum_j weights[t, j] * w2[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`` with ``e = ids[t, j]``.
 
@@ -191,23 +227,27 @@ def skinny_experts(
         ids: ``[M, top_k]`` int32 or int64 contiguous, each in [0, E).
         config: launch parameters; their rows divide a block of `scales`.
         scales: of quantised weights, `w13` and `w2`; a block of outputs does not hold both gates and ups.
+        shared: an expert of the same size and dtype, and with scales of the same form, that all tokens add.
 
     Returns:
         ``[M, hidden]`` in the dtype of `x`.
     """
     tokens, top_k = ids.shape
     hidden, inner = w2.shape[1:]
-    act, out = x.new_empty(tokens * top_k, inner), x.new_empty(tokens, hidden)
+    pairs = top_k + (shared is not None)
+    act, out = x.new_empty(tokens * pairs, inner), x.new_empty(tokens, hidden)
     pdl = launch.pdl(x.device)
     up, down = scales or (None, None)
-    _experts_up[(triton.cdiv(inner, config.up.rows), tokens * top_k)](
-        x, w13, w13 if up is None else up.values, ids, act, inner, x.stride(0), *_strides(up),
-        K=hidden, TOP_K=top_k, ROWS=config.up.rows, STEP=config.up.step,
+    shared = shared or SharedExpert(w13, w2, scales)
+    shared_up, shared_down = shared.scales or (None, None)
+    _experts_up[(triton.cdiv(inner, config.up.rows), tokens * pairs)](
+        x, w13, shared.w13, *(each.values if each else w13 for each in (up, shared_up)), ids, act, inner, x.stride(0),
+        *_strides(up), K=hidden, TOP_K=top_k, PAIRS=pairs, ROWS=config.up.rows, STEP=config.up.step,
         SCALED=up is not None, BLOCK=up.block if up else 0, num_warps=config.up.warps, **pdl,
     )  # fmt: skip
     _experts_down[(triton.cdiv(hidden, config.down.rows), tokens)](
-        act, w2, w2 if down is None else down.values, ids, weights, out, hidden, *_strides(down),
-        I=inner, TOP_K=top_k, ROWS=config.down.rows, STEP=config.down.step,
+        act, w2, shared.w2, *(each.values if each else w2 for each in (down, shared_down)), ids, weights, out, hidden,
+        *_strides(down), I=inner, TOP_K=top_k, PAIRS=pairs, ROWS=config.down.rows, STEP=config.down.step,
         SCALED=down is not None, BLOCK=down.block if down else 0, num_warps=config.down.warps, **pdl,
     )  # fmt: skip
     return out

@@ -93,5 +93,13 @@ class KimiMoE(nn.Module):
         router_logits = skinny.product(hidden_states, self.gate.weight, torch.float32) if self.skinny else None
         if router_logits is None:
             router_logits, _ = self.gate(hidden_states)
-        mixed: Tensor = self.experts(hidden_states=hidden_states, router_logits=router_logits)
+        few = self.few_rows(hidden_states, router_logits) if self.skinny else None
+        mixed: Tensor = self.experts(hidden_states=hidden_states, router_logits=router_logits) if few is None else few
         return mixed
+
+    def few_rows(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor | None:
+        """All experts by our kernels for a few rows; None where vLLM's runner is to call them."""
+        if self.shared_experts is None:
+            return None
+        shared = self.shared_experts.gate_up_proj, self.shared_experts.down_proj
+        return skinny.mixture(self.experts, shared, hidden_states, router_logits)

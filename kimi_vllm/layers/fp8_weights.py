@@ -44,7 +44,7 @@ def linear_weights(layer: Any) -> tuple[Tensor, Scales] | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(kernel, _IN_PLACE) or weight is None or weight.dtype != torch.float8_e4m3fn:
         return None
-    shape = (layer.output_size_per_partition, layer.input_size_per_partition)
+    shape = (sum(layer.logical_widths), getattr(layer, "input_size_per_partition", layer.input_size))
     rows = next((each for each in (weight, weight.t()) if each.shape == shape and each.is_contiguous()), None)
     # By this name go the scales of blocks where the format has both.
     values = getattr(layer, "weight_scale_inv", None)

@@ -5,7 +5,7 @@ long as reading the weights, and vLLM's FP8 another launch for the activations (
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -80,6 +80,39 @@ def skinny_experts_method(theirs: Any) -> Any:
             return skinny_experts(x, layer.w13_weight, weight, topk_weights, topk_ids, config, expert_scales(layer))
 
     return SkinnyExperts
+
+
+def mixture(runner: MoERunner, shared: tuple[Any, Any], x: Tensor, router_logits: Tensor) -> Tensor | None:
+    """All experts of a layer, shared ones too, in two launches; None if vLLM's runner is to call them.
+
+    Args:
+        runner: What holds the router and the routed experts.
+        shared: The linear layers of the shared expert, up and down.
+        x: ``[M, hidden]``.
+        router_logits: ``[M, E]``.
+
+    Returns:
+        ``[M, hidden]``, summed over tensor-parallel ranks.
+    """
+    experts, router = runner.routed_experts, runner.router
+    weight = experts.w2_weight
+    config = launch.skinny_experts(x.shape[0], *weight.shape[1:], weight.itemsize == 1)
+    ours = _taken(experts.quant_method) and type(router) is SkinnyRouter and runner.routed_scaling_factor == 1.0
+    if config is None or not ours or x.stride(1) != 1:
+        return None
+    from kimi_vllm.kernels.cuda.skinny_experts import SharedExpert, skinny_experts
+
+    stored = [_stored(layer) for layer in shared]
+    (w13, up), (w2, down) = (each or (None, None) for each in stored)
+    if w13 is None or w2 is None:
+        return None
+    ninth, scales = SharedExpert(w13, w2, (up, down) if up and down else None), expert_scales(experts)
+    if not ninth.like(experts.w13_weight, weight, scales):
+        return None
+    weights, ids = router.select_experts(hidden_states=x, router_logits=router_logits)
+    out = skinny_experts(x, experts.w13_weight, weight, weights, ids, config, scales, ninth)
+    reduced: Tensor = runner._maybe_reduce_final_output(out, None, output_is_reduced=False)
+    return reduced
 
 
 def _taken(method: object) -> bool:
@@ -173,27 +206,33 @@ def serves(vllm_config: VllmConfig) -> bool:
 
 def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
     """Compile every kernel variant that a decode step of a few rows can need."""
-    compiled: set[Any] = set()
+    compiled: dict[Any, Any] = {}
+    covered: set[nn.Module] = set()
 
-    def once(key: Any, call: Callable[[], object]) -> None:
+    def once(key: Any, call: Callable[[], object]) -> object:
         if key not in compiled:
-            compiled.add(key)
-            call()
+            compiled[key] = call()
+        return compiled[key]
 
+    module: Any
     for module in model.modules():
-        if isinstance(module, MoERunner) and type(module.router) is SkinnyRouter:
+        if hasattr(module, "few_rows"):
+            experts, bias = module.experts.routed_experts, module.experts.router.e_score_correction_bias
+            runs = [
+                once(("mixture", kind), partial(module.few_rows, x, bias.new_zeros(len(x), len(bias))))
+                for x, kind in _few_tokens(experts, dtype)
+            ]
+            if None not in runs:
+                covered.add(experts)
+        elif isinstance(module, MoERunner) and type(module.router) is SkinnyRouter:
             router, bias = module.router, module.router.e_score_correction_bias[None]
             for padding in (None, torch.zeros(1, dtype=torch.bool, device=bias.device)):
                 kind = (router.top_k, bias.shape[1], router.renormalize, padding is None)
                 once(kind, partial(router.choose, bias, padding))
-        elif isinstance(module, RoutedExperts) and _taken(module.quant_method):
-            weight = module.w2_weight
-            for tokens in launch.SKINNY_ROWS:
-                if config := launch.skinny_experts(tokens, *weight.shape[1:], weight.itemsize == 1):
-                    x = weight.new_zeros(tokens, weight.shape[1], dtype=dtype)
-                    ids = torch.zeros(tokens, module.top_k, dtype=torch.int32, device=x.device)
-                    run = partial(module.quant_method.apply, module, x, ids.float(), ids, None, None)
-                    once((module.top_k, weight.shape[1:], weight.dtype, config), run)
+        elif isinstance(module, RoutedExperts) and _taken(module.quant_method) and module not in covered:
+            for x, kind in _few_tokens(module, dtype):
+                ids = torch.zeros(len(x), module.top_k, dtype=torch.int32, device=x.device)
+                once(kind, partial(module.quant_method.apply, module, x, ids.float(), ids, None, None))
         elif isinstance(module, LinearBase) and (stored := _stored(module)):
             weight, scales = stored
             result = torch.float32 if isinstance(module, GateLinear) else dtype
@@ -205,6 +244,15 @@ def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
                     (rows, weight.shape[1], launched, weight.dtype, block, result),
                     partial(product, x, weight, result, scales),
                 )
+
+
+def _few_tokens(experts: RoutedExperts, dtype: torch.dtype) -> Iterator[tuple[Tensor, Any]]:
+    """Return inputs that between them meet all launch parameters for a layer's experts, with what tells them apart."""
+    weight = experts.w2_weight
+    for tokens in launch.SKINNY_ROWS:
+        if config := launch.skinny_experts(tokens, *weight.shape[1:], weight.itemsize == 1):
+            x = weight.new_zeros(tokens, weight.shape[1], dtype=dtype)
+            yield x, (experts.top_k, *weight.shape[1:], weight.dtype, config)
 
 
 def install(model: nn.Module) -> None:

@@ -193,5 +193,8 @@ def test_products_of_few_rows_with_fp8_weights(shape: tuple[int, int], block: in
     both = Scales(empty(256, *up, dtype=wide), block), Scales(empty(256, *down, dtype=wide), block)
     w13, w2 = empty(256, 2048, 2304, dtype=stored), empty(256, 2304, 1024, dtype=stored)
     chosen = empty(1, 8, dtype=wide), empty(1, 8)
-    skinny_experts.skinny_experts(x[:, :2304], w13, w2, *chosen, experts, both)
+    own = tuple(Scales(empty(*size, dtype=wide), block) for size in (up, down))
+    shared = skinny_experts.SharedExpert(empty(2048, 2304, dtype=stored), empty(2304, 1024, dtype=stored), own)
+    assert shared.like(w13, w2, both)
+    skinny_experts.skinny_experts(x[:, :2304], w13, w2, *chosen, experts, both, shared)
     assert set(compiled) == {"_skinny", "_experts_up", "_experts_down"}

@@ -8,7 +8,8 @@ from test_skinny import quantised
 from triton_case import DEVICE, ON_GPU
 
 from kimi_vllm.kernels.cuda import launch
-from kimi_vllm.kernels.cuda.skinny_experts import choose_experts, skinny_experts
+from kimi_vllm.kernels.cuda.scales import Scales
+from kimi_vllm.kernels.cuda.skinny_experts import SharedExpert, choose_experts, skinny_experts
 
 pytestmark = pytest.mark.triton
 
@@ -69,6 +70,40 @@ def test_fp8_experts_equal_what_their_scales_mean(tokens, hidden, inner, top_k, 
     out = skinny_experts(x, up, down, weights, ids, config, (up_scales, down_scales)).double()
     gold = expected(x, up_meant, down_meant, weights, ids)
     torch.testing.assert_close(out, gold, rtol=1e-5, atol=1e-5 * float(gold.abs().max()))
+
+
+@pytest.mark.parametrize("kind", [None, "tensor", "channel", "block"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_shared_expert_is_one_more_of_weight_one(tokens, kind):
+    x, w13, w2, weights, ids = case(tokens, 96, 64, 4)
+    w13, w2 = w13.nan_to_num(1.0), w2.nan_to_num(1.0)
+    stored = [quantised(each, kind) if kind else (each, None, each.double()) for each in (w13, w2)]
+    (up, up_scales, up_meant), (down, down_scales, down_meant) = stored
+    unlike = next(i for i in range(7) if i not in ids.flatten().tolist())
+    shared, scales = SharedExpert(up[unlike], down[unlike]), None
+    if kind:
+        scales = up_scales, down_scales
+        own = tuple(Scales(each.values[unlike], each.block) for each in scales)
+        shared = SharedExpert(up[unlike], down[unlike], own)
+    assert shared.like(up, down, scales)
+    config = launch.SkinnyExperts(launch.Skinny(4, 32, 2), launch.Skinny(4, 16, 2))
+    out = skinny_experts(x, up, down, weights, ids, config, scales, shared).double()
+    all_ids = torch.cat([ids, torch.full_like(ids[:, :1], unlike)], 1)
+    gold = expected(x, up_meant, down_meant, torch.cat([weights, torch.ones_like(weights[:, :1])], 1), all_ids)
+    torch.testing.assert_close(out, gold, rtol=1e-5, atol=1e-5 * float(gold.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        SharedExpert(torch.zeros(128, 96), torch.zeros(96, 32)),
+        SharedExpert(torch.zeros(128, 96).bfloat16(), torch.zeros(96, 64).bfloat16()),
+        SharedExpert(torch.zeros(128, 96), torch.zeros(96, 64), (Scales(torch.ones(1, 1)), Scales(torch.ones(1, 1)))),
+    ],
+    ids=["size", "dtype", "scales"],
+)
+def test_a_shared_expert_that_is_unlike_the_others_is_told_apart(other):
+    assert not other.like(torch.zeros(7, 128, 96), torch.zeros(7, 96, 64), None)
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])

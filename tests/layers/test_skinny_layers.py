@@ -22,7 +22,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-from kimi_vllm.kernels.cuda import launch
+from kimi_vllm.kernels.cuda import launch, skinny_experts
 from kimi_vllm.layers import fp8_weights, skinny
 
 
@@ -180,10 +180,10 @@ def fp8_experts(backend=Fp8MoeBackend.TRITON, scales=((3,), (3,)), block=None, d
 @pytest.mark.parametrize(
     ("scales", "block", "strides"),
     [
-        (((3,), (3,)), None, ((0, 1), (0, 1))),
-        (((3, 1), (3, 1)), None, ((0, 1), (0, 1))),
-        (((3, 96, 1), (3, 96, 1)), None, ((1, 1), (1, 1))),
-        (((3, 96), (3, 96)), None, ((1, 1), (1, 1))),
+        (((3,), (3,)), None, ((0, 0), (0, 0))),
+        (((3, 1), (3, 1)), None, ((0, 0), (0, 0))),
+        (((3, 96, 1), (3, 96, 1)), None, ((1, 0), (1, 0))),
+        (((3, 96), (3, 96)), None, ((1, 0), (1, 0))),
         (((3, 2, 2), (3, 2, 1)), [64, 64], None),  # 48 channels inside: a block would hold gates and ups
         (((3, 96 // 32, 3), (3, 3, 2)), [32, 32], None),
         (((3, 7, 1), (3, 96, 1)), None, None),
@@ -217,7 +217,7 @@ def fp8_linear(kernel, scale, *, block=None, transposed=True, size=(48, 96), pad
     layer = Linear(*size)
     stored = torch.zeros(48 + padded, 96).to(torch.float8_e4m3fn)
     layer.weight.data = stored.t() if transposed else stored
-    layer.output_size_per_partition, layer.input_size_per_partition = 48, 96
+    layer.logical_widths, layer.input_size = [16, 32], 96
     layer.weight_scale, layer.weight_block_size = torch.ones(scale), block
     layer.quant_method = SimpleNamespace(fp8_linear=kernel.__new__(kernel))
     return layer
@@ -269,3 +269,65 @@ def test_padding_is_what_vllm_says_of_the_step(monkeypatch, context, found):
     monkeypatch.setattr(skinny, "get_forward_context", lambda: context)
     padding = skinny._padding(2)
     assert (padding if padding is None else padding.tolist()) == found
+
+
+class Mixture(nn.Module):
+    """A layer as `KimiMoE` is one: a runner of routed experts, and a shared expert of two products."""
+
+    def __init__(self, shared=(96, 96, 48), scaling=1.0, tokens_reduced=None):
+        super().__init__()
+        self.experts = runner(router())
+        self.experts.routed_experts = experts()
+        self.experts.routed_scaling_factor = scaling
+        self.experts._maybe_reduce_final_output = lambda out, size, output_is_reduced: out + 1
+        hidden, up, inner = shared
+        self.up, self.down = Linear(up, hidden), Linear(hidden, inner)
+        skinny.install(self)
+
+    def few_rows(self, x, logits):
+        return skinny.mixture(self.experts, (self.up, self.down), x, logits)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Calls of our kernels, which give zeros."""
+    calls = []
+
+    def kernels(x, *arguments):
+        calls.append((x, *arguments))
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(skinny, "product", lambda *arguments: None)
+    monkeypatch.setattr(skinny_experts, "skinny_experts", kernels)
+    monkeypatch.setattr(
+        skinny_experts, "choose_experts", lambda logits, *_, **named: (logits[:, :2], logits[:, :2].int())
+    )
+    return calls
+
+
+def test_all_experts_of_a_few_rows_are_one_call(called):
+    layer, x = Mixture(), torch.zeros(2, 96)
+    out = layer.few_rows(x, torch.zeros(2, 8))
+    assert torch.equal(out, torch.ones(2, 96))  # reduced as vLLM's runner would
+    ((given, w13, _, _, ids, config, scales, shared),) = called
+    assert given is x
+    assert w13 is layer.experts.routed_experts.w13_weight
+    assert (shared.w13, shared.w2) == (layer.up.weight, layer.down.weight)
+    assert (ids.shape, config, scales) == ((2, 2), launch.skinny_experts(2, 96, 48), None)
+
+
+@pytest.mark.parametrize(
+    ("unlike", "tokens"),
+    [({"shared": (96, 192, 96)}, 1), ({"scaling": 2.5}, 1), ({}, 64)],
+    ids=["a larger shared expert", "scaled outside of the router", "many tokens"],
+)
+def test_other_mixtures_are_left_to_vllm(called, unlike, tokens):
+    assert Mixture(**unlike).few_rows(torch.zeros(tokens, 96), torch.zeros(tokens, 8)) is None
+    assert not called
+
+
+def test_mixtures_are_compiled_once_and_routed_experts_not_besides(called):
+    skinny.warm_up(nn.ModuleList([Mixture(), Mixture()]), torch.bfloat16)
+    assert [len(x) for x, *_ in called] == [1]
+    skinny.warm_up(nn.ModuleList([Mixture(shared=(96, 192, 96))]), torch.bfloat16)
+    assert [len(arguments) for arguments in called] == [8, 7]
