@@ -330,6 +330,23 @@ def test_what_a_step_needs_is_said_in_blocks():
     assert needs("b", 13, blocks) == 2 * STATE, "an idle one is no longer there to be reclaimed"
 
 
+def test_a_step_ends_in_its_own_block_however_far_a_draft_model_looks_ahead():
+    """The last entry of a table is the slot that the step writes."""
+    manager = make_manager()
+    assert schedule(manager, Request("a", list(range(13))), 0, 2)
+    settle(manager)
+    manager.block_pool.touch(manager.req_to_blocks["a"])  # so it has to leave this slot in the next block
+
+    def needs(ahead, end):
+        return manager.get_num_blocks_to_allocate("a", ahead, (), 2, 2, end)
+
+    assert (needs(BLOCK + 3, BLOCK), needs(BLOCK + 3, BLOCK + 1)) == (0, STATE)
+    assert manager.allocate_new_blocks("a", BLOCK + 3, BLOCK) == []
+    assert len(table(manager, "a")) == 1
+    assert len(manager.allocate_new_blocks("a", 2 * BLOCK + 3, BLOCK + 1)) == 1
+    assert len(table(manager, "a")) == 2
+
+
 def test_one_request_needs_two_states_where_prefixes_are_cached():
     spec = make_manager().kv_cache_spec
     for caching, states in ((True, 2), (False, 1)):
