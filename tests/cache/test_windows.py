@@ -7,6 +7,7 @@ import torch
 from test_manager import BLOCK as MANAGER_BLOCK
 from test_manager import Request, make_manager, schedule
 from test_metadata import step
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from kimi_vllm.cache import guard
 from kimi_vllm.cache.contagion import Access, Step
@@ -111,6 +112,12 @@ def test_the_first_sick_token_of_each_slot_is_told(monkeypatch):
     flags[4, 0] = 1
     assert guard.take_flags(flags)() == [(2, 1), (4, 0)]
     assert not flags.any()
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_graphs_of_whole_steps_are_of_windows(drafts):
+    graphs = AttentionCGSupport.UNIFORM_BATCH if drafts else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert KDAMetadataBuilder.get_cudagraph_support(SimpleNamespace(num_speculative_tokens=drafts), None) == graphs
 
 
 @pytest.mark.parametrize(("token", "sampled", "expected"), [(0, 1, {3}), (1, 1, set()), (2, 2, set()), (2, 3, {3})])
