@@ -1,12 +1,14 @@
 """Latent attention by itself: tiles of any size, ragged batches and dirty pages give what dense attention gives."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from kimi_vllm.layers import mla_latent
 from kimi_vllm.layers.mla_latent import LatentAttention, RunningSoftmax
-from kimi_vllm.layers.mla_latent_metadata import DeviceDecodes, LatentMetadataBuilder
+from kimi_vllm.layers.mla_latent_metadata import MAX_GRAPH_ELEMENTS, DeviceDecodes, LatentMetadataBuilder
 
 HEADS, RANK, NOPE, ROPE, VALUE, BLOCK = 3, 20, 12, 4, 8, 16
 
@@ -91,6 +93,20 @@ def test_decodes_and_windows_in_shapes_that_a_graph_can_hold(width):
         own = slice(row * width, (row + 1) * width)
         torch.testing.assert_close(out[own], dense(layer, query[own], latents[row]))
     assert (out[tokens:] == 0).all()
+
+
+@pytest.mark.parametrize(("drafts", "graphs"), [(0, "UNIFORM_SINGLE_TOKEN_DECODE"), (3, "UNIFORM_BATCH"), (4, "NEVER")])
+def test_graphs_are_of_windows_unless_their_scores_are_too_large(drafts, graphs):
+    heads = 16
+    longest = MAX_GRAPH_ELEMENTS // (heads * 4)  # scores of four tokens; latents are smaller
+    config = SimpleNamespace(
+        num_speculative_tokens=drafts,
+        parallel_config=None,
+        scheduler_config=SimpleNamespace(max_num_seqs=1),
+        model_config=SimpleNamespace(max_model_len=longest, get_num_attention_heads=lambda parallel: heads),
+    )
+    spec = SimpleNamespace(head_size=RANK + ROPE)
+    assert LatentMetadataBuilder.get_cudagraph_support(config, spec) == AttentionCGSupport[graphs]
 
 
 def test_windows_of_unequal_length_are_not_for_a_graph():
