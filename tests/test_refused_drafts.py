@@ -10,12 +10,10 @@ from kimi_vllm import refusals
 from kimi_vllm.refusals import REFUSALS, refuse_unserved
 
 
-def ngram():
+def ngram(**options):
+    drafts = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
     return AsyncEngineArgs(
-        str(RECALL),
-        skip_tokenizer_init=True,
-        max_model_len=1024,
-        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+        str(RECALL), skip_tokenizer_init=True, max_model_len=1024, **(drafts | options)
     ).create_engine_config()
 
 
@@ -43,6 +41,24 @@ def test_drafts_that_have_not_run_are_refused(cpu, method, stages, block, refuse
     )
     about = [each for each in REFUSALS if each.option.startswith("--speculative-config")]
     assert [each.option for each in about if each.asked(config)] == refused
+
+
+@pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "medusa", "mtp", "suffix"])
+def test_other_drafters_are_refused_with_what_to_use(cpu, method, monkeypatch):
+    """With a draft model vLLM's first runner would write the draft's KV cache through MLA's block table."""
+    config = ngram()
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+    monkeypatch.setattr(config.speculative_config, "method", method)
+    with pytest.raises(
+        ValueError, match=r"^--speculative-config \(method\): .* use ngram, on GPUs ngram or ngram_gpu\.$"
+    ):
+        refuse_unserved(config)
+
+
+def test_a_draft_model_of_the_same_vocabulary_is_refused_by_us():
+    with pytest.raises(ValueError, match=r"--speculative-config \(method\): "):
+        ngram(speculative_config={"method": "draft_model", "model": str(RECALL), "num_speculative_tokens": 2})
 
 
 @pytest.mark.parametrize(
