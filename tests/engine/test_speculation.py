@@ -178,6 +178,18 @@ def test_sampled_answers_beside_greedy_ones(running):
         assert least > -5
 
 
+@pytest.mark.parametrize("asked", [{"min_p": 0.1}, {"logit_bias": {7: 2.0}}], ids=["min_p", "logit_bias"])
+def test_what_vllm_leaves_out_beside_drafts_is_refused(running, asked):
+    from vllm import SamplingParams, TokensPrompt
+
+    inputs = TokensPrompt(prompt_token_ids=[5, 6, 7])
+    parameters = SamplingParams(temperature=1, detokenize=False, **asked)
+    running[PLAIN].llm.generate(inputs, parameters, use_tqdm=False)
+    with pytest.raises(Exception, match=r"min_p and logit_bias .* not yet supported with speculative decoding"):
+        running["ample"].llm.generate(inputs, parameters, use_tqdm=False)
+    running["ample"].check_idle()
+
+
 @contextmanager
 def drafts(running, lengths):
     """Draft the sick token only, so many times in turn."""
