@@ -4,7 +4,7 @@ import json
 
 from docs.tables import ENGINE, KERNELS, NONE, micros, pair, table
 from serve.bench.engine.plan import IN_TREE, OURS
-from serve.bench.engine.rows import latest, read
+from serve.bench.engine.rows import draft_rates, latest, read
 from serve.bench.engine.tables import tables
 from serve.common import rows as plain
 from serve.common.rows import Row
@@ -187,15 +187,7 @@ def drafts() -> str:
 
 def drafts_gpu() -> str:
     """Drafts on a GPU that are right to a set degree, beside no drafts and beside vLLM's own model."""
-    rows = read(ENGINE / "h200-drafts.jsonl")
-    found = {
-        # By the median step: of forty, one that waits for something else weighs too much.
-        (row["provider"], row["case"]["requests"], row["case"]["right"]): row["case"]["requests"]
-        * row["tokens_per_step"]
-        / row["step"]["p50_ms"]
-        * 1e3
-        for row in latest(rows, "drafts").values()
-    }
+    found = draft_rates(read(ENGINE / "h200-drafts.jsonl"))
     cells = []
     for provider, requests, right in found:
         if provider != OURS or right is None:

@@ -63,6 +63,10 @@ def _additional(name: str) -> Callable[[VllmConfig], bool]:
     return lambda config: isinstance(config.additional_config, dict) and name in config.additional_config
 
 
+def _drafting_option(name: str) -> Callable[[VllmConfig], object]:
+    return lambda config: config.speculative_config and getattr(config.speculative_config, name)
+
+
 def _drafts() -> tuple[str, ...]:
     return DRAFTS if current_platform.is_cpu() else GPU_DRAFTS
 
@@ -118,10 +122,23 @@ REFUSALS = (
         "a step verifies no more tokens of a request than a block has, drafts included.",
         "Use fewer drafts than --block-size has tokens, or raise it.",
     ),
+    *(
+        Refusal(
+            f"--speculative-config ({option})",
+            _drafting_option(option),
+            f"{why}, which has not run with KDA state.",
+            "Drop it from --speculative-config.",
+        )
+        for option, why in (
+            ("parallel_drafting", "a drafter that is a model guesses several tokens at once"),
+            ("enable_adaptive_verification", "requests of one step then verify different numbers of drafts"),
+        )
+    ),
     Refusal(
         "--speculative-config with --pipeline-parallel-size",
         lambda config: config.speculative_config and config.parallel_config.pipeline_parallel_size > 1,
-        instead="Use --pipeline-parallel-size 1, or drop --speculative-config.",
+        "only the last stage knows which drafts were accepted, and slots of all stages fold those; this has not run.",
+        "Use --pipeline-parallel-size 1, or drop --speculative-config.",
     ),
     Refusal("--enable-lora", _set("lora_config")),
     # A prompt is cut into chunks where other requests leave room, and another cut is another rounding.

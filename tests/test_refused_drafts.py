@@ -33,7 +33,7 @@ def ngram(**options):
 def test_drafts_that_have_not_run_are_refused(cpu, method, stages, block, refused, monkeypatch):
     monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
     config = SimpleNamespace(
-        speculative_config=SimpleNamespace(method=method),
+        speculative_config=SimpleNamespace(method=method, parallel_drafting=False, enable_adaptive_verification=False),
         num_speculative_tokens=3,
         use_v2_model_runner=not cpu,
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
@@ -59,6 +59,16 @@ def test_other_drafters_are_refused_with_what_to_use(cpu, method, monkeypatch):
 def test_a_draft_model_of_the_same_vocabulary_is_refused_by_us():
     with pytest.raises(ValueError, match=r"--speculative-config \(method\): "):
         ngram(speculative_config={"method": "draft_model", "model": str(RECALL), "num_speculative_tokens": 2})
+
+
+@pytest.mark.parametrize("option", ["parallel_drafting", "enable_adaptive_verification"])
+def test_options_of_other_drafters_are_refused(option, monkeypatch):
+    config = ngram()
+    monkeypatch.setattr(config.speculative_config, option, True)
+    with pytest.raises(
+        ValueError, match=rf"^--speculative-config \({option}\): .* Drop it from --speculative-config\.$"
+    ):
+        refuse_unserved(config)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Scheduling itself is unchanged. Copies to and from host memory are sent with a s
 as not finite are ended or restarted; counters are sent with vLLM's own statistics.
 """
 
+import os
 import time
 from collections import Counter, deque
 from functools import partial
@@ -91,6 +92,7 @@ class _StateScheduling:
         scheduled, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
         logger.info("%s", capacity.table(scheduled.max_num_seqs, model.max_model_len))
         self._on_nonfinite = options.on_nonfinite
+        self._checked = os.environ.get("KIMI_VLLM_CHECK_MEMORY") == "1"
         self._steps: deque[tuple[SchedulerOutput, Step]] = deque()
         self._overrun: WeakSet[Request] = WeakSet()
         self._resumed: set[str] = set()
@@ -126,6 +128,9 @@ class _StateScheduling:
                 )
             if not (request := self.requests[new.req_id]).num_preemptions:
                 self._count_hit(request, new.num_computed_tokens)
+        if self._checked:
+            # What the step before gave back is gone, and what this one needs is taken.
+            self.check_memory()
         return output
 
     def update_from_output(

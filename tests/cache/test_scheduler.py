@@ -262,3 +262,16 @@ def test_the_scheduler_follows_the_final_configuration(asynchronous, expected, m
     monkeypatch.setattr(expected, "__init__", lambda self, *args, **kwargs: None)
     config = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=asynchronous))
     assert type(KimiScheduler(config)) is expected
+
+
+@pytest.mark.parametrize("asked", ["1", "0"])
+def test_a_block_without_an_owner_stops_an_engine_that_is_asked_to_look(monkeypatch, asked):
+    monkeypatch.setenv("KIMI_VLLM_CHECK_MEMORY", asked)
+    scheduler = our_scheduler(Memory(concurrency=4, blocks=1 + BLOCKS, state_blocks=STATE, step_tokens=256))
+    scheduler.add_request(make_request(scheduler, "one", list(range(3, 93)), 4))
+    scheduler.arena.free_block_queue.popleft()
+    if asked == "1":
+        with pytest.raises(AssertionError):
+            scheduler.schedule()
+    else:
+        assert scheduler.schedule().num_scheduled_tokens == {"one": 90}

@@ -56,12 +56,10 @@ def test_other_rows_make_other_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_other_rows_make_stale_pictures_until_they_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(pictures.ROWS.read_text() + "\n")
-    drawn = {tmp_path / path.name: name for path, name in pictures.DRAWN.items()}
-    for path in pictures.DRAWN:
+    drawn = {tmp_path / path.name: (tmp_path / rows.name, name) for path, (rows, name) in pictures.DRAWN.items()}
+    for path, (rows, _) in pictures.DRAWN.items():
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr(pictures, "ROWS", rows)
+        (tmp_path / rows.name).write_text(rows.read_text() + "\n")
     monkeypatch.setattr(pictures, "DRAWN", drawn)
     assert pictures.stale() == list(drawn)
     pictures.draw()

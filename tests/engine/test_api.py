@@ -20,7 +20,7 @@ import openai
 import pytest
 from openai import OpenAI
 from support.documents import PAGES, commands
-from support.engine import RECALL
+from support.engine import DRAFTS, RECALL
 from support.server import serving_process
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +190,7 @@ def test_stop_strings(server):
     assert kept.choices[0].text == text[: text.index("?") + 1]
 
 
+@pytest.mark.skipif(DRAFTS > 0, reason="steps that rest from drafts draw other random numbers, as the docs say")
 def test_a_seed_repeats_an_answer(server):
     texts = [server.long(40, temperature=1, seed=seed).choices[0].text for seed in (1, 1, 2, 3)]
     assert texts[0] == texts[1]
@@ -233,6 +234,7 @@ def tools(*, strict: bool) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "look_up", "parameters": SCHEMA, "strict": strict}}]
 
 
+@pytest.mark.skipif(DRAFTS > 0, reason="vLLM refuses logit_bias with drafts")
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", [{"type": "function", "function": {"name": "look_up"}}, "required"])
 def test_a_forced_tool_call(server, choice, stream):

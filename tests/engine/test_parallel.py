@@ -11,7 +11,7 @@ pytestmark = pytest.mark.engine
 SCRIPT = """
 import random, sys
 from serve.demo.recall_task import held_out_prompt
-from support.engine import RECALL
+from support.engine import DRAFTS, RECALL, ngram
 
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
@@ -19,6 +19,7 @@ if __name__ == "__main__":
     rng = random.Random(1)
     asked = [held_out_prompt(rng, rng.randint(1, 20)) for _ in range(40)]
     options = {"dtype": "float32", "max_num_seqs": 8, "max_model_len": 1024, "enforce_eager": True}
+    options |= {"speculative_config": ngram(DRAFTS)} if DRAFTS else {}
     llm = LLM(str(RECALL), tensor_parallel_size=2, **options)
     outputs = llm.generate([prompt for prompt, _ in asked], SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
     right = sum(output.outputs[0].text.strip() == answer for output, (_, answer) in zip(outputs, asked))

@@ -1,4 +1,4 @@
-"""Watches the memory of a running engine: who owns each block after every step, and NaN in what nobody owns."""
+"""Watches the memory of a running engine: NaN in what nobody owns."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from kimi_vllm.cache.arena import Kind
 
 
 class Watch:
-    """Checks in every step that each block has one owner, and spoils what is given back.
+    """Spoils what is given back.
 
     A block that nobody owns any more, whether it held tokens or a part of a state, is filled with NaN once the step in
     which it was given back is done. Whoever reads it, or is read from it, shows.
@@ -18,7 +18,6 @@ class Watch:
     def __init__(self, engine: Any) -> None:
         self._scheduler, self._slots, self.spoiled = engine.scheduler, engine.slots, 0
         self._owned: set[int] = set()
-        self._check_steps()
         if engine.llm.llm_engine.vllm_config.parallel_config.world_size == 1:
             self._spoil_after(engine)
 
@@ -28,17 +27,6 @@ class Watch:
         cached = {block for block, kind in enumerate(arena._kinds) if kind not in (Kind.CLEAN, Kind.STATE)}
         held = [blocks for slot, blocks in slots.backing.items() if slots.references(slot) or slots.holds(slot)]
         return cached.union(*held)
-
-    def _check_steps(self) -> None:
-        schedule = self._scheduler.schedule
-
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            # What the step before gave back is gone, and what this one needs is taken.
-            result = schedule(*args, **kwargs)
-            self._scheduler.check_memory()
-            return result
-
-        self._scheduler.schedule = checked
 
     def _spoil_after(self, engine: Any) -> None:
         worker = engine.worker

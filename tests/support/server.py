@@ -1,11 +1,13 @@
 """`vllm serve` as users start it, in processes of its own."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
 
 from serve.common.server import Server, free_port
+from support.engine import DRAFTS, ngram
 
 __all__ = ["free_port", "serving", "serving_process"]
 
@@ -18,7 +20,8 @@ SMALL = [
 
 def _server(checkpoint: Path, log: Path, *options: str, port: int = 0) -> Server:
     """Small unless `options` bring a ``--config``, which the command line would overrule."""
-    words = [*([] if "--config" in options else SMALL), *options]
+    drafts = ["--speculative-config", json.dumps(ngram(DRAFTS))] if DRAFTS else []
+    words = [*([] if "--config" in options else SMALL), *drafts, *options]
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     return Server(checkpoint, log, *words, name="recall", port=port, environment=environment)
 

@@ -1,10 +1,10 @@
-"""Pictures of the rows: step time against context, its parts, requests at once, latency under mixed load."""
+"""Pictures of the rows: step time against context, its parts, requests at once, drafts, latency under mixed load."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from serve.bench.engine.plan import IN_TREE, OURS
-from serve.bench.engine.rows import Row, latest
+from serve.bench.engine.rows import Row, draft_rates, latest
 from serve.bench.engine.tables import providers
 from serve.common.plots import log_ticks, panels, save, tidy
 from serve.common.tables import tokens
@@ -46,6 +46,16 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
         bars = {name: [found.get((name, prompt), 0) for prompt in prompts] for name in providers(some)}
         title, groups = f"Requests that run at once, {device}", [tokens(prompt) for prompt in prompts]
         written.append(_bars(folder / "concurrency.png", title, "requests", groups, bars, "tokens of the prompt"))
+    rates = draft_rates(rows)
+    if right := sorted({share for *_, share in rates if share is not None}):
+        at_once = max(requests for _, requests, share in rates if share is not None)
+        bars = {
+            name: [rates[name, at_once, share] for share in (None, *right)]
+            for name in dict.fromkeys(name for name, *_ in rates)
+            if all((name, at_once, share) in rates for share in (None, *right))
+        }
+        title, groups = f"{at_once} requests, n-gram drafts, {device}", ["none", *(f"{share:.0%}" for share in right)]
+        written.append(_bars(folder / "drafts.png", title, "tokens/s", groups, bars, "drafts that are right"))
     if some := list(latest(rows, "mixed").values()):
         bars = {row["provider"]: [row["itl"]["p50_ms"], row["itl"]["p99_ms"]] for row in some}
         case = some[-1]["case"]
@@ -85,7 +95,7 @@ def _bars(path: Path, title: str, y: str, groups: list[str], bars: dict[str, lis
     for index, (name, heights) in enumerate(bars.items()):
         places = [group + (index - (len(bars) - 1) / 2) * width for group in range(len(groups))]
         drawn = axes.bar(places, heights, width * 0.95, color=COLOURS.get(name, f"C{index + 2}"), label=name)
-        axes.bar_label(drawn, fmt="{:.4g}", fontsize=8)
+        axes.bar_label(drawn, fmt=lambda height: f"{height:,.0f}" if height >= 100 else f"{height:.4g}", fontsize=8)
     axes.set_xticks(range(len(groups)), groups)
     tidy(axes, title, x, y)
     axes.legend(frameon=False)
