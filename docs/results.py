@@ -199,6 +199,20 @@ def drafts_gpu() -> str:
     return table(["requests at once", "drafts right", OURS, "to no drafts", IN_TREE, "ratio"], cells)
 
 
+def drafts_row() -> str:
+    """One line of README about drafts."""
+    found = draft_rates(read(ENGINE / "h200-drafts.jsonl"))
+    cells = [
+        [
+            f"{right:.0%} of three right, 64 × 4K",
+            pair(found[OURS, 64, right], found[IN_TREE, 64, right], 0, more_is_better=True),
+            f"{found[OURS, 64, right] / found[OURS, 64, None]:.2f}×",
+        ]
+        for right in (0.8, 0.0)
+    ]
+    return table(["n-gram drafts, H200, FP8, tokens/s", "kimi-vllm / in-tree", "to no drafts"], cells)
+
+
 def windows() -> str:
     """The kernel of windows beside a step of one token and vLLM's sequence, without rows of a search."""
     times: dict[tuple[str, int], dict[str, float]] = {}

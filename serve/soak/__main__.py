@@ -98,8 +98,11 @@ def num_leaked(running: Engine) -> int:
     return int(running.slots.num_live + len(running.manager.req_to_blocks) + in_use)
 
 
-def soak(requests: int, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
+def soak(requests: int, seed: int = 0, progress: Progress | None = None, drafts: int = 0) -> dict[str, Any]:
     """Ask so many questions.
+
+    Args:
+        drafts: n-gram drafts a step, 0 for none.
 
     Returns:
         What happened. A wrong answer is one that the same question, asked alone of an engine that caches nothing and
@@ -113,7 +116,7 @@ def soak(requests: int, seed: int = 0, progress: Progress | None = None) -> dict
     progress = progress or Progress(disable=True)
     task = progress.add_task("asking", total=requests)
     started = time.perf_counter()
-    with engine(RECALL, **WITH_TEXT, **SHORTAGE) as running:
+    with engine(RECALL, **WITH_TEXT, **_short(drafts)) as running:
         vllm = running.llm.llm_engine
         while counts["requests"] < requests or asked:
             while counts["requests"] < requests and len(asked) < SEQUENCES + WAITING:
@@ -150,6 +153,11 @@ def soak(requests: int, seed: int = 0, progress: Progress | None = None) -> dict
     }
 
 
+def _short(drafts: int) -> dict[str, Any]:
+    ngram = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 4}
+    return SHORTAGE | ({"speculative_config": ngram} if drafts else {})
+
+
 def _count(counts: Counter[str], question: Question, output: Any) -> None:
     counts["finished"] += 1
     counts["long_answers"] += question.long
@@ -177,6 +185,7 @@ def _answer(running: Engine, question: Question) -> str:
 def main(
     requests: Annotated[int, typer.Option(min=1, help="Questions to ask.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Of questions and aborts.")] = 0,
+    drafts: Annotated[int, typer.Option(min=0, help="N-gram drafts a step; 0 for none.")] = 0,
     output: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Ask the tiny checkpoint many questions while slots, pages and memory are short, and check every answer.
@@ -186,12 +195,14 @@ def main(
     prepare(ENGINE)
     console = Console(highlight=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        counts = soak(requests, seed, progress)
+        counts = soak(requests, seed, progress, drafts)
     for name, value in counts.items():
         console.print(f"{name.replace('_', ' '):15} {value:>10,}")
     if output is not None:
-        command = f"python -m serve.soak --requests {requests} --seed {seed}"
-        save(output, {"bench": "soak", "command": command, "counts": counts, "engine": SHORTAGE}, "torch")
+        command = f"python -m serve.soak --requests {requests} --seed {seed}" + (
+            f" --drafts {drafts}" if drafts else ""
+        )
+        save(output, {"bench": "soak", "command": command, "counts": counts, "engine": _short(drafts)}, "torch")
     raise typer.Exit(1 if counts["wrong"] or counts["leaked"] else 0)
 
 

@@ -1,6 +1,7 @@
 """The soak of serve/soak, short: everything is scarce, nothing leaks, every answer is right."""
 
 import pytest
+from support.engine import DRAFTS
 
 from serve.soak import __main__ as soak
 
@@ -8,7 +9,7 @@ pytestmark = pytest.mark.engine
 
 
 def test_nothing_leaks_and_nothing_is_wrong():
-    counts = soak.soak(200, seed=1)
+    counts = soak.soak(200, seed=1, drafts=DRAFTS)
     assert counts["finished"] + counts["aborted"] == counts["requests"] == 200
     assert (counts["wrong"], counts["leaked"]) == (0, 0)
     for path in ("aborted", "evictions", "swaps_out", "swaps_in", "hits", "long_answers"):
