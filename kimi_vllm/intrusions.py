@@ -235,11 +235,12 @@ INTRUSIONS = (
         "vLLM's JIT warm-up takes sizes",
     ),
     Intrusion(
-        "swap the class of routers and experts, and the method of linear layers",
+        "swap the class of routers and of the methods of experts and linear layers; call a runner's reduction",
         (
             f"{_EXPERTS}.router.grouped_topk_router:GroupedTopKRouter._compute_routing",
-            f"{_EXPERTS}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod.__class__",
-            "vllm.model_executor.layers.linear:LinearBase.quant_method",
+            f"{_EXPERTS}.fused_moe_method_base:FusedMoEMethodBase.__class__",
+            f"{_EXPERTS}.runner.moe_runner:MoERunner._maybe_reduce_final_output",
+            "vllm.model_executor.layers.linear:LinearMethodBase.__class__",
         ),
         "They hold what vLLM has set up for a layer, and only one function of each shall change, for a few rows.",
         "kernels/NOTES.md: a decode step of the 48B model at batch 1 without it",

@@ -204,10 +204,10 @@ def test_no_placeholders_and_no_todo_without_a_link() -> None:
 def test_variables_of_vllm_exist_in_vllm() -> None:
     from vllm import envs
 
-    made_up = {"VLLM_NEW"}  # in a test of the ledger
+    others = {"VLLM_NEW", "VLLM_CUTLASS"}  # in a test of the ledger; a kind of experts
     texts = [path for path in tracked_files() if path.suffix in TEXT_SUFFIXES and path.is_file()]
     named = {name for path in texts for name in re.findall(r"\bVLLM_[A-Z0-9_]+\b", path.read_text())}
-    assert named - made_up <= {*envs.environment_variables}
+    assert named - others <= {*envs.environment_variables}
 
 
 def test_no_big_file_is_committed() -> None:
