@@ -181,7 +181,10 @@ def _one_group(router: Any) -> bool:
 
 
 def _alone(experts: RoutedExperts) -> bool:
-    """Whether this device has all experts of a layer, or a slice of each, in the checkpoint's layout."""
+    """Whether this device has all experts of a layer, or a slice of each, in the checkpoint's layout.
+
+    With several data-parallel ranks vLLM's method exchanges tokens inside of `apply`, without expert parallelism too.
+    """
     method: Any = experts.quant_method
     if type(method) is UnquantizedFusedMoEMethod:
         in_place = method.unquantized_backend == UnquantizedMoeBackend.TRITON
@@ -194,6 +197,7 @@ def _alone(experts: RoutedExperts) -> bool:
         and not experts.apply_router_weight_on_input
         and not method.moe.has_bias
         and not method.moe.moe_parallel_config.use_all2all_kernels
+        and method.moe.moe_parallel_config.dp_size == 1
     )
 
 

@@ -3,6 +3,7 @@
 And which experts our kernels take: those of layers that vLLM keeps as checkpoints lay them out, for few tokens.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.cutlass import (
 )
 from vllm.model_executor.kernels.linear.scaled_mm.marlin import MarlinFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -51,20 +53,29 @@ def test_each_kind_of_product_is_made_once(monkeypatch):
 class Method(UnquantizedFusedMoEMethod):
     """vLLM's method without the processes around it."""
 
-    def __init__(self, backend, all2all, bias):
+    def __init__(self, backend, parallel, bias):
         nn.Module.__init__(self)
         self.unquantized_backend = backend
-        parallel = SimpleNamespace(use_all2all_kernels=all2all)
         self.moe = SimpleNamespace(has_bias=bias, moe_parallel_config=parallel)
 
 
+ONE_DEVICE = FusedMoEParallelConfig.make_no_parallel()
+REPLICAS = dataclasses.replace(ONE_DEVICE, tp_size=2, dp_size=2)
+REPLICAS_WITH_EP = dataclasses.replace(ONE_DEVICE, ep_size=2, dp_size=2, use_ep=True)
+
+
 def experts(
-    *, backend=UnquantizedMoeBackend.TRITON, all2all=False, bias=False, activation=MoEActivation.SILU, mapped=False
+    *,
+    backend=UnquantizedMoeBackend.TRITON,
+    parallel=ONE_DEVICE,
+    bias=False,
+    activation=MoEActivation.SILU,
+    mapped=False,
 ):
     """A layer of three experts, two a token, 48 channels inside 96."""
     layer = RoutedExperts.__new__(RoutedExperts)
     nn.Module.__init__(layer)
-    layer.quant_method = Method(backend, all2all, bias)
+    layer.quant_method = Method(backend, parallel, bias)
     layer.quant_method.__class__ = UnquantizedFusedMoEMethod
     layer.activation, layer.apply_router_weight_on_input, layer.top_k = activation, False, 2
     layer._expert_map = torch.zeros(3, dtype=torch.int32) if mapped else None
@@ -84,12 +95,13 @@ def test_experts_are_taken_over():
     "unlike",
     [
         {"backend": UnquantizedMoeBackend.FLASHINFER_CUTLASS},
-        {"all2all": True},
+        {"parallel": REPLICAS},
+        {"parallel": REPLICAS_WITH_EP},
         {"bias": True},
         {"activation": MoEActivation.GELU},
         {"mapped": True},
     ],
-    ids=lambda unlike: next(iter(unlike)),
+    ids=["backend", "replicas", "replicas with EP", "bias", "activation", "mapped"],
 )
 def test_other_experts_are_left_to_vllm(unlike):
     layer = experts(**unlike)
@@ -165,7 +177,7 @@ class Fp8Experts(nn.Module):
     def __init__(self, backend, scales, block=None):
         super().__init__()
         self.fp8_backend = backend
-        self.moe = SimpleNamespace(has_bias=False, moe_parallel_config=SimpleNamespace(use_all2all_kernels=False))
+        self.moe = SimpleNamespace(has_bias=False, moe_parallel_config=ONE_DEVICE)
         self.moe_quant_config = SimpleNamespace(w1_scale=scales[0], w2_scale=scales[1], block_shape=block)
 
 
