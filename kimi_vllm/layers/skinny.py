@@ -151,12 +151,12 @@ class SkinnyRouter(GroupedTopKRouter):
 
 
 def _padding(rows: int) -> Tensor | None:
-    """Return which rows of a step are padding.
+    """Return which rows of a step are padding; None if vLLM does not say.
 
-    None with several data-parallel ranks, which pad to the largest step among them: so many rows on the same few
+    None also with several data-parallel ranks, which pad to the largest step among them: so many rows on the same few
     experts would wait for each other.
     """
-    context = get_forward_context() if is_forward_context_available() else None
+    context = get_forward_context() if envs.VLLM_MOE_SKIP_PADDING and is_forward_context_available() else None
     if context is None or context.is_padding is None or context.dp_metadata is not None:
         return None
     return context.is_padding[:rows] if len(context.is_padding) >= rows else None

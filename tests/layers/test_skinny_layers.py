@@ -300,6 +300,15 @@ class Mixture(nn.Module):
         return skinny.mixture(self.experts, (self.up, self.down), x, logits)
 
 
+def test_padding_is_not_read_where_vllm_does_not_write_it(monkeypatch):
+    # vLLM's second model runner sets all of it when it captures, and then leaves it so.
+    monkeypatch.setenv("VLLM_MOE_SKIP_PADDING", "0")
+    monkeypatch.setattr(skinny, "is_forward_context_available", lambda: True)
+    context = SimpleNamespace(is_padding=torch.ones(2, dtype=torch.bool), dp_metadata=None)
+    monkeypatch.setattr(skinny, "get_forward_context", lambda: context)
+    assert skinny._padding(2) is None
+
+
 @pytest.fixture
 def called(monkeypatch):
     """Calls of our kernels, which give zeros."""
