@@ -94,11 +94,12 @@ def mixture(runner: MoERunner, shared: tuple[Any, Any], x: Tensor, router_logits
     Returns:
         ``[M, hidden]``, summed over tensor-parallel ranks.
     """
+    if not _ours(runner) or x.stride(1) != 1:
+        return None
     experts, router = runner.routed_experts, runner.router
     weight = experts.w2_weight
     config = launch.skinny_experts(x.shape[0], *weight.shape[1:], weight.itemsize == 1)
-    ours = _taken(experts.quant_method) and type(router) is SkinnyRouter and runner.routed_scaling_factor == 1.0
-    if config is None or not ours or x.stride(1) != 1:
+    if config is None:
         return None
     from kimi_vllm.kernels.cuda.skinny_experts import SharedExpert, skinny_experts
 
@@ -117,6 +118,12 @@ def mixture(runner: MoERunner, shared: tuple[Any, Any], x: Tensor, router_logits
 
 def _taken(method: object) -> bool:
     return type(method).__module__ == __name__
+
+
+def _ours(runner: MoERunner) -> bool:
+    """Whether a layer's router and routed experts are both ours; if not, the weights can lie in any form of vLLM's."""
+    taken = _taken(runner.routed_experts.quant_method) and type(runner.router) is SkinnyRouter
+    return taken and bool(runner.routed_scaling_factor == 1.0)
 
 
 class SkinnyRouter(GroupedTopKRouter):
@@ -221,6 +228,8 @@ def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
     module: Any
     for module in model.modules():
         if hasattr(module, "few_rows"):
+            if not _ours(module.experts):
+                continue
             experts, bias = module.experts.routed_experts, module.experts.router.e_score_correction_bias
             runs = [
                 once(("mixture", kind), partial(module.few_rows, x, bias.new_zeros(len(x), len(bias))))

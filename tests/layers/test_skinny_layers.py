@@ -347,6 +347,25 @@ def test_other_mixtures_are_left_to_vllm(called, unlike, tokens):
     assert not called
 
 
+@pytest.mark.parametrize("weight", [torch.zeros(3, 2, 96, 24), object()], ids=["four dimensions", "no tensor"])
+def test_experts_in_forms_of_vllms_own_are_not_looked_at(called, weight):
+    layer = Mixture()
+    method = layer.experts.routed_experts.quant_method
+    method.__class__ = UnquantizedFusedMoEMethod
+    del layer.experts.routed_experts.w2_weight
+    layer.experts.routed_experts.w2_weight = weight
+    skinny.warm_up(layer, torch.bfloat16)
+    assert layer.few_rows(torch.zeros(2, 96), torch.zeros(2, 8)) is None
+    assert not called
+
+
+def test_with_another_router_only_routed_experts_are_compiled(called):
+    layer = Mixture()
+    layer.experts.router = SimpleNamespace()  # without biases, as vLLM's that simulates routing
+    skinny.warm_up(layer, torch.bfloat16)
+    assert [len(arguments) for arguments in called] == [7]
+
+
 def test_mixtures_are_compiled_once_and_routed_experts_not_besides(called):
     skinny.warm_up(nn.ModuleList([Mixture(), Mixture()]), torch.bfloat16)
     assert [len(x) for x, *_ in called] == [1]
