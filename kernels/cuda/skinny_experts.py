@@ -37,8 +37,9 @@ class SharedExpert:
     def like(self, w13: Tensor, w2: Tensor, scales: tuple[Scales, Scales] | None) -> bool:
         """Whether routed experts are of the same size, dtype and form."""
         own = [(each.block, each.strides) for each in self.scales or ()]
-        same = (self.w13.shape, self.w2.shape, self.w13.dtype) == (w13.shape[1:], w2.shape[1:], w13.dtype)
-        return same and own == [(each.block, each.strides) for each in scales or ()]
+        same = (self.w13.shape, self.w2.shape) == (w13.shape[1:], w2.shape[1:])
+        alike = (self.w13.dtype, self.w2.dtype) == (w13.dtype, w2.dtype)
+        return same and alike and own == [(each.block, each.strides) for each in scales or ()]
 
 
 @triton.jit(do_not_specialize_on_alignment=["logits_ptr", "padding_ptr", "weights_ptr", "ids_ptr"])

@@ -98,9 +98,10 @@ def test_a_shared_expert_is_one_more_of_weight_one(tokens, kind):
     [
         SharedExpert(torch.zeros(128, 96), torch.zeros(96, 32)),
         SharedExpert(torch.zeros(128, 96).bfloat16(), torch.zeros(96, 64).bfloat16()),
+        SharedExpert(torch.zeros(128, 96), torch.zeros(96, 64).bfloat16()),
         SharedExpert(torch.zeros(128, 96), torch.zeros(96, 64), (Scales(torch.ones(1, 1)), Scales(torch.ones(1, 1)))),
     ],
-    ids=["size", "dtype", "scales"],
+    ids=["size", "dtype", "dtype of one", "scales"],
 )
 def test_a_shared_expert_that_is_unlike_the_others_is_told_apart(other):
     assert not other.like(torch.zeros(7, 128, 96), torch.zeros(7, 96, 64), None)
