@@ -79,7 +79,8 @@ def skinny_experts_method(theirs: Any) -> Any:
 
             return skinny_experts(x, layer.w13_weight, weight, topk_weights, topk_ids, config, expert_scales(layer))
 
-    return SkinnyExperts
+    # vLLM's loader tells some formats of experts by the method's name, at reloads too.
+    return type(theirs.__name__, (SkinnyExperts,), {"__module__": __name__})
 
 
 def mixture(runner: MoERunner, shared: tuple[Any, Any], x: Tensor, router_logits: Tensor) -> Tensor | None:

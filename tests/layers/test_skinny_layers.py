@@ -207,6 +207,12 @@ def test_scales_of_experts_are_known_by_their_shapes(scales, block, strides):
     assert (found and tuple(each.strides for each in found)) == strides
 
 
+def test_a_method_keeps_its_name_which_vllms_loaders_of_experts_ask_for():
+    layer = fp8_experts()
+    skinny.install(nn.ModuleList([layer]))
+    assert layer.quant_method.__class__.__name__ == "Fp8Experts"
+
+
 def test_fp8_experts_are_taken_over():
     layer = fp8_experts()
     skinny.install(nn.ModuleList([layer, experts()]))
