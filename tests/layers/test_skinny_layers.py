@@ -256,6 +256,19 @@ def test_fp8_weights_in_blocks_are_found():
     assert (scales.block, scales.strides) == (32, (3, 1))
 
 
+def test_scales_of_blocks_go_by_either_name():
+    layer = fp8_linear(CutlassFp8BlockScaledMMKernel, (2, 3), block=[32, 32], transposed=False)
+    layer.weight_scale_inv = layer.weight_scale
+    del layer.weight_scale
+    assert fp8_weights.linear_weights(layer)[1].block == 32
+
+
+def test_a_kernel_is_found_in_a_scheme_too():
+    layer = fp8_linear(CutlassFP8ScaledMMLinearKernel, (48, 1))
+    layer.scheme, layer.quant_method = layer.quant_method, SimpleNamespace()  # as compressed-tensors has it
+    assert fp8_weights.linear_weights(layer)[0].shape == (48, 96)
+
+
 @pytest.mark.parametrize(
     "layer",
     [
