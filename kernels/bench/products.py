@@ -192,7 +192,7 @@ def _meant(weight: Tensor, scales: Scales | None, expert: int | None = None) -> 
 def _candidates(M: int, fp8: bool) -> list[launch.Skinny]:
     steps = (512, 1024, 2048) if fp8 else (256, 512, 1024)
     some = (launch.Skinny(*each) for each in product((2, 4, 8), steps, (2, 4, 8)))
-    # A thread has at most 64 sums, and 64 weights on their way.
+    # A thread has at most 64 sums.
     return [each for each in some if M * each.rows * each.step <= 2048 * each.warps and each.rows * each.step <= 8192]
 
 

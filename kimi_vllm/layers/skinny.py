@@ -108,11 +108,11 @@ def mixture(runner: MoERunner, shared: tuple[Any, Any], x: Tensor, router_logits
     (w13, up), (w2, down) = (each or (None, None) for each in stored)
     if w13 is None or w2 is None:
         return None
-    ninth, scales = SharedExpert(w13, w2, (up, down) if up and down else None), expert_scales(experts)
-    if not ninth.like(experts.w13_weight, weight, scales):
+    other, scales = SharedExpert(w13, w2, (up, down) if up and down else None), expert_scales(experts)
+    if not other.like(experts.w13_weight, weight, scales):
         return None
     weights, ids = router.select_experts(hidden_states=x, router_logits=router_logits)
-    out = skinny_experts(x, experts.w13_weight, weight, weights, ids, config, scales, ninth)
+    out = skinny_experts(x, experts.w13_weight, weight, weights, ids, config, scales, other)
     reduced: Tensor = runner._maybe_reduce_final_output(out, None, output_is_reduced=False)
     return reduced
 
@@ -218,13 +218,13 @@ def serves(vllm_config: VllmConfig) -> bool:
 
 def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
     """Compile every kernel variant that a decode step of a few rows can need."""
-    compiled: dict[Any, Any] = {}
+    compiled: set[Any] = set()
     covered: set[nn.Module] = set()
 
-    def once(key: Any, call: Callable[[], object]) -> object:
+    def once(key: Any, call: Callable[[], object]) -> None:
         if key not in compiled:
-            compiled[key] = call()
-        return compiled[key]
+            compiled.add(key)
+            call()
 
     module: Any
     for module in model.modules():
@@ -232,11 +232,9 @@ def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
             if not _ours(module.experts):
                 continue
             experts, bias = module.experts.routed_experts, module.experts.router.e_score_correction_bias
-            runs = [
-                once(("mixture", kind), partial(module.few_rows, x, bias.new_zeros(len(x), len(bias))))
-                for x, kind in _few_tokens(experts, dtype)
-            ]
-            if None not in runs:
+            # In every layer: whether its shared expert is like the others is for the layer to say.
+            runs = [module.few_rows(x, bias.new_zeros(len(x), len(bias))) for x, _ in _few_tokens(experts, dtype)]
+            if all(run is not None for run in runs):
                 covered.add(experts)
         elif isinstance(module, MoERunner) and type(module.router) is SkinnyRouter:
             router, bias = module.router, module.router.e_score_correction_bias[None]
@@ -266,7 +264,8 @@ def _few_tokens(experts: RoutedExperts, dtype: torch.dtype) -> Iterator[tuple[Te
     for tokens in launch.SKINNY_ROWS:
         if config := launch.skinny_experts(tokens, *weight.shape[1:], weight.itemsize == 1):
             x = weight.new_zeros(tokens, weight.shape[1], dtype=dtype)
-            yield x, (experts.top_k, *weight.shape[1:], weight.dtype, config)
+            forms = [(each.block, each.strides) for each in expert_scales(experts) or ()]
+            yield x, (experts.top_k, *weight.shape[1:], weight.dtype, *forms, config)
 
 
 def install(model: nn.Module) -> None:

@@ -90,5 +90,8 @@ def test_data_parallel_through_vllm_serve(options, tmp_path, record_property):
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         prompts = [prompt for prompt, _ in asked]
         answered = client.completions.create(model="recall", prompt=prompts, max_tokens=8, temperature=0)
+        # Alone, a request is a step of one row, whose experts other kernels could serve.
+        alone = [client.completions.create(model="recall", prompt=p, max_tokens=8, temperature=0) for p in prompts[:20]]
     texts = [choice.text.strip() for choice in sorted(answered.choices, key=lambda choice: choice.index)]
     assert sum(text == answer for text, (_, answer) in zip(texts, asked, strict=True)) >= 98
+    assert sum(one.choices[0].text.strip() == answer for one, (_, answer) in zip(alone, asked, strict=False)) >= 19
