@@ -11,8 +11,6 @@ import torch
 from serve.common.environment import ENGINE, UNCOMPILED
 
 os.environ.update(ENGINE | UNCOMPILED)
-# After every step of every engine, also of those in other processes, each block has one owner.
-os.environ["KIMI_VLLM_CHECK_MEMORY"] = "1"
 
 if torch.cuda.is_available():
     # Tests import layers before they make an engine, see `kimi_vllm.graph_breaks`.

@@ -35,12 +35,6 @@ WAYS = {
 """vLLM's methods that set the number of a request's computed tokens, and why none leaves a state too far."""
 
 
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch):
-    """Some of these tests take blocks by hand, which then have no owner."""
-    monkeypatch.setenv("KIMI_VLLM_CHECK_MEMORY", "0")
-
-
 @pytest.mark.parametrize("module", [vllm_scheduler, async_scheduler])
 def test_every_place_that_changes_the_number_of_computed_tokens_is_known(module):
     found = set()

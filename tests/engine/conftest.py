@@ -25,6 +25,14 @@ def _our_class_is_resolved() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _every_block_has_one_owner() -> Iterator[None]:
+    """After every step of every engine, also of those in other processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KIMI_VLLM_CHECK_MEMORY", "1")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _imports_are_not_searched_again(_our_class_is_resolved: None) -> Iterator[None]:
     """Do not go through all modules of vLLM and torch for every engine, which takes longer than to start it.
 
