@@ -256,7 +256,7 @@ REFUSALS = (
     Refusal(
         "--enable-return-routed-experts",
         _set("aux_output_config.enable_return_routed_experts"),
-        "for few tokens our routing kernel does not report the experts.",
+        "kimi-vllm's routing kernel does not report the experts.",
     ),
     Refusal(
         "--model-class-overrides",

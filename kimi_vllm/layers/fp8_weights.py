@@ -1,7 +1,7 @@
 """FP8 weights of a loaded layer, as our kernels for a few rows read them: by outputs and inputs, with their scales.
 
-vLLM's kernels rearrange what they load. Known here are those that leave rows and columns in place; whatever another
-one has made of the weights is left to it.
+Some of vLLM's kernels rearrange the weights that they load. Only those that are known to leave rows and columns in
+place are listed here; the weights of all others stay with vLLM's kernel.
 """
 
 from typing import Any

@@ -32,9 +32,17 @@ from kimi_vllm.layers.fp8_weights import expert_scales, linear_weights
 logger = init_logger(__name__)
 
 
+def _launch(rows: int, weight: Tensor) -> launch.Skinny | None:
+    return launch.skinny(rows, *weight.shape, weight.dtype == torch.float8_e4m3fn)
+
+
+def _experts_launch(tokens: int, w2: Tensor) -> launch.SkinnyExperts | None:
+    return launch.skinny_experts(tokens, *w2.shape[1:], w2.dtype == torch.float8_e4m3fn)
+
+
 def product(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, scales: Scales | None = None) -> Tensor | None:
     """``x @ (scales * weight).T`` in `dtype`, by default that of `x`; None if another implementation is faster."""
-    config = launch.skinny(x.shape[0], *weight.shape, weight.itemsize == 1)
+    config = _launch(x.shape[0], weight)
     if config is None or x.dim() != 2 or x.stride(1) != 1:
         return None
     from kimi_vllm.kernels.cuda.skinny import skinny_linear
@@ -71,7 +79,7 @@ def skinny_experts_method(theirs: Any) -> Any:
             `_alone` excludes kernels that also compute shared experts.
             """
             weight = layer.w2_weight
-            config = launch.skinny_experts(x.shape[0], *weight.shape[1:], weight.itemsize == 1)
+            config = _experts_launch(x.shape[0], weight)
             if config is None or x.stride(1) != 1:
                 out: Tensor = super().apply(layer, x, topk_weights, topk_ids, *shared, **named)
                 return out
@@ -99,7 +107,7 @@ def mixture(runner: MoERunner, shared: tuple[Any, Any], x: Tensor, router_logits
         return None
     experts, router = runner.routed_experts, runner.router
     weight = experts.w2_weight
-    config = launch.skinny_experts(x.shape[0], *weight.shape[1:], weight.itemsize == 1)
+    config = _experts_launch(x.shape[0], weight)
     if config is None:
         return None
     from kimi_vllm.kernels.cuda.skinny_experts import SharedExpert, skinny_experts
@@ -250,7 +258,7 @@ def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
             result = torch.float32 if isinstance(module, GateLinear) else dtype
             for rows in launch.SKINNY_ROWS:
                 x = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
-                launched = launch.skinny(rows, *weight.shape, weight.itemsize == 1)
+                launched = _launch(rows, weight)
                 block = scales.block if scales else None
                 once(
                     (rows, weight.shape[1], launched, weight.dtype, block, result),
@@ -262,7 +270,7 @@ def _few_tokens(experts: RoutedExperts, dtype: torch.dtype) -> Iterator[tuple[Te
     """Return inputs that between them meet all launch parameters for a layer's experts, with what tells them apart."""
     weight = experts.w2_weight
     for tokens in launch.SKINNY_ROWS:
-        if config := launch.skinny_experts(tokens, *weight.shape[1:], weight.itemsize == 1):
+        if config := _experts_launch(tokens, weight):
             x = weight.new_zeros(tokens, weight.shape[1], dtype=dtype)
             forms = [(each.block, each.strides) for each in expert_scales(experts) or ()]
             yield x, (experts.top_k, *weight.shape[1:], weight.dtype, *forms, config)
