@@ -3,6 +3,7 @@
 It runs in the process that parses the arguments, so wrong configs and options are refused before weights are read.
 """
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from kimi_vllm import cpu_quantization, patches
 from kimi_vllm.cache.drafting import both_lengths
+from kimi_vllm.cache.pacing import graph_sizes
 from kimi_vllm.geometry import GEOMETRY_ATTRIBUTE, GeometryError, KimiGeometry, geometry_of, stages_of
 from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions
@@ -74,6 +76,7 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         refuse_unserved(vllm_config)
         _split_compiled_graphs(vllm_config.compilation_config)
         _capture_steps_without_drafts(vllm_config, options)
+        _capture_steps_with_prompts(vllm_config, options)
         if current_platform.is_cpu():
             written = as_written(vars(vllm_config.model_config.hf_config))
             cpu_quantization.refuse_unserved(vllm_config, geometry_of(vllm_config.model_config), written)
@@ -129,6 +132,22 @@ def _capture_steps_without_drafts(vllm_config: VllmConfig, options: KimiOptions)
     if vllm_config.use_v2_model_runner and speculation.num_speculative_tokens_per_batch_size is None:
         lengths = both_lengths(scheduling.max_num_seqs, speculation.num_speculative_tokens)
         speculation.num_speculative_tokens_per_batch_size = lengths
+
+
+def _capture_steps_with_prompts(vllm_config: VllmConfig, options: KimiOptions) -> None:
+    """Have vLLM capture CUDA graphs of short steps with prompts too, unless the user chose sizes."""
+    compilation, scheduling = vllm_config.compilation_config, vllm_config.scheduler_config
+    chosen = compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size
+    # Several GPUs would capture all-reduces of sizes that none of our runs has captured.
+    if current_platform.is_cpu() or chosen != (None, None) or vllm_config.parallel_config.world_size > 1:
+        return
+    default = copy.copy(vllm_config)
+    default.compilation_config = copy.deepcopy(compilation)
+    default._set_cudagraph_sizes()
+    sizes = default.compilation_config.cudagraph_capture_sizes
+    most = min(options.short_step(scheduling, on_cpu=False), scheduling.max_num_batched_tokens)
+    if sizes and (more := graph_sizes(sizes[-1], most)):
+        compilation.cudagraph_capture_sizes = [*sizes, *more]
 
 
 def _refuse_device() -> None:

@@ -148,6 +148,24 @@ INTRUSIONS = (
         "a model may declare its block size, and a plugin hooks around a step",
     ),
     Intrusion(
+        "set the limits of a step while it is scheduled",
+        (f"{_SCHEDULER}.max_num_scheduled_tokens", f"{_SCHEDULER_CONFIG}.long_prefill_token_threshold"),
+        "Requests that decode wait for all prompt tokens of their step, up to --max-num-batched-tokens.",
+        "tests/cache/test_pacing.py fails without them",
+        "vLLM limits the prompt tokens of steps in which others decode",
+    ),
+    Intrusion(
+        "ask vLLM for its sizes of CUDA graphs, and add those of short steps with prompts",
+        (
+            "vllm.config.vllm:VllmConfig._set_cudagraph_sizes",
+            "vllm.config.vllm:VllmConfig.compilation_config",
+            "vllm.config.compilation:CompilationConfig.cudagraph_capture_sizes",
+        ),
+        "vLLM captures up to 512 tokens; a step of more waits for its launches, not for the GPU.",
+        "python -m serve.bench.engine run --measure mixed, with kimi.mixed_step_tokens and without",
+        "vLLM captures graphs of larger steps by default, or takes sizes in addition to its own",
+    ),
+    Intrusion(
         "add KDA and MLA to the operators that split compiled graphs",
         (
             "vllm.config.compilation:CompilationConfig.splitting_ops",

@@ -30,6 +30,7 @@ from kimi_vllm.cache.contagion import Access, Step, spread
 from kimi_vllm.cache.drafting import Drafting, both_lengths
 from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, STATS, Sick
 from kimi_vllm.cache.manager import KDAStateManager
+from kimi_vllm.cache.pacing import paced
 from kimi_vllm.options import KimiOptions
 
 logger = init_logger("vllm.kimi_vllm")
@@ -91,6 +92,7 @@ class _StateScheduling:
         capacity = Capacity(self.arena.num_gpu_blocks, spec.block_size, spec.state_blocks)
         scheduled, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
         logger.info("%s", capacity.table(scheduled.max_num_seqs, model.max_model_len))
+        self._short_step = options.short_step(scheduled, on_cpu=current_platform.is_cpu())
         self._on_nonfinite = options.on_nonfinite
         self._checked = os.environ.get("KIMI_VLLM_CHECK_MEMORY") == "1"
         self._steps: deque[tuple[SchedulerOutput, Step]] = deque()
@@ -102,6 +104,10 @@ class _StateScheduling:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step, and attach the copies to make before it."""
+        with paced(self, self._short_step):
+            return self._schedule(*args, **kwargs)
+
+    def _schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         # With steps in flight, more may be computed than is known.
         left = sum([more for r in self.running if (more := r.num_tokens - r.num_computed_tokens) > 0])
         self._states.expect(left, self.max_num_scheduled_tokens)

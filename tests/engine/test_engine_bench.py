@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 def test_every_measurement_leaves_a_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     few = ["--contexts", "128,4K", "--steps", "4", "--prompts", "4K", "--prefills", "128", "--arrivals", "2"]
-    few += ["--draft-requests", "1", *(f"--measure={name}" for name in MEASUREMENTS + ON_REQUEST)]
+    few += ["--beside", "96", "--draft-requests", "1", *(f"--measure={name}" for name in MEASUREMENTS + ON_REQUEST)]
     command = [sys.executable, "-m", "serve.bench.engine", "run", "--json", str(path), *few]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,8 +35,9 @@ def test_every_measurement_leaves_a_row(tmp_path):
         assert row["steps_with_all_requests"] == "5/5"
     # 299 blocks of 64 tokens hold three prompts of 4K, their states and what they grow by.
     assert (ours["concurrency", 4096]["running"], ours["concurrency", 4096]["limited_by"]) == (3, "memory")
-    mixed = next(row for row in rows if row["bench"] == "mixed")
-    assert (mixed["running_decoders"], mixed["answered"], mixed["preemptions"]) == (4, 2, 0)
+    mixed = [row for row in rows if row["bench"] == "mixed"]
+    assert [row["mixed_step_tokens"] for row in mixed] == [0, 96]
+    assert {(row["running_decoders"], row["answered"], row["preemptions"]) for row in mixed} == {(4, 2, 0)}
     assert ours["drafts", 1, 256, 0, None]["tokens_per_step"] == 1
     assert ours["prefill", 128]["context"] == "real"
     assert ours["prefill", 128]["tokens_per_s"] > 0

@@ -45,6 +45,10 @@ class Engine(common.Engine):
     """
 
     def __init__(self, checkpoint: Path | str, **options: Any) -> None:
+        from vllm.compilation.monitor import set_cudagraph_capturing_enabled
+
+        # vLLM's first model runner leaves it off in its process, and the second does not switch it on again.
+        set_cudagraph_capturing_enabled(True)
         super().__init__(checkpoint, **options)
         self.watch = Watch(self) if hasattr(self.scheduler, "check_memory") else None
 

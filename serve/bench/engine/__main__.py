@@ -68,7 +68,7 @@ def _loads(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 READ = {
-    **dict.fromkeys(("contexts", "prompts", "prefills", "draft_requests"), _numbers),
+    **dict.fromkeys(("contexts", "prompts", "prefills", "draft_requests", "beside"), _numbers),
     "loads": _loads,
 }
 """How options are read that are lists in a plan; the others are what they are there."""
@@ -81,7 +81,7 @@ def run(
     variant: Annotated[list[str], typer.Option(help="ours, in-tree; repeat for both.")] = [*PROVIDERS],  # noqa: B006
     measure: Annotated[
         list[str],
-        typer.Option(help="Some of ready, tpot, concurrency, mixed, prefill, throughput, and drafts; repeat."),
+        typer.Option(help="Some of routing, ready, tpot, concurrency, mixed, prefill, throughput, and drafts; repeat."),
     ] = [*MEASUREMENTS],  # noqa: B006
     json: Annotated[Path, typer.Option(help="Append one JSON line per point to this file.")] = RESULTS / "engine.jsonl",
     load_format: Annotated[str, typer.Option(help="dummy: no weights are read, random ones are drawn; or auto.")] = (
@@ -95,6 +95,10 @@ def run(
     decoders: Annotated[int | None, typer.Option(help="mixed: requests that decode.")] = None,
     arrivals: Annotated[int | None, typer.Option(help="mixed: prompts that arrive.")] = None,
     every_s: Annotated[float | None, typer.Option(help="mixed: seconds between them.")] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(help="mixed, ours: further limits of a step with prompts beside decodes, such as 1K,2K."),
+    ] = None,
     prefills: Annotated[str | None, typer.Option(help="prefill: tokens of the prompts.")] = None,
     loads: Annotated[
         str | None, typer.Option(help="throughput: requests x prompt + output, such as 64x4K+128,256x1K+128.")

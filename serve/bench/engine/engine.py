@@ -26,6 +26,7 @@ class BenchEngine(Engine):
         drafts: tokens drafted for a request at each step.
         state_itemsize: bytes of an element of KDA's recurrent state.
         seen_steps: kind and seconds of the steps that answered the engine's first requests.
+        paces: whether the scheduler limits the prompt tokens of a step in which others decode.
         in_process: whether the worker is in this process; with several GPUs each has a process of its own.
     """
 
@@ -55,6 +56,7 @@ class BenchEngine(Engine):
         self.state_itemsize = int(served["state_itemsize"])
         filled = self.make_noise()
         self.drafts = int(self.config.num_speculative_tokens)
+        self.paces = hasattr(self.scheduler, "_short_step")
         self.max_running = int(self.scheduler.max_num_running_reqs)
         self.max_model_len = int(self.config.model_config.max_model_len)
         self.facts = {

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from kimi_vllm.sizing import weight_format
-from serve.bench.engine import workers
+from serve.bench.engine import routing, workers
 from serve.bench.engine.engine import BenchEngine
 from serve.bench.engine.floor import floor_ms, peak_tbps, step_bytes
 from serve.bench.engine.plan import Plan
@@ -20,6 +20,11 @@ Point = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
 
 def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
     """All points of a plan, those that matter most first; what an engine does once it is ready comes before all."""
+    moe = plan.geometry().moe
+    if "routing" in plan.measurements and moe is not None and cuda:
+        share = moe.num_experts_per_token / moe.num_experts
+        case = {"context": plan.contexts[0], "batch": plan.batch_cap}
+        yield "routing", case, lambda: spread_routing(engine, plan, moe.num_experts, share)
     if "ready" in plan.measurements:
         for run in ("first", "second"):
             yield "ready", {"prompts": plan.ready_prompts, "run": run}, lambda: ready(engine, plan)
@@ -35,6 +40,8 @@ def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
     if "mixed" in plan.measurements:
         case = {"decoders": plan.decoders, "context": plan.decoder_context, "prompt": plan.arrival}
         yield "mixed", case, lambda: mixed(engine, plan)
+        for limit in plan.beside if engine.paces else ():
+            yield "mixed", case | {"beside": limit}, lambda b=limit: mixed(engine, plan, b)
     if "prefill" in plan.measurements:
         for prompt in plan.prefills:
             yield "prefill", {"prompt": prompt}, lambda p=prompt: prefill(engine, plan, p)
@@ -47,6 +54,27 @@ def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
             for share in plan.draft_shares if engine.drafts else (None,):
                 case = {"requests": requests, "context": plan.draft_context, "drafts": engine.drafts, "right": share}
                 yield "drafts", case, lambda r=requests, s=share: drafts(engine, plan, r, s)
+
+
+def spread_routing(engine: BenchEngine, plan: Plan, experts: int, share: float) -> dict[str, Any]:
+    """Balance the routers' biases, for all that follows; how many experts a layer reads before and after."""
+    names = engine.fill(plan.contexts[0], min(plan.batch_cap, engine.max_running), len(routing.RATES) + 16)
+    engine.step()
+    engine.make_noise()
+    engine.on_workers(routing.start)
+    try:
+        for rate in (0.0, 0.0, *routing.RATES, 0.0, 0.0, 0.0):
+            engine.on_workers(partial(routing.balance, rate=rate))
+            engine.step()
+    finally:
+        [read, *_] = engine.on_workers(routing.stop)
+    return {
+        "context": "synthetic",
+        "requests": len(names),
+        "experts_read_before": read[0],
+        "experts_read": read[-1],
+        "experts_read_if_uniform": round(experts * (1 - (1 - share) ** len(names)), 2),
+    }
 
 
 def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool) -> dict[str, Any]:
@@ -155,8 +183,13 @@ def concurrency(engine: BenchEngine, prompt: int) -> dict[str, Any]:
     }
 
 
-def mixed(engine: BenchEngine, plan: Plan) -> dict[str, Any]:
-    """What decoding requests feel of prompts that arrive, and how long those wait for their first token."""
+def mixed(engine: BenchEngine, plan: Plan, beside: int | None = None) -> dict[str, Any]:
+    """What decoding requests feel of prompts that arrive, and how long those wait for their first token.
+
+    `beside` limits the tokens of a step with prompts and decodes, from here on; None leaves the limit as it is.
+    """
+    if beside is not None:
+        engine.scheduler._short_step = beside
     deadline = time.perf_counter() + 3 * plan.budget_s
     _first_token(engine, plan.arrival, deadline)  # compiles what a step of this shape needs
     engine.clear()
@@ -192,6 +225,7 @@ def mixed(engine: BenchEngine, plan: Plan) -> dict[str, Any]:
         "every_s": plan.every_s,
         "seconds": round(time.perf_counter() - started, 3),
         "max_num_batched_tokens": engine.facts["max_num_batched_tokens"],
+        "mixed_step_tokens": engine.scheduler._short_step if engine.paces else 0,
         "preemptions": engine.num_preemptions - preempted,
     }
 

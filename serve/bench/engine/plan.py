@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from kimi_vllm.geometry import KimiGeometry
 
 OURS, IN_TREE = "kimi-vllm", "in-tree"
-MEASUREMENTS = ("ready", "tpot", "concurrency", "mixed", "prefill", "throughput")
+MEASUREMENTS = ("routing", "ready", "tpot", "concurrency", "mixed", "prefill", "throughput")
 ON_REQUEST = ("drafts",)
 
 
@@ -39,6 +39,8 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     # arrivals, every_s: how many prompts, and the seconds between two
     arrivals: int = 6
     every_s: float = 0.75
+    # mixed, ours, after the engine's own: limits of a step with prompts in which others decode; 0 for none
+    beside: tuple[int, ...] = ()
     prefills: tuple[int, ...] = (4096, 8192, 32768, 131072)  # prompts whose time to the first token is measured
     # requests that come at once, tokens of each prompt, and tokens of each answer
     loads: tuple[tuple[int, int, int], ...] = ((64, 4096, 128), (256, 1024, 128), (24, 32768, 64))

@@ -48,15 +48,17 @@ def summarise(kernels: Iterable[Kernel], steps: int, wall_ms: float) -> dict[str
 
     Returns:
         ``gpu_ms`` by category; ``kernel_sum_ms``; ``busy_ms``, in which streams that overlap count once; ``gaps_ms``,
-        the rest of the wall time; ``kernels`` per step; and the largest of those that belong to no category.
+        the rest of the wall time; ``kernels`` per step; the largest of them, and of those that belong to no category.
     """
     some = sorted(kernels, key=lambda kernel: kernel.start_us)
     by_category = dict.fromkeys([*(category for category, _ in CATEGORIES), "other"], 0.0)
     unknown: dict[str, float] = {}
+    named: dict[str, float] = {}
     busy, end = 0.0, float("-inf")
     for kernel in some:
         category = categorise(kernel.name)
         by_category[category] += kernel.duration_us
+        named[kernel.name] = named.get(kernel.name, 0.0) + kernel.duration_us
         if category == "other":
             unknown[kernel.name] = unknown.get(kernel.name, 0.0) + kernel.duration_us
         until = kernel.start_us + kernel.duration_us
@@ -71,10 +73,14 @@ def summarise(kernels: Iterable[Kernel], steps: int, wall_ms: float) -> dict[str
         "gaps_ms": round(wall_ms - busy_ms, 4),
         "kernels": round(len(some) / steps, 1),
         "steps": steps,
-        "other_kernels_ms": {
-            name[:120]: round(time / per_step, 4)
-            for name, time in sorted(unknown.items(), key=lambda item: -item[1])[:10]
-        },
+        "kernels_ms": _largest(named, 24, per_step),
+        "other_kernels_ms": _largest(unknown, 10, per_step),
+    }
+
+
+def _largest(times: dict[str, float], count: int, per_step: float) -> dict[str, float]:
+    return {
+        name[:120]: round(time / per_step, 4) for name, time in sorted(times.items(), key=lambda item: -item[1])[:count]
     }
 
 

@@ -118,7 +118,8 @@ def _mixed_table(rows: Sequence[Row]) -> ResultTable:
     cells = [
         [
             f"{row['provider']}, {row['running_decoders']} requests of {tokens(row['case']['context'])}, "
-            f"prompts of {tokens(row['case']['prompt'])}",
+            f"prompts of {tokens(row['case']['prompt'])}"
+            + (f", {tokens(limit)} a step" if (limit := row.get("mixed_step_tokens")) else ""),
             *(f"{row['itl'][share]:.2f}" for share in ("p50_ms", "p99_ms")),
             f"{row['itl_undisturbed']['p50_ms']:.2f}",
             f"{row['ttft']['p50_ms']:.1f}",
