@@ -22,6 +22,7 @@ _K = 1024
 _SUMMARY = {
     "Decode, batch 1, 4K context, ms/token": ("tpot", {"context": 4 * _K, "batch": "1"}),
     "Decode, batch 1, 128K context, ms/token": ("tpot", {"context": 128 * _K, "batch": "1"}),
+    "TTFT, 1K prompt, ms": ("prefill", {"prompt": _K}),
     "TTFT, 8K prompt, ms": ("prefill", {"prompt": 8 * _K}),
     "p99 ITL, batch 64 at 4K, 8K prompts arrive, ms": (
         "mixed",

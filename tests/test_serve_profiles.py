@@ -52,12 +52,12 @@ INTENDED: dict[str, dict[str, Any]] = {
         "max_num_seqs": 384,
         "max_model_len": 32768,
         "max_num_batched_tokens": 16384,
+        "additional_config": {"kimi": {"mixed_step_tokens": 0}},
         "shutdown_timeout": 120,
     },
     "latency": {
         "max_num_seqs": 8,
         "max_model_len": 131072,
-        "max_num_batched_tokens": 2048,
         "performance_mode": "interactivity",
         "shutdown_timeout": 60,
     },
