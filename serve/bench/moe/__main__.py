@@ -33,8 +33,9 @@ DROP = 1.5
 """How many times the best time so far ends a configuration after its first repetition."""
 FINALISTS = 3
 ROUNDS = 3
-TOLERANCE = 1e-2
-"""Of a difference's norm relative to the output's. bfloat16 rounds each of three steps to 2⁻⁹."""
+TOLERANCE, FP8_TOLERANCE = 1e-2, 3e-2
+"""Of a difference's norm relative to the output's. bfloat16 rounds each of three steps to 2⁻⁹; where that moves an
+activation to the next value of FP8, it moves by 2⁻⁴."""
 GAIN = 1.01
 """How many times faster than the default a configuration must be to replace it."""
 
@@ -64,6 +65,7 @@ def search(layer: "Layer", tokens: int, configs: list[Config], row: Callable[...
 
     routings = 4 if tokens <= 512 else 2
     run = layer.calls(tokens, routings)
+    tolerance = FP8_TOLERANCE if layer.experts.fp8 else TOLERANCE
     default = configs[0]
     times: dict[int, float] = {}
     for index, config in enumerate(configs):
@@ -87,7 +89,7 @@ def search(layer: "Layer", tokens: int, configs: list[Config], row: Callable[...
     for index in sorted(final, key=final.__getitem__):
         error = difference(run, configs[index], reference)
         row(tokens, configs[index], "final", us=round(final[index], 2), default=index == 0, difference=error)
-        if not chosen and error <= TOLERANCE and final[index] * GAIN <= final[0]:
+        if not chosen and error <= tolerance and final[index] * GAIN <= final[0]:
             chosen = index
     return configs[chosen], final[chosen], final[0]
 
@@ -95,6 +97,8 @@ def search(layer: "Layer", tokens: int, configs: list[Config], row: Callable[...
 @app.command(help=__doc__)
 def tune(
     model: Annotated[Path, typer.Option(help="Folder with a config.json.", exists=True, file_okay=False)] = LARGE,
+    fp8: Annotated[bool, typer.Option(help="Weights as with --quantization fp8, not in bfloat16.")] = False,
+    ranks: Annotated[int, typer.Option(help="GPUs that share each expert: --tensor-parallel-size.", min=1)] = 1,
     tokens: Annotated[str, typer.Option(help="Tokens of the batches. vLLM launches what the nearest has.")] = TOKENS,
     output: Annotated[Path, typer.Option(help="Folder of the file, whose name vLLM gives.", file_okay=False)] = ROOT
     / "kimi_vllm"
@@ -106,14 +110,14 @@ def tune(
     """Time configurations per number of tokens, write the best."""
     prepare({"VLLM_LOGGING_LEVEL": "WARNING"})
     counts = sorted({int(word) for word in tokens.split(",")})
-    experts = Experts.of_model(model)
+    experts = Experts.of_model(model, ranks, fp8=fp8)
     started = time.perf_counter()
     from serve.bench.moe.layer import Layer, compile_all  # which import vLLM
 
     plan = {}
     for count in counts:
         default = vllm_default(experts, count)
-        plan[count] = [default, *(config for config in candidates(count) if config != default)]
+        plan[count] = [default, *(config for config in candidates(count, fp8=fp8) if config != default)]
     path = output / file_name(experts)
     console.print(f"{experts}\nvLLM imported after {time.perf_counter() - started:.0f} s")
     number, failures = compile_all(experts, plan, workers, compile_s)

@@ -4,9 +4,11 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import override_config
+from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
 from serve.bench.moe.space import Config, Experts, variants
@@ -23,6 +25,10 @@ class Layer:
         hidden, inner = experts.hidden, experts.intermediate
         self.w13 = self._normal(self.stored, 2 * inner, hidden, scale=hidden**-0.5)
         self.w2 = self._normal(self.stored, hidden, inner, scale=inner**-0.5)
+        self.quantised: dict[str, Any] = {}
+        if experts.fp8:
+            (self.w13, up), (self.w2, down) = _in_fp8(self.w13), _in_fp8(self.w2)
+            self.quantised = {"quant_config": fp8_w8a8_moe_quant_config(up, down)}
 
     def _normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         filled = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
@@ -40,11 +46,25 @@ class Layer:
         def run(config: Config) -> list[torch.Tensor]:
             with override_config(dict(config)):
                 return [
-                    fused_experts(hidden, self.w13, self.w2, weights, ids, global_num_experts=self.experts.number)
+                    fused_experts(
+                        *(hidden, self.w13, self.w2, weights, ids),
+                        global_num_experts=self.experts.number,
+                        **self.quantised,
+                    )
                     for weights, ids in drawn
                 ]
 
         return run
+
+
+def _in_fp8(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights of experts in FP8, and the scale of each expert."""
+    most = torch.finfo(torch.float8_e4m3fn).max
+    scales = weights.abs().amax(dim=(1, 2)).float() / most
+    stored = torch.empty_like(weights, dtype=torch.float8_e4m3fn)
+    for one, part, scale in zip(stored, weights, scales, strict=True):  # no second copy of all experts in float32
+        one.copy_(part / scale)
+    return stored, scales
 
 
 _layer: Layer | None = None

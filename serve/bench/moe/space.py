@@ -15,35 +15,50 @@ Config = dict[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The routed experts of a sparse layer."""
+    """The routed experts of a sparse layer, as one of several GPUs holds them.
+
+    Attributes:
+        fp8: Weights in FP8 with a scale per expert, activations quantised as they come (``--quantization fp8``); else
+            both in bfloat16.
+    """
 
     number: int
     per_token: int
     hidden: int
     intermediate: int
+    fp8: bool = False
 
     @classmethod
-    def of_model(cls, folder: Path) -> "Experts":
+    def of_model(cls, folder: Path, ranks: int = 1, *, fp8: bool = False) -> "Experts":
         """From a folder with a config.json.
 
+        Args:
+            ranks: GPUs over which each expert is split (``--tensor-parallel-size``).
+
         Raises:
-            GeometryError: not a model of ours, see `KimiGeometry.from_config`.
+            GeometryError: not a model of ours, see `KimiGeometry.from_config`; or its experts cannot be split so.
         """
         geometry = KimiGeometry.from_config(json.loads((folder / "config.json").read_text()))
         if geometry.moe is None:
             raise GeometryError(f"{folder}: all its layers are dense.")
         moe = geometry.moe
-        return cls(moe.num_experts, moe.num_experts_per_token, geometry.hidden_size, moe.intermediate_size)
+        if moe.intermediate_size % ranks:
+            raise GeometryError(f"{folder}: experts of {moe.intermediate_size} channels on {ranks} GPUs.")
+        inner = moe.intermediate_size // ranks
+        return cls(moe.num_experts, moe.num_experts_per_token, geometry.hidden_size, inner, fp8)
 
 
-def shared_memory(config: Config) -> int:
+def shared_memory(config: Config, *, fp8: bool = False) -> int:
     """Bytes of the tiles in flight."""
     m, n, k = (config[f"BLOCK_SIZE_{axis}"] for axis in "MNK")
-    return 2 * config["num_stages"] * k * (m + n)
+    return (1 if fp8 else 2) * config["num_stages"] * k * (m + n)
 
 
-def candidates(tokens: int) -> list[Config]:
-    """Configurations worth a try for so many tokens, by how many of them meet in an expert."""
+def candidates(tokens: int, *, fp8: bool = False) -> list[Config]:
+    """Configurations worth a try for so many tokens, by how many of them meet in an expert.
+
+    In FP8 tiles are twice as deep, which are as many bytes.
+    """
     grids: list[tuple[tuple[int, ...], ...]]  # rows, columns, depth, group, warps, stages
     if tokens <= 64:
         grids = [((16,), (32,), (64, 128, 256), (1,), (4,), (3, 4, 5))]
@@ -60,15 +75,19 @@ def candidates(tokens: int) -> list[Config]:
         grids += [((32,), (128,), (64,), (1,), (4,), (3, 4))]
     keys = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
     configs = [dict(zip(keys, values, strict=True)) for grid in grids for values in product(*grid)]
-    return [config for config in configs if shared_memory(config) <= SHARED_MEMORY]
+    if fp8:
+        deeper = [config | {"BLOCK_SIZE_K": min(256, 2 * config["BLOCK_SIZE_K"])} for config in configs]
+        configs = [config for index, config in enumerate(deeper) if config not in deeper[:index]]
+    return [config for config in configs if shared_memory(config, fp8=fp8) <= SHARED_MEMORY]
 
 
 def vllm_default(experts: Experts, tokens: int) -> Config:
     """What vLLM launches without a file."""
     from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
 
+    kind = _kind(experts)
     default = get_default_config(
-        tokens, experts.number, experts.intermediate, experts.hidden, experts.per_token, None, None
+        tokens, experts.number, experts.intermediate, experts.hidden, experts.per_token, kind, None
     )
     return {key: value for key, value in default.items() if key != "SPLIT_K"}  # which the launch sets to 1
 
@@ -87,14 +106,22 @@ def variants(experts: Experts, tokens: list[int]) -> dict[int, int]:
     return of
 
 
-def file_name(experts: Experts) -> str:
-    """Name of the file that vLLM looks for, on the present GPU and for weights in bfloat16."""
+def _kind(experts: Experts) -> str | None:
+    """Return what vLLM calls the format of these weights."""
     import torch
-    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, fp8_w8a8_moe_quant_config
+
+    scale = torch.ones(1)
+    config = fp8_w8a8_moe_quant_config(scale, scale) if experts.fp8 else FUSED_MOE_UNQUANTIZED_CONFIG
+    name: str | None = config.config_name(torch.bfloat16)
+    return name
+
+
+def file_name(experts: Experts) -> str:
+    """Name of the file that vLLM looks for on the present GPU."""
     from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
-    dtype = FUSED_MOE_UNQUANTIZED_CONFIG.config_name(torch.bfloat16)
-    return str(get_config_file_name(experts.number, experts.intermediate, dtype))
+    return str(get_config_file_name(experts.number, experts.intermediate, _kind(experts)))
 
 
 def write(path: Path, chosen: dict[int, Config]) -> None:
