@@ -1,7 +1,7 @@
 """Options of vLLM that change what a step holds or how a prefix is found: answers stay right with all at once."""
 
 import pytest
-from support.engine import RECALL, engine, random_prompts
+from support.engine import DRAFTS, RECALL, engine, random_prompts
 from support.oracle import Oracle
 
 pytestmark = pytest.mark.engine
@@ -47,3 +47,26 @@ def test_options_of_the_scheduler_all_at_once():
             [output] = running.llm.generate({"prompt_embeds": embedding[prompts[3]]}, sampling, use_tqdm=False)
             running.check_idle()
             assert list(output.outputs[0].token_ids) == cold[3].tokens
+
+
+def test_short_steps_beside_decodes():
+    oracle = Oracle(RECALL)
+    prompts = random_prompts([5, 400, 130, 300], 100, seed=22)
+    mixed = {"additional_config": {"kimi": {"mixed_step_tokens": 24}}}
+    sizes = []
+    with engine(RECALL, **mixed, max_num_batched_tokens=64, enable_prefix_caching=True) as running:
+        schedule = running.scheduler.schedule
+
+        def noted(*args, **kwargs):
+            decodes = any(not request.is_prefill_chunk for request in running.scheduler.running)
+            output = schedule(*args, **kwargs)
+            sizes.append((decodes, sum(output.num_scheduled_tokens.values())))
+            return output
+
+        running.scheduler.schedule = noted
+        for completion in running.complete(prompts, max_tokens=30):
+            oracle.check(completion)
+    assert max(size for decodes, size in sizes if not decodes) == 64
+    beside = [size for decodes, size in sizes if decodes]
+    assert max(beside) <= 24 + 3 * DRAFTS
+    assert beside.count(max(beside)) > 20
