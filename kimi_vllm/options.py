@@ -49,6 +49,13 @@ class KimiOptions(BaseModel):
         description="Host memory per worker, in GiB, for the states of evicted checkpoints and preempted requests. 0 "
         "recomputes them. KV cache blocks are not offloaded; evicted ones are recomputed.",
     )
+    session_dir: str | None = Field(
+        default=None,
+        description='An existing folder for named sessions. A request with `kv_transfer_params` `{"save": NAME}` keeps '
+        'its state and KV cache there when it ends; one with `{"load": NAME}` whose prompt begins with the session\'s '
+        "tokens goes on behind them. Files are those of one model, its weights, dtypes, block size, drafts and tensor "
+        "parallel size; any other, or a broken one, is a miss, and the prompt is computed.",
+    )
     on_nonfinite: Literal["abort", "resume"] = Field(
         default="abort",
         description="What happens to a request whose state becomes NaN or infinite: `abort` ends it with an error, "

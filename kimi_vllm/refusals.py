@@ -6,6 +6,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 import torch
 from vllm import envs
@@ -16,6 +18,9 @@ from kimi_vllm import ARCHITECTURE, nccl
 from kimi_vllm.cache.window import window_of
 from kimi_vllm.kernels.contract import MAX_WINDOW
 from kimi_vllm.options import KimiOptions
+
+SESSIONS = "kimi_vllm.cache.sessions"
+"""The module of the only connector that is served, which nobody names but our config hook."""
 
 DRAFTS, GPU_DRAFTS = ("ngram",), ("ngram", "ngram_gpu")
 """Methods of speculative decoding that have run, on CPUs and on GPUs."""
@@ -73,6 +78,14 @@ def _drafts() -> tuple[str, ...]:
 
 def _longer_than_kernels_take(device: str) -> Callable[[VllmConfig], bool]:
     return lambda config: current_platform.is_cpu() == (device == "cpu") and window_of(config) > MAX_WINDOW[device]
+
+
+def _sessions(config: VllmConfig) -> Any:
+    return KimiOptions.of(config).session_dir
+
+
+def _is_ours(config: VllmConfig) -> bool:
+    return bool(config.kv_transfer_config.kv_connector_module_path == SESSIONS)
 
 
 _MAMBA_UNSET = (None, "none", "auto")
@@ -147,7 +160,24 @@ REFUSALS = (
     Refusal("--prefill-context-parallel-size", _above_one("parallel_config.prefill_context_parallel_size")),
     Refusal("--enable-dbo", _set("parallel_config.enable_dbo"), _HALVES),
     Refusal("--ubatch-size", _above_one("parallel_config.ubatch_size"), _HALVES),
-    Refusal("--kv-transfer-config", _set("kv_transfer_config")),
+    Refusal(
+        "--kv-transfer-config",
+        lambda config: config.kv_transfer_config and not (_sessions(config) and _is_ours(config)),
+        "vLLM's connectors move blocks of one shared pool, and KDA state is not in it.",
+        "Drop it; kimi.session_dir in --additional-config keeps sessions on disk.",
+    ),
+    Refusal(
+        "kimi.session_dir",
+        lambda config: _sessions(config) and not Path(_sessions(config)).is_dir(),
+        "there is no such folder.",
+        "Create it.",
+    ),
+    Refusal(
+        "kimi.session_dir with --pipeline-parallel-size",
+        lambda config: _sessions(config) and config.parallel_config.pipeline_parallel_size > 1,
+        "which stage has what of a session has not run.",
+        "Drop one of them.",
+    ),
     Refusal(
         "--kv-offloading-size",
         _set("cache_config.kv_offloading_size", None),

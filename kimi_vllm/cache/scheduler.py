@@ -30,6 +30,7 @@ from kimi_vllm.cache.contagion import Access, Step, spread
 from kimi_vllm.cache.drafting import Drafting, both_lengths
 from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, STATS, Sick
 from kimi_vllm.cache.manager import KDAStateManager
+from kimi_vllm.cache.sessions import SessionConnector
 from kimi_vllm.options import KimiOptions
 
 logger = init_logger("vllm.kimi_vllm")
@@ -52,6 +53,7 @@ class _StateScheduling:
     running: list[Request]
     max_num_scheduled_tokens: int
     finish_requests: Any
+    connector: Any
     prev_step_scheduled_req_ids: set[str]
     _free_request_blocks: Any
     deferred_frees: deque[tuple[int, list[KVCacheBlock]]]
@@ -183,6 +185,8 @@ class _StateScheduling:
         now["swap_bytes"] = (now["swaps_out"] + now["swaps_in"]) * self._state_bytes
         now["page_evictions"] = self.arena.page_evictions
         now["value_lost"] += pool.host.value_lost
+        if isinstance(self.connector, SessionConnector):
+            now += self.connector.counts
         changes = now - self._sent
         self._sent = now
         gauges = {

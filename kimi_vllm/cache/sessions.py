@@ -1,0 +1,165 @@
+"""Sessions on disk: a request's pages and state, saved when it ends and loaded by a later one, after a restart too.
+
+A connector of our own, because vLLM's move blocks of one shared pool by id and know nothing of slots. A request says
+what it wants in ``kv_transfer_params``: ``{"save": NAME}``, ``{"load": NAME}``, or both. What is saved is after all
+computed tokens, wherever in a block they end, and who loads it computes the tokens that follow.
+
+This is the scheduler's half, with what vLLM's factory makes for both; the workers' is `session_worker.py`. Files are
+read and written in threads, between steps the blocks concerned are held. A load that fails is reported to vLLM, which
+computes the prompt; a save that fails leaves no file.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.request import RequestStatus
+
+from kimi_vllm.cache.manager import KDAStateSpec
+from kimi_vllm.cache.session_files import SessionError, check_name, digest, file_of, read_tokens
+from kimi_vllm.cache.session_worker import Job, Jobs, Report, SessionWorker
+from kimi_vllm.cache.slots import NULL_SLOT
+from kimi_vllm.options import KimiOptions
+
+logger = init_logger("vllm.kimi_vllm")
+
+_ENDED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
+    """Both halves; vLLM makes one for the scheduler and one for each worker.
+
+    Attributes:
+        counts: In the scheduler: sessions_resumed, sessions_missed, sessions_saved and sessions_unsaved so far.
+    """
+
+    _cache_hit_source = CacheHitSource.DISK
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)
+        SessionWorker.__init__(self, vllm_config)
+        folder = KimiOptions.of(vllm_config).session_dir
+        assert folder is not None  # without, this is not configured
+        self._folder = Path(folder)
+        self._size: int = vllm_config.parallel_config.world_size
+        self._block_size: int = vllm_config.cache_config.block_size
+        groups = kv_cache_config.kv_cache_groups
+        [self._states] = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, KDAStateSpec)]
+        [self._pages] = [i for i in range(len(groups)) if i != self._states]
+        self._planned = Jobs()
+        self._matched: dict[str, list[int]] = {}
+        self._missed: set[str] = set()
+        # Requests that ended, to the files that are being written.
+        self._saving: dict[str, Path] = {}
+        self._unsaved: set[str] = set()
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a request that loses its blocks as it ends is not saved."""
+        return False
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens more than the prefix cache a session has; None while it is being written."""
+        asked = _asked(request, "load")
+        if asked is None or request.request_id in self._missed:
+            return 0, False
+        try:
+            path = self._file(asked, request)
+            if path in self._saving.values():
+                return None, False
+            if (tokens := self._matched.get(request.request_id)) is None:
+                tokens = self._matched[request.request_id] = read_tokens(path)
+                count = len(tokens)
+                if not count or request.all_token_ids[:count] != tokens:
+                    raise SessionError("its tokens are no prefix of the prompt.")
+                if count >= request.num_tokens:
+                    raise SessionError("its tokens are the whole prompt: the next token comes of one more.")
+        except SessionError as error:
+            self._missed.add(request.request_id)
+            self.counts["sessions_missed"] += 1
+            logger.warning("Session %s: %s The prompt is computed.", asked, error)
+            return 0, False
+        more = max(0, len(tokens) - num_computed_tokens)
+        return more, more > 0
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Plan a load into the blocks that were allocated for it."""
+        if not num_external_tokens:
+            return
+        asked, tokens = str(_asked(request, "load")), self._matched[request.request_id]
+        ids, first = blocks.get_block_ids(), (len(tokens) - num_external_tokens) // self._block_size
+        self._planned.loads.append(
+            Job(
+                request.request_id,
+                asked,
+                request.cache_salt,
+                digest(torch.tensor(tokens)),
+                len(tokens),
+                ids[self._states][(len(tokens) - 1) // self._block_size],
+                ids[self._pages][: cdiv(len(tokens), self._block_size)],
+                first,
+            )
+        )
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Plan a save of a request that came to its end; its blocks are held until it is done."""
+        name = request.request_id
+        self._matched.pop(name, None)
+        self._missed.discard(name)
+        asked = _asked(request, "save")
+        if asked is None or request.status not in _ENDED:
+            return False, None
+        # Drafts may have counted beyond an answer's end: nobody folds their records.
+        count = min(request.num_computed_tokens, request.num_tokens)
+        pages = block_ids[self._pages][: cdiv(count, self._block_size)]
+        # A request that could not leave its slot at a boundary has taken it along.
+        after = block_ids[self._states][max(0, count - 1) // self._block_size :]
+        slot = next((slot for slot in after if slot != NULL_SLOT), NULL_SLOT)
+        try:
+            path = self._file(asked, request)
+            if slot == NULL_SLOT or not pages:
+                raise SessionError("the request was preempted as it ended.")
+        except SessionError as error:
+            self.counts["sessions_unsaved"] += 1
+            logger.warning("Session %s: %s It is not saved.", asked, error)
+            return False, {"error": f"Session {asked}: {error} It is not saved."}
+        tokens = torch.tensor(request.all_token_ids[:count])
+        self._planned.saves.append(Job(name, asked, request.cache_salt, digest(tokens), count, slot, pages, 0, tokens))
+        self._saving[name] = path
+        return True, {"save": asked, "tokens": count}
+
+    def build_connector_meta(self, scheduler_output: Any) -> Jobs:
+        """What was planned since the last step."""
+        planned, self._planned = self._planned, Jobs()
+        return planned
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Count what workers have done."""
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, Report):
+            self._unsaved |= report.unsaved
+        for name in connector_output.finished_sending or ():
+            del self._saving[name]
+            self.counts["sessions_unsaved" if name in self._unsaved else "sessions_saved"] += 1
+            self._unsaved.discard(name)
+        for name in connector_output.finished_recving or ():
+            failed = name in connector_output.failed_recving
+            self.counts["sessions_missed" if failed else "sessions_resumed"] += 1
+            if failed and name in self._matched:  # and not aborted meanwhile
+                self._missed.add(name)
+
+    def _file(self, asked: object, request: Any) -> Path:
+        return file_of(self._folder, check_name(asked), request.cache_salt, 0, self._size)
+
+
+def _asked(request: Any, what: str) -> object:
+    """The name that a request gives for saving or loading; None if it gives none."""
+    return (request.kv_transfer_params or {}).get(what)
