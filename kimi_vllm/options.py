@@ -51,10 +51,8 @@ class KimiOptions(BaseModel):
     )
     session_dir: str | None = Field(
         default=None,
-        description='An existing folder for named sessions. A request with `kv_transfer_params` `{"save": NAME}` keeps '
-        'its state and KV cache there when it ends; one with `{"load": NAME}` whose prompt begins with the session\'s '
-        "tokens goes on behind them. Files are those of one model, its weights, dtypes, block size, drafts and tensor "
-        "parallel size; any other, or a broken one, is a miss, and the prompt is computed.",
+        description="An existing folder for [named sessions](sessions.md): a request saves its state and KV cache, and "
+        "a later one, after a restart too, goes on where it ended.",
     )
     on_nonfinite: Literal["abort", "resume"] = Field(
         default="abort",

@@ -124,7 +124,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         after = block_ids[self._states][max(0, count - 1) // self._block_size :]
         slot = next((slot for slot in after if slot != NULL_SLOT), NULL_SLOT)
         try:
-            path = self._file(asked, request)
+            session = check_name(asked)
             if slot == NULL_SLOT or not pages:
                 raise SessionError("the request was preempted as it ended.")
         except SessionError as error:
@@ -132,9 +132,11 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             logger.warning("Session %s: %s It is not saved.", asked, error)
             return False, {"error": f"Session {asked}: {error} It is not saved."}
         tokens = torch.tensor(request.all_token_ids[:count])
-        self._planned.saves.append(Job(name, asked, request.cache_salt, digest(tokens), count, slot, pages, 0, tokens))
-        self._saving[name] = path
-        return True, {"save": asked, "tokens": count}
+        self._planned.saves.append(
+            Job(name, session, request.cache_salt, digest(tokens), count, slot, pages, 0, tokens)
+        )
+        self._saving[name] = self._file(session, request)
+        return True, {"save": session, "tokens": count}
 
     def build_connector_meta(self, scheduler_output: Any) -> Jobs:
         """What was planned since the last step."""

@@ -29,10 +29,14 @@ def test_names(name):
     assert check_name(name) == name
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", ".a", "a/b", "../a", "/etc/passwd", "a\\b", "a b", "a\n", "ä", "a\0", "A" * 129, "a@b", "a~0of2", 5, None, ["a"], b"a"]
-)  # fmt: skip
+@pytest.mark.parametrize("name", ["", ".", "..", ".a", "a/b", "../a", "/etc/passwd", "a\\b", "a b", "a\n", "ä", "a\0"])
 def test_what_is_no_name(name):
+    with pytest.raises(SessionError, match="is no name of a session: 1 to 128 of"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["A" * 129, "a@b", "a~0of2", 5, None, ["a"], b"a"])
+def test_what_is_no_name_either(name):
     with pytest.raises(SessionError, match="is no name of a session: 1 to 128 of"):
         check_name(name)
 

@@ -53,7 +53,8 @@ def log(caplog, monkeypatch):
     """What the plugin logs."""
     logger = logging.getLogger("vllm")
     monkeypatch.setattr(logger, "propagate", caplog.handler not in logger.handlers)
-    return caplog
+    with caplog.at_level(logging.WARNING, logger="vllm.kimi_vllm"):
+        yield caplog
 
 
 def settle(running):
@@ -112,7 +113,9 @@ def test_a_session_has_the_records_of_its_window(tmp_path, drafts):
     onward = save(tmp_path, prompts, names, kimi=kimi, **more)
     with engine(RECALL, **options(tmp_path, kimi=kimi, **more)) as running:
         done = ask(running, onward, names, "load")
-        assert [one.cached for one in done] == [len(prompt) + ANSWER - 1 for prompt in prompts]
+        # With the last token, where drafts behind it were right.
+        ends = [one.cached - len(prompt) - ANSWER for one, prompt in zip(done, prompts, strict=True)]
+        assert {*ends} <= {-1, 0}
         check_cold(running, done)
     with engine(RECALL, **options(tmp_path, kimi=kimi, speculative_config=ngram(drafts + 1))) as running:
         done = ask(running, onward, names, "load", max_tokens=8)
