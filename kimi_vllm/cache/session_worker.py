@@ -52,7 +52,7 @@ class Job:
     tokens: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Jobs(KVConnectorMetadata):
     """What workers are told with a step."""
 
@@ -60,7 +60,7 @@ class Jobs(KVConnectorMetadata):
     saves: list[Job] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Report(KVConnectorWorkerMetadata):
     """What workers tell beside what is done: the requests whose sessions could not be saved."""
 
@@ -78,7 +78,8 @@ class SessionWorker:
     _pool: StatePool
     _model: nn.Module
 
-    def __init__(self, vllm_config: Any) -> None:
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]
         self._config = vllm_config
         self._parallel = vllm_config.parallel_config
         self._jobs = Jobs()

@@ -41,8 +41,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
     _cache_hit_source = CacheHitSource.DISK
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        KVConnectorBase_V1.__init__(self, vllm_config, role, kv_cache_config)
-        SessionWorker.__init__(self, vllm_config)
+        super().__init__(vllm_config, role, kv_cache_config)
         folder = KimiOptions.of(vllm_config).session_dir
         assert folder is not None  # without, this is not configured
         self._folder = Path(folder)

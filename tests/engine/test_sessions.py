@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.engine import DRAFTS, RECALL, check_cold, completion, engine, ngram, random_prompts
+from support.engine import RECALL, STATE_BLOCKS, check_cold, completion, engine, ngram, random_prompts
 
 pytestmark = pytest.mark.engine
 
@@ -41,6 +41,12 @@ def ask(running, prompts, names, what, max_tokens=ANSWER, salt=None):
     outputs = running.llm.generate(inputs, sampling, use_tqdm=False)
     settle(running)
     return [completion(output) for output in outputs]
+
+
+def check_ends(done, lengths):
+    """All tokens were resumed, the last one too where drafts behind it were right."""
+    ends = {one.cached - length - ANSWER for one, length in zip(done, lengths, strict=True)}
+    assert ends <= {-1, 0}
 
 
 def counts(running):
@@ -85,7 +91,7 @@ HOW = {
     "batched": {},
     "chunked": {"max_num_batched_tokens": 37},
     "not cached": {"enable_prefix_caching": False},
-    "few blocks": {"num_gpu_blocks_override": 45, "max_model_len": 512},
+    "few blocks": {"num_gpu_blocks_override": 5 * STATE_BLOCKS + 5},
 }
 
 
@@ -93,9 +99,9 @@ HOW = {
 def test_a_session_goes_on_in_another_engine(saved, how):
     folder, names, prompts = saved
     with engine(RECALL, **options(folder, **HOW[how])) as running:
-        done = ask(running, prompts, names, "load", max_tokens=70 if how == "few blocks" else 20)
+        done = ask(running, prompts, names, "load", max_tokens=150 if how == "few blocks" else 20)
         if how != "few blocks":
-            assert [one.cached for one in done] == [length + ANSWER - 1 for length in LENGTHS]
+            check_ends(done, LENGTHS)
         else:
             assert running.num_preemptions
         assert counts(running)["sessions_resumed"] >= len(names)
@@ -113,9 +119,7 @@ def test_a_session_has_the_records_of_its_window(tmp_path, drafts):
     onward = save(tmp_path, prompts, names, kimi=kimi, **more)
     with engine(RECALL, **options(tmp_path, kimi=kimi, **more)) as running:
         done = ask(running, onward, names, "load")
-        # With the last token, where drafts behind it were right.
-        ends = [one.cached - len(prompt) - ANSWER for one, prompt in zip(done, prompts, strict=True)]
-        assert {*ends} <= {-1, 0}
+        check_ends(done, [len(prompt) for prompt in prompts])
         check_cold(running, done)
     with engine(RECALL, **options(tmp_path, kimi=kimi, speculative_config=ngram(drafts + 1))) as running:
         done = ask(running, onward, names, "load", max_tokens=8)
@@ -289,7 +293,3 @@ def test_an_aborted_load_and_an_aborted_save_leave_nothing(saved):
             running.llm.llm_engine.abort_request([f"{steps}-{name}" for name in names])
             settle(running)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-
-
-def test_drafts_of_the_whole_run_are_on_both_sides():
-    assert DRAFTS in (0, 3)
