@@ -1,8 +1,11 @@
 """Sessions on disk: what one engine saved, another resumes at the same token; what is broken is computed."""
 
 import logging
+import os
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -270,6 +273,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, log, monkeypatch):
         assert counts(running)["sessions_unsaved"] == 2
         monkeypatch.undo()
         assert list(tmp_path.iterdir()) == []
+        assert first.kv_transfer_params["save"] == "a"
         check_cold(running, done)
         ask(running, [prompt], ["a"], "save")
         assert counts(running)["sessions_saved"] == 1
@@ -293,3 +297,76 @@ def test_an_aborted_load_and_an_aborted_save_leave_nothing(saved):
             running.llm.llm_engine.abort_request([f"{steps}-{name}" for name in names])
             settle(running)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_session_that_is_being_written_is_waited_for(tmp_path, log):
+    """Saved and loaded without a step between: the load asks for what is not on disk yet."""
+    from vllm import SamplingParams, TokensPrompt
+
+    [prompt] = random_prompts([70], 100)
+    save_it = {"kv_transfer_params": {"save": "a"}}
+    with engine(RECALL, **options(tmp_path)) as running:
+        sampling = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False)
+        sampling.extra_args = save_it
+        [first] = running.llm.generate([TokensPrompt(prompt_token_ids=prompt)], [sampling], use_tqdm=False)
+        assert list(tmp_path.iterdir()) == []
+        assert first.kv_transfer_params["save"] == "a"
+        done = ask(running, [prompt + list(first.outputs[0].token_ids) + [7, 8]], ["a"], "load")
+        check_ends(done, [70])
+        assert log.messages == []
+        check_cold(running, done)
+
+
+TWO_WORKERS = """
+import sys, time
+from pathlib import Path
+from support.engine import RECALL, random_prompts
+
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    folder, what, *broken = sys.argv[1:]
+    options = {"dtype": "float32", "max_num_seqs": 8, "max_model_len": 1024, "enforce_eager": True}
+    llm = LLM(str(RECALL), tensor_parallel_size=2, additional_config={"kimi": {"session_dir": folder}}, **options)
+    [prompt] = random_prompts([90], 100)
+
+    def ask(prompt, params):
+        sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, extra_args={"kv_transfer_params": params})
+        [output] = llm.generate([TokensPrompt(prompt_token_ids=prompt)], sampling, use_tqdm=False)
+        return list(output.outputs[0].token_ids), output.num_cached_tokens
+
+    tokens, _ = ask(prompt, {"save": "a"} if what == "save" else {})
+    while what == "save" and len([*Path(folder).glob("a~?of2.safetensors")]) < 2:
+        time.sleep(0.1)
+    llm.reset_prefix_cache()
+    onward = prompt + tokens + [7, 8, 9]
+    cold, _ = ask(onward, {})
+    llm.reset_prefix_cache()
+    resumed, cached = ask(onward, {"load": "a"})
+    print("EQUAL", resumed == cold, "CACHED", cached)
+"""
+
+
+def test_two_workers_resume_together_or_not_at_all(tmp_path):
+    script = tmp_path / "two_workers.py"
+    script.write_text(TWO_WORKERS)
+    folder = tmp_path / "sessions"
+    folder.mkdir()
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": "tests:."}
+
+    def run(what):
+        done = subprocess.run(
+            [sys.executable, str(script), str(folder), what],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert "EQUAL" in done.stdout, done.stderr[-4000:]
+        return done.stdout
+
+    assert "EQUAL True CACHED 109" in run("save")
+    assert sorted(path.name for path in folder.iterdir()) == ["a~0of2.safetensors", "a~1of2.safetensors"]
+    flip(folder / "a~1of2.safetensors", -5)
+    assert "EQUAL True CACHED 0" in run("load")
