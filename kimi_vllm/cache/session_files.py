@@ -1,21 +1,26 @@
 """Files of sessions: safetensors, whose metadata are a fingerprint and a checksum of every part.
 
 A file is written under a temporary name and renamed when it is on disk, so one that has its name is whole. What is
-read is believed only if its fingerprint is the expected one and every part has its checksum. Knows neither vLLM nor
-states.
+read is believed only if its fingerprint is the expected one and every part has its checksum. safetensors itself maps a
+file into memory, and a file that is truncated meanwhile would end the process; here files are read. Knows neither vLLM
+nor states.
 """
 
 import hashlib
+import json
 import os
-import re
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from kimi_vllm.cache.session_folder import SessionError, scratch
 
 FORMAT = "1"
 """Of what is in a file; part of its fingerprint."""
@@ -23,62 +28,75 @@ FORMAT = "1"
 TOKENS = "tokens"
 """The part that every file has: the tokens after which it goes on, int64."""
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _CHECKSUM = "sha256 of "
+_DTYPES = {"I64": torch.int64, "U8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LONGEST_HEADER = 2**20
 
 
-class SessionError(Exception):
-    """A session that cannot be saved or resumed. The message goes on after "Session NAME: "."""
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of its parts.
 
-
-def check_name(name: object) -> str:
-    """The name of a session, as a request gives it.
-
-    Raises:
-        SessionError: It is something else, such as a path.
+    Attributes:
+        fingerprint: What it was written with.
+        checksums: By part.
+        parts: By part, its dtype, its shape and the place of its first byte.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise SessionError("this is no name of a session: 1 to 128 of A-Z a-z 0-9 . _ -, not . first.")
-    return name
 
+    fingerprint: dict[str, str]
+    checksums: dict[str, str]
+    parts: dict[str, tuple[torch.dtype, list[int], int]]
 
-def salted(salt: str | None) -> str:
-    """What stands for a cache salt in names and fingerprints; empty for none."""
-    return hashlib.sha256(salt.encode()).hexdigest()[:32] if salt else ""
-
-
-def file_of(folder: Path, name: str, salt: str | None, rank: int, size: int) -> Path:
-    """Where a rank of so many keeps a session. ``@`` and ``~`` are in no name."""
-    tenant, part = f"@{salted(salt)}" if salt else "", f"~{rank}of{size}" if size > 1 else ""
-    return folder / f"{name}{tenant}{part}.safetensors"
+    @property
+    def num_tokens(self) -> int:
+        """After how many tokens the session goes on."""
+        return prod(self.parts[TOKENS][1])
 
 
 def digest(part: Tensor) -> str:
     """Checksum of a tensor on the CPU."""
-    return hashlib.sha256(part.contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(_bytes(part)).hexdigest()
 
 
 def write(path: Path, parts: Mapping[str, Tensor], fingerprint: Mapping[str, str]) -> None:
     """Put a session in the place of what was there, or leave that.
 
+    Args:
+        parts: On the CPU, int64 or uint8.
+
     Raises:
         SessionError: The folder is full, or cannot be written.
     """
-    scratch = None
+    checksums = {_CHECKSUM + name: digest(part) for name, part in parts.items()}
+    header: dict[str, Any] = {"__metadata__": {**fingerprint, **checksums}}
+    end = 0
+    for name, part in parts.items():
+        start, end = end, end + part.nbytes
+        header[name] = {"dtype": _NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that parts are aligned
     try:
-        handle, scratch = tempfile.mkstemp(".part", ".", path.parent)  # for its owner only
-        os.close(handle)
-        save_file(dict(parts), scratch, {**fingerprint, **{_CHECKSUM + name: digest(x) for name, x in parts.items()}})
-        os.chmod(scratch, 0o600)
-        _sync(scratch)
-        os.rename(scratch, path)
-        scratch = None
+        with scratch(path.parent) as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for part in parts.values():
+                file.write(_bytes(part))
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(file.name, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise SessionError(f"it cannot be written: {error}.") from error
-    finally:
-        if scratch is not None:
-            Path(scratch).unlink(missing_ok=True)
+
+
+def read_header(path: Path) -> Header:
+    """What a session is of; its parts are not read, and not checked.
+
+    Raises:
+        SessionError: There is no such file, or it is broken.
+    """
+    with _opened(path) as file:
+        return _header(file)
 
 
 def read_tokens(path: Path) -> list[int]:
@@ -87,7 +105,8 @@ def read_tokens(path: Path) -> list[int]:
     Raises:
         SessionError: There is no such file, or it is broken.
     """
-    return _read(path, None)[TOKENS].tolist()  # type: ignore[no-any-return]
+    with _opened(path) as file:
+        return _part(file, _header(file), TOKENS).tolist()  # type: ignore[no-any-return]
 
 
 def read(path: Path, fingerprint: Mapping[str, str], tokens: str) -> dict[str, Tensor]:
@@ -101,43 +120,75 @@ def read(path: Path, fingerprint: Mapping[str, str], tokens: str) -> dict[str, T
         SessionError: There is no such file, it is broken, was written by another model or for other sizes, or has been
             replaced by one of other tokens.
     """
-    parts = _read(path, fingerprint)
-    if digest(parts[TOKENS]) != tokens:
-        raise SessionError("it has been replaced by one of other tokens.")
-    return parts
+    with _opened(path) as file:
+        header = _header(file)
+        keys = sorted(header.fingerprint.keys() | fingerprint.keys())
+        if other := [key for key in keys if header.fingerprint.get(key) != fingerprint.get(key)]:
+            raise SessionError(f"its {', '.join(other)} differ from this engine's.")
+        if header.checksums[TOKENS] != tokens:
+            raise SessionError("it has been replaced by one of other tokens.")
+        return {name: _part(file, header, name) for name in header.parts}
 
 
-def _read(path: Path, fingerprint: Mapping[str, str] | None) -> dict[str, Tensor]:
-    """All parts, or only the tokens if no fingerprint is given."""
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
     if not path.is_file():
         raise SessionError("there is no such file.")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            names = {key.removeprefix(_CHECKSUM) for key in metadata if key.startswith(_CHECKSUM)}
-            if TOKENS not in names or names != set(file.keys()):
-                raise SessionError("its parts are not those that were written.")
-            if fingerprint is not None:
-                written = {key: value for key, value in metadata.items() if not key.startswith(_CHECKSUM)}
-                _compare(written, fingerprint)
-            parts = {name: file.get_tensor(name) for name in (names if fingerprint is not None else (TOKENS,))}
-    except (OSError, SafetensorError, RuntimeError) as error:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
         raise SessionError(f"it cannot be read: {error}.") from error
-    for name, part in parts.items():
-        if digest(part) != metadata[_CHECKSUM + name]:
-            raise SessionError(f"its {name} are not what was written.")
-    if parts[TOKENS].dtype != torch.int64 or parts[TOKENS].ndim != 1:
+
+
+def _header(file: BufferedReader) -> Header:
+    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if length > min(_LONGEST_HEADER, size - 8):
+        raise SessionError("it cannot be read: its header is broken.")
+    try:
+        header = json.loads(file.read(length))
+        metadata = {str(key): str(value) for key, value in header.pop("__metadata__").items()}
+        described = [
+            (str(name), _DTYPES[part["dtype"]], list(part["shape"]), *part["data_offsets"])
+            for name, part in header.items()
+        ]
+        parts, place = {}, 0
+        for name, dtype, shape, start, end in sorted(described, key=lambda part: part[3]):
+            if {type(number) for number in (*shape, start, end)} != {int} or min(shape) < 0:
+                raise ValueError(f"{name} has no such shape")
+            if start != place or end - start != prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has no such place")
+            parts[name], place = (dtype, shape, 8 + length + start), end
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise SessionError("it cannot be read: its header is broken.") from error
+    if place != size - 8 - length:
+        raise SessionError(f"it cannot be read: it has {size} bytes, and not {8 + length + place}.")
+    checksums = {key.removeprefix(_CHECKSUM): value for key, value in metadata.items() if key.startswith(_CHECKSUM)}
+    if TOKENS not in parts or parts.keys() != checksums.keys():
+        raise SessionError("its parts are not those that were written.")
+    if parts[TOKENS][0] != torch.int64 or len(parts[TOKENS][1]) != 1:
         raise SessionError("its tokens are not what was written.")
-    return parts
+    fingerprint = {key: value for key, value in metadata.items() if not key.startswith(_CHECKSUM)}
+    return Header(fingerprint, checksums, parts)
 
 
-def _compare(written: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    keys = sorted(written.keys() | expected.keys())
-    if other := [key for key in keys if written.get(key) != expected.get(key)]:
-        raise SessionError(f"its {', '.join(other)} differ from this engine's.")
+def _part(file: BufferedReader, header: Header, name: str) -> Tensor:
+    dtype, shape, place = header.parts[name]
+    part = torch.empty(shape, dtype=dtype)
+    file.seek(place)
+    if file.readinto(_bytes(part)) != part.nbytes:
+        raise SessionError("it cannot be read: it ends too early.")
+    if digest(part) != header.checksums[name]:
+        raise SessionError(f"its {name} are not what was written.")
+    return part
 
 
-def _sync(path: Path | str) -> None:
+def _bytes(part: Tensor) -> memoryview:
+    """The tensor's own bytes, where it is contiguous."""
+    return part.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

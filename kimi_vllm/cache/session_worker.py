@@ -22,7 +22,8 @@ from vllm.utils.math_utils import cdiv
 
 from kimi_vllm.cache.fingerprint import fingerprint_of, weights_digest
 from kimi_vllm.cache.pool import StatePool
-from kimi_vllm.cache.session_files import TOKENS, SessionError, file_of, read, salted, write
+from kimi_vllm.cache.session_files import TOKENS, read, write
+from kimi_vllm.cache.session_folder import SessionError, file_of, salted
 from kimi_vllm.options import KimiOptions
 
 logger = logging.getLogger("vllm.kimi_vllm")

@@ -21,7 +21,8 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from kimi_vllm.cache.manager import KDAStateSpec
-from kimi_vllm.cache.session_files import SessionError, check_name, digest, file_of, read_tokens
+from kimi_vllm.cache.session_files import digest, read_tokens
+from kimi_vllm.cache.session_folder import SessionError, check_name, file_of
 from kimi_vllm.cache.session_worker import Job, Jobs, Report, SessionWorker
 from kimi_vllm.cache.slots import NULL_SLOT
 from kimi_vllm.options import KimiOptions

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.engine import RECALL, STATE_BLOCKS, check_cold, completion, engine, ngram, random_prompts
+from support.limits import largest_file
 
 pytestmark = pytest.mark.engine
 
@@ -198,7 +199,7 @@ def test_a_broken_file_is_a_miss(saved, tmp_path, log):
     name, prompt = names[-1], prompts[-1]
     with engine(RECALL, **options(tmp_path)) as running:
         for number, (how, damage) in enumerate(BROKEN.items()):
-            path = tmp_path / f"{name}.safetensors"
+            path = tmp_path / f"{name}.session"
             shutil.rmtree(path, ignore_errors=True)
             if path.is_dir():
                 path.rmdir()
@@ -257,26 +258,20 @@ def test_another_model_or_cut_is_a_miss(saved, tmp_path, how):
         assert counts(running)["sessions_missed"] == 2
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, log, monkeypatch):
-    from kimi_vllm.cache import session_files
-
-    def full(*args, **named):
-        raise OSError(28, "No space left on device")
-
+def test_a_folder_that_is_full(tmp_path, log):
     [prompt] = random_prompts([70], 100)
     with engine(RECALL, **options(tmp_path)) as running:
-        monkeypatch.setattr(session_files, "save_file", full)
-        done = ask(running, [prompt], ["a"], "save")
+        with largest_file(50_000):
+            done = ask(running, [prompt], ["a"], "save")
         assert counts(running)["sessions_unsaved"] == 1
         assert "Session a: it cannot be written" in log.text
         ask(running, [prompt], ["../a"], "save")
         assert counts(running)["sessions_unsaved"] == 2
-        monkeypatch.undo()
         assert list(tmp_path.iterdir()) == []
         check_cold(running, done)
         ask(running, [prompt], ["a"], "save")
         assert counts(running)["sessions_saved"] == 1
-        assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+        assert [path.name for path in tmp_path.iterdir()] == ["a.session"]
 
 
 def test_an_aborted_load_and_an_aborted_save_leave_nothing(saved):
@@ -336,7 +331,7 @@ if __name__ == "__main__":
         return list(output.outputs[0].token_ids), output.num_cached_tokens
 
     tokens, _ = ask(prompt, {"save": "a"} if what == "save" else {})
-    while what == "save" and len([*Path(folder).glob("a~?of2.safetensors")]) < 2:
+    while what == "save" and len([*Path(folder).glob("a~?of2.session")]) < 2:
         time.sleep(0.1)
     llm.reset_prefix_cache()
     onward = prompt + tokens + [7, 8, 9]
@@ -367,6 +362,6 @@ def test_two_workers_resume_together_or_not_at_all(tmp_path):
         return done.stdout
 
     assert "EQUAL True CACHED 109" in run("save")
-    assert sorted(path.name for path in folder.iterdir()) == ["a~0of2.safetensors", "a~1of2.safetensors"]
-    flip(folder / "a~1of2.safetensors", -5)
+    assert sorted(path.name for path in folder.iterdir()) == ["a~0of2.session", "a~1of2.session"]
+    flip(folder / "a~1of2.session", -5)
     assert "EQUAL True CACHED 0" in run("load")
