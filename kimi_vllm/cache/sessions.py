@@ -20,7 +20,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
-from kimi_vllm.cache.manager import KDAStateSpec
+from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 from kimi_vllm.cache.session_files import digest, read_tokens
 from kimi_vllm.cache.session_folder import SessionError, check_name, file_of
 from kimi_vllm.cache.session_worker import Job, Jobs, Report, SessionWorker
@@ -51,6 +51,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         groups = kv_cache_config.kv_cache_groups
         [self._states] = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, KDAStateSpec)]
         [self._pages] = [i for i in range(len(groups)) if i != self._states]
+        self._manager: KDAStateManager
         self._planned = Jobs()
         self._matched: dict[str, list[int]] = {}
         self._missed: set[str] = set()
@@ -58,6 +59,12 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         self._saving: dict[str, Path] = {}
         self._unsaved: set[str] = set()
         self.counts: Counter[str] = Counter()
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """Learn who knows where states are."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        managers = kv_cache_manager.coordinator.single_type_managers
+        [self._manager] = [manager for manager in managers if isinstance(manager, KDAStateManager)]
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -120,12 +127,11 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         # Drafts may have counted beyond an answer's end: nobody folds their records.
         count = min(request.num_computed_tokens, request.num_tokens)
         pages = block_ids[self._pages][: cdiv(count, self._block_size)]
-        # A request that could not leave its slot at a boundary has taken it along.
-        after = block_ids[self._states][max(0, count - 1) // self._block_size :]
-        slot = next((slot for slot in after if slot != NULL_SLOT), NULL_SLOT)
         try:
             session = check_name(asked)
-            if slot == NULL_SLOT or not pages:
+            # The slot may be in an entry behind these blocks: a window of drafts went on, or it was taken along.
+            slot = self._manager.accessed_slots(name, count)[0] if pages else NULL_SLOT
+            if slot == NULL_SLOT:
                 raise SessionError("the request was preempted as it ended.")
         except SessionError as error:
             self.counts["sessions_unsaved"] += 1
