@@ -37,6 +37,7 @@ _COUNTERS = {
     "sessions_missed": "Requests that named a session and computed their prompt.",
     "sessions_saved": "Sessions that were saved.",
     "sessions_unsaved": "Sessions that could not be saved.",
+    "sessions_deleted": "Sessions that were deleted to stay within `session_gib`.",
     "steps_without_drafts": "Steps that went without drafts because few had been accepted.",
     "quarantined": "Requests whose state became NaN or infinite.",
 }

@@ -51,8 +51,15 @@ class KimiOptions(BaseModel):
     )
     session_dir: str | None = Field(
         default=None,
+        min_length=1,
         description="An existing folder for [named sessions](sessions.md): a request saves its state and KV cache, and "
-        "a later one, after a restart too, goes on where it ended.",
+        "a later one, after a restart too, goes on where it ended. On CPUs only.",
+    )
+    session_gib: float = Field(
+        default=0,
+        ge=0,
+        description="The most that sessions may take in `session_dir`, in GiB. After each save the least recently used "
+        "are deleted until they do. 0 is no limit.",
     )
     on_nonfinite: Literal["abort", "resume"] = Field(
         default="abort",

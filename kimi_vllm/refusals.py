@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 
 from kimi_vllm import ARCHITECTURE, nccl
 from kimi_vllm.cache.window import window_of
+from kimi_vllm.geometry import geometry_of
 from kimi_vllm.kernels.contract import MAX_WINDOW
 from kimi_vllm.options import KimiOptions
 
@@ -82,6 +83,10 @@ def _longer_than_kernels_take(device: str) -> Callable[[VllmConfig], bool]:
 
 def _sessions(config: VllmConfig) -> Any:
     return KimiOptions.of(config).session_dir
+
+
+def _with_sessions(asked: Callable[[VllmConfig], object]) -> Callable[[VllmConfig], object]:
+    return lambda config: _sessions(config) and asked(config)
 
 
 def _is_ours(config: VllmConfig) -> bool:
@@ -173,10 +178,38 @@ REFUSALS = (
         "Create it.",
     ),
     Refusal(
-        "kimi.session_dir with --pipeline-parallel-size",
-        lambda config: _sessions(config) and config.parallel_config.pipeline_parallel_size > 1,
-        "which stage has what of a session has not run.",
-        "Drop one of them.",
+        "kimi.session_dir without KDA layers",
+        lambda config: _sessions(config) and not any(geometry_of(config.model_config).kda),
+        "sessions are untested with models that have MLA layers only.",
+        "Drop it.",
+    ),
+    Refusal(
+        "kimi.session_dir on GPUs",
+        lambda config: _sessions(config) and not current_platform.is_cpu(),
+        "sessions are untested there.",
+        "Drop it; kimi.host_memory_gib keeps states in host memory.",
+    ),
+    *(
+        Refusal(
+            f"kimi.session_dir with {option}",
+            _with_sessions(asked),
+            "sessions are untested with it.",
+            "Drop one of them.",
+        )
+        for option, asked in (
+            ("--pipeline-parallel-size", _above_one("parallel_config.pipeline_parallel_size")),
+            ("--data-parallel-size", _above_one("parallel_config.data_parallel_size")),
+            ("--nnodes", _above_one("parallel_config.nnodes")),
+            ("--distributed-executor-backend", _set("parallel_config.distributed_executor_backend", None, "mp", "uni")),
+            ("--runner", _set("model_config.runner_type", "generate")),
+            ("--quantization", _set("model_config.quantization")),
+        )
+    ),
+    Refusal(
+        "kimi.session_gib",
+        lambda config: KimiOptions.of(config).session_gib and not _sessions(config),
+        "without kimi.session_dir there are no sessions.",
+        "Set that, or drop this.",
     ),
     Refusal(
         "--kv-offloading-size",

@@ -97,7 +97,7 @@ def sessions(folder: Path) -> list[Session]:
 
 
 def trim(folder: Path, most: int) -> list[Session]:
-    """Delete the least recently used sessions until all take at most so many bytes.
+    """Delete sessions that are larger than so many bytes, then the least recently used until all take no more.
 
     Returns:
         The sessions that were deleted.
@@ -105,7 +105,7 @@ def trim(folder: Path, most: int) -> list[Session]:
     Raises:
         OSError: The folder cannot be read or written.
     """
-    kept = sessions(folder)
+    kept = sorted(sessions(folder), key=lambda session: (session.size <= most, session.used))
     total, deleted = sum(session.size for session in kept), []
     for session in kept:
         if total <= most:

@@ -63,14 +63,20 @@ class Jobs(KVConnectorMetadata):
 
 @dataclass(eq=False, repr=False)
 class Report(KVConnectorWorkerMetadata):
-    """What workers tell beside what is done: the requests whose sessions could not be saved."""
+    """What workers tell beside what is done.
 
-    unsaved: set[str]
+    Attributes:
+        unsaved: Requests whose sessions could not be saved.
+        missed: Requests whose sessions could not be loaded, to the reason.
+    """
+
+    unsaved: set[str] = field(default_factory=set)
+    missed: dict[str, str] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "Report":
         """Those of several workers."""
         assert isinstance(other, Report)
-        return Report(self.unsaved | other.unsaved)
+        return Report(self.unsaved | other.unsaved, self.missed | other.missed)
 
 
 class SessionWorker:
@@ -86,7 +92,7 @@ class SessionWorker:
         self._jobs = Jobs()
         self._reading: dict[str, tuple[Job, Future[dict[str, Tensor]]]] = {}
         self._writing: dict[str, Future[bool]] = {}
-        self._report: set[str] = set()
+        self._report = Report()
         self._fingerprint: dict[str, str] | None = None
         # One writer, so that the last of two sessions of a name stays, on all ranks.
         self._reader, self._writer = ThreadPoolExecutor(1, "session-read"), ThreadPoolExecutor(1, "session-write")
@@ -133,7 +139,7 @@ class SessionWorker:
         for name in [name for name, future in self._writing.items() if future.done()]:
             results.finished_sending.add(name)
             if not self._writing.pop(name).result():
-                self._report.add(name)
+                self._report.unsaved.add(name)
         for name in [name for name, (_, future) in self._reading.items() if future.done()]:
             job, future = self._reading.pop(name)
             results.finished_recving.add(name)
@@ -141,13 +147,14 @@ class SessionWorker:
                 self._put(job, future.result())
             except SessionError as error:
                 results.failed_recving.add(name)
+                self._report.missed[name] = str(error)
                 logger.warning("Session %s: %s The prompt is computed.", job.name, error)
         return results
 
     def build_connector_worker_meta(self) -> Report | None:
-        """Tell what could not be saved."""
-        unsaved, self._report = self._report, set()
-        return Report(unsaved) if unsaved else None
+        """Tell what could not be saved or loaded."""
+        report, self._report = self._report, Report()
+        return report if report.unsaved or report.missed else None
 
     def shutdown(self) -> None:
         """Finish writing."""

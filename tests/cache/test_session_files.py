@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_a_process_that_is_killed_while_it_saves(file, at):
     saving = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(file), str(at)],
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=Path(__file__).parents[2],
     )
     try:
         assert saving.stdout.readline() == b"waits\n"

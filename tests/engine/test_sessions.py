@@ -25,15 +25,17 @@ HOW = {
     "chunked": {"max_num_batched_tokens": 37},
     "not cached": {"enable_prefix_caching": False},
     "few blocks": {"num_gpu_blocks_override": 5 * STATE_BLOCKS + 5},
+    "host memory": {"num_gpu_blocks_override": 5 * STATE_BLOCKS + 5, "kimi": {"host_memory_gib": 0.1}},
 }
+SCARCE = ("few blocks", "host memory")
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_a_session_goes_on_in_another_engine(saved, how):
     folder, names, prompts = saved
     with engine(RECALL, **options(folder, **HOW[how])) as running:
-        done = ask(running, prompts, names, "load", max_tokens=150 if how == "few blocks" else 20)
-        if how != "few blocks":
+        done = ask(running, prompts, names, "load", max_tokens=20 if how not in SCARCE else 150)
+        if how not in SCARCE:
             check_ends(done, LENGTHS)
         else:
             assert running.num_preemptions

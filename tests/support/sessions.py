@@ -19,7 +19,9 @@ def options(folder: Path, **more: Any) -> dict[str, Any]:
     return {"enable_prefix_caching": True, "additional_config": {"kimi": kimi}} | more
 
 
-def parameters(max_tokens: int = ANSWER, stop: int | None = None, **wanted: Any) -> Any:
+def parameters(
+    max_tokens: int = ANSWER, stop: int | None = None, prompt_logprobs: int | None = None, **wanted: Any
+) -> Any:
     """Greedy, up to a token that stops it or to the last; `wanted` is what is saved and loaded."""
     from vllm import SamplingParams
 
@@ -29,6 +31,7 @@ def parameters(max_tokens: int = ANSWER, stop: int | None = None, **wanted: Any)
         ignore_eos=True,
         stop_token_ids=None if stop is None else [stop],
         logprobs=0,
+        prompt_logprobs=prompt_logprobs,
         detokenize=False,
         extra_args={"kv_transfer_params": wanted},
     )
