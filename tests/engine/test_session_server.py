@@ -1,15 +1,22 @@
 """Sessions as clients use them: saved by one server, resumed by the next; tenants, names, and what responses say."""
 
+import json
+import time
+
 import httpx
 import pytest
 from openai import OpenAI
+from support.documents import ROOT, code
 from support.engine import RECALL
 from support.server import serving, serving_process
+
+from kimi_vllm.cache.session_files import read_tokens
 
 pytestmark = pytest.mark.engine
 
 PROMPT = "a=7 k=2 m=5 x=9 b=3 ? k →"
-CHAT = [{"role": "user", "content": "a=7 k=2 m=5 ? k →"}]
+SAID, GOES_ON = [json.loads(piece.text) for piece in code(ROOT / "docs" / "sessions.md") if piece.language == "json"]
+"""The two requests that the page shows."""
 
 
 def options(folder):
@@ -22,6 +29,15 @@ def complete(port, prompt=PROMPT, **fields):
     answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()
+
+
+def chat(port, body):
+    """Ask as OpenAI's client does."""
+    body = dict(body)
+    extra = {"kv_transfer_params": body.pop("kv_transfer_params")}
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    answer = client.chat.completions.create(model="recall", temperature=0, extra_body=extra, **body)
+    return answer.model_dump()
 
 
 def tokens(answer):
@@ -47,11 +63,7 @@ def saved(tmp_path_factory):
             "open": complete(port, kv_transfer_params={"save": "open"}),
             "mine": complete(port, PROMPT.replace("9", "8"), kv_transfer_params={"save": "mine"}, cache_salt="me"),
         }
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        chat = client.chat.completions.create(
-            model="recall", messages=CHAT, temperature=0, extra_body={"kv_transfer_params": {"save": "chat"}}
-        )
-        answers["chat"] = chat.model_dump()
+        answers["chat-7"] = chat(port, SAID)
         # The last one is being written: it is on disk when the server has ended.
         process.terminate()
         assert process.wait(60) == 0
@@ -71,7 +83,7 @@ def test_the_response_says_what_is_saved_and_only_its_owner_may_read_it(saved):
         told = answer["kv_transfer_params"]
         assert (told.keys(), told["save"]) == ({"save", "tokens"}, name)
         assert answer["usage"]["total_tokens"] - told["tokens"] in (0, 1)
-    assert {path.name.partition("@")[0].partition(".")[0] for path in folder.iterdir()} == {"open", "mine", "chat"}
+    assert {path.name.partition("@")[0].partition(".")[0] for path in folder.iterdir()} == {"open", "mine", "chat-7"}
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
 
 
@@ -90,21 +102,18 @@ def test_another_server_goes_on_at_the_same_token(saved, port):
     assert float(line.split()[-1]) >= 1
 
 
-def test_a_chat_goes_on(saved, port):
-    _, answers = saved
-    [choice] = answers["chat"]["choices"]
-    assert choice["message"]["content"].strip() == "2"
-    turns = [
-        *CHAT,
-        {"role": "assistant", "content": choice["message"]["content"]},
-        {"role": "user", "content": "? a →"},
-    ]
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    again = client.chat.completions.create(
-        model="recall", messages=turns, temperature=0, extra_body={"kv_transfer_params": {"load": "chat"}}
-    )
-    assert again.choices[0].message.content.strip() == "7"
-    assert again.usage.prompt_tokens_details.cached_tokens == answers["chat"]["kv_transfer_params"]["tokens"]
+def test_a_chat_goes_on_as_the_page_shows_it(saved, port):
+    folder, answers = saved
+    assert answers["chat-7"]["choices"][0]["message"]["content"].strip() == "2"
+    before = (folder / "chat-7.session").read_bytes()
+    again = chat(port, GOES_ON)
+    assert again["choices"][0]["message"]["content"].strip() == "7"
+    assert cached(again) == answers["chat-7"]["kv_transfer_params"]["tokens"]
+    assert again["kv_transfer_params"]["save"] == "chat-7"
+    deadline = time.monotonic() + 20
+    while (folder / "chat-7.session").read_bytes() == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(read_tokens(folder / "chat-7.session")) == again["kv_transfer_params"]["tokens"]
 
 
 def test_a_tenant_never_resumes_another_s(saved, port):

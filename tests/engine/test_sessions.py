@@ -43,6 +43,20 @@ def test_a_session_goes_on_in_another_engine(saved, how):
         check_cold(running, done)
 
 
+def test_a_session_in_bfloat16(tmp_path):
+    """Rounding depends on the steps in which a prompt is computed, so answers are near each other, and not equal."""
+    prompts = random_prompts(LENGTHS, 100)
+    names = [f"s{length}" for length in LENGTHS]
+    onward = save(tmp_path, prompts, names, dtype="bfloat16")
+    with engine(RECALL, **options(tmp_path, dtype="bfloat16")) as running:
+        done = ask(running, onward, names, "load", max_tokens=8)
+        check_ends(done, LENGTHS)
+        cold = running.complete([one.prompt for one in done], skip_reading_prefix_cache=True)
+        for one, other in zip(done, cold, strict=True):
+            assert one.tokens[0] == other.tokens[0]
+            assert abs(one.logprobs[0] - other.logprobs[0]) < 0.2
+
+
 @pytest.mark.parametrize("drafts", [3, 5])
 def test_a_session_has_the_records_of_its_window(tmp_path, drafts):
     """Prompts that repeat themselves, so that some drafts are right and ends lie inside of windows."""
