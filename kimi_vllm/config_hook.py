@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import CompilationConfig, ModelConfig, VllmConfig
+from vllm.config import CompilationConfig, KVTransferConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -22,7 +22,7 @@ from kimi_vllm.geometry import GEOMETRY_ATTRIBUTE, GeometryError, KimiGeometry, 
 from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.quantization import as_written
-from kimi_vllm.refusals import OUR_OPERATIONS, refuse_unserved
+from kimi_vllm.refusals import OUR_OPERATIONS, SESSIONS, refuse_unserved
 from kimi_vllm.sizing import natural_block_size, settle_memory
 
 logger = init_logger("vllm.kimi_vllm")
@@ -83,6 +83,8 @@ class KimiLinearConfigHook(VerifyAndUpdateConfig):
         if any(geometry_of(vllm_config.model_config).kda):
             _refuse_stages(vllm_config)
             _bring_our_own(vllm_config)
+            if options.session_dir is not None:
+                _keep_sessions(vllm_config)
         settle_memory(vllm_config, options)
         logger.info("kimi-vllm serves KimiLinearForCausalLM (KIMI_VLLM_DISABLE=1 leaves it to vLLM).")
 
@@ -174,6 +176,16 @@ def _bring_our_own(vllm_config: VllmConfig) -> None:
                 "Drop the option, or set KIMI_VLLM_DISABLE=1 to use vLLM's own Kimi Linear."
             )
         setattr(config, name, ours)
+
+
+def _keep_sessions(vllm_config: VllmConfig) -> None:
+    """Have vLLM make our connector, and compute a prompt whose session cannot be loaded."""
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector="SessionConnector",
+        kv_connector_module_path=SESSIONS,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+    )
 
 
 def _refuse_stages(vllm_config: VllmConfig) -> None:

@@ -166,6 +166,14 @@ INTRUSIONS = (
         "vLLM captures graphs of larger steps by default, or takes sizes in addition to its own",
     ),
     Intrusion(
+        "set vLLM's configuration of KV transfer to a connector of our own, where an option asks for sessions",
+        ("vllm.config.vllm:VllmConfig.kv_transfer_config",),
+        "A session is a state and its pages, which vLLM's connectors cannot move, and users should not have to name "
+        "ours by its module.",
+        "tests/engine/test_sessions.py fails without it",
+        "a plugin can add a connector to those configured",
+    ),
+    Intrusion(
         "add KDA and MLA to the operators that split compiled graphs",
         (
             "vllm.config.compilation:CompilationConfig.splitting_ops",

@@ -33,6 +33,11 @@ _COUNTERS = {
     "swaps_out": "States copied to host memory.",
     "swaps_in": "States copied back from host memory.",
     "swap_bytes": "Bytes copied to and from host memory, on a worker of the first pipeline stage.",
+    "sessions_resumed": "Requests that went on from a saved session.",
+    "sessions_missed": "Requests that named a session and computed their prompt.",
+    "sessions_saved": "Sessions that were saved.",
+    "sessions_unsaved": "Sessions that could not be saved.",
+    "sessions_deleted": "Sessions that were deleted to stay within `session_gib`.",
     "steps_without_drafts": "Steps that went without drafts because few had been accepted.",
     "quarantined": "Requests whose state became NaN or infinite.",
 }

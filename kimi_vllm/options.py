@@ -49,6 +49,18 @@ class KimiOptions(BaseModel):
         description="Host memory per worker, in GiB, for the states of evicted checkpoints and preempted requests. 0 "
         "recomputes them. KV cache blocks are not offloaded; evicted ones are recomputed.",
     )
+    session_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="An existing folder for [named sessions](sessions.md): a request saves its state and KV cache, and "
+        "a later one, after a restart too, goes on where it ended. On CPUs only.",
+    )
+    session_gib: float = Field(
+        default=0,
+        ge=0,
+        description="The most that sessions may take in `session_dir`, in GiB. After each save the least recently used "
+        "are deleted until they do. 0 is no limit.",
+    )
     on_nonfinite: Literal["abort", "resume"] = Field(
         default="abort",
         description="What happens to a request whose state becomes NaN or infinite: `abort` ends it with an error, "

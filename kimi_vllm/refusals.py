@@ -6,6 +6,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 import torch
 from vllm import envs
@@ -14,8 +16,12 @@ from vllm.platforms import current_platform
 
 from kimi_vllm import ARCHITECTURE, nccl
 from kimi_vllm.cache.window import window_of
+from kimi_vllm.geometry import geometry_of
 from kimi_vllm.kernels.contract import MAX_WINDOW
 from kimi_vllm.options import KimiOptions
+
+SESSIONS = "kimi_vllm.cache.sessions"
+"""The module of the only connector that is served, which nobody names but our config hook."""
 
 DRAFTS, GPU_DRAFTS = ("ngram",), ("ngram", "ngram_gpu")
 """Methods of speculative decoding that have run, on CPUs and on GPUs."""
@@ -73,6 +79,18 @@ def _drafts() -> tuple[str, ...]:
 
 def _longer_than_kernels_take(device: str) -> Callable[[VllmConfig], bool]:
     return lambda config: current_platform.is_cpu() == (device == "cpu") and window_of(config) > MAX_WINDOW[device]
+
+
+def _sessions(config: VllmConfig) -> Any:
+    return KimiOptions.of(config).session_dir
+
+
+def _with_sessions(asked: Callable[[VllmConfig], object]) -> Callable[[VllmConfig], object]:
+    return lambda config: _sessions(config) and asked(config)
+
+
+def _is_ours(config: VllmConfig) -> bool:
+    return bool(config.kv_transfer_config.kv_connector_module_path == SESSIONS)
 
 
 _MAMBA_UNSET = (None, "none", "auto")
@@ -167,7 +185,52 @@ REFUSALS = (
     Refusal("--prefill-context-parallel-size", _above_one("parallel_config.prefill_context_parallel_size")),
     Refusal("--enable-dbo", _set("parallel_config.enable_dbo"), _HALVES),
     Refusal("--ubatch-size", _above_one("parallel_config.ubatch_size"), _HALVES),
-    Refusal("--kv-transfer-config", _set("kv_transfer_config")),
+    Refusal(
+        "--kv-transfer-config",
+        lambda config: config.kv_transfer_config and not (_sessions(config) and _is_ours(config)),
+        "vLLM's connectors take every cache group's ids for blocks, and those of KDA states are slots.",
+        "Drop it; kimi.session_dir in --additional-config keeps sessions on disk.",
+    ),
+    Refusal(
+        "kimi.session_dir",
+        lambda config: _sessions(config) and not Path(_sessions(config)).is_dir(),
+        "there is no such folder.",
+        "Create it.",
+    ),
+    Refusal(
+        "kimi.session_dir without KDA layers",
+        lambda config: _sessions(config) and not any(geometry_of(config.model_config).kda),
+        "sessions are untested with models that have MLA layers only.",
+        "Drop it.",
+    ),
+    Refusal(
+        "kimi.session_dir on GPUs",
+        lambda config: _sessions(config) and not current_platform.is_cpu(),
+        "sessions are untested there.",
+        "Drop it; kimi.host_memory_gib keeps states in host memory.",
+    ),
+    *(
+        Refusal(
+            f"kimi.session_dir with {option}",
+            _with_sessions(asked),
+            "sessions are untested with it.",
+            "Drop one of them.",
+        )
+        for option, asked in (
+            ("--pipeline-parallel-size", _above_one("parallel_config.pipeline_parallel_size")),
+            ("--data-parallel-size", _above_one("parallel_config.data_parallel_size")),
+            ("--nnodes", _above_one("parallel_config.nnodes")),
+            ("--distributed-executor-backend", _set("parallel_config.distributed_executor_backend", None, "mp", "uni")),
+            ("--runner", _set("model_config.runner_type", "generate")),
+            ("--quantization", _set("model_config.quantization")),
+        )
+    ),
+    Refusal(
+        "kimi.session_gib",
+        lambda config: KimiOptions.of(config).session_gib and not _sessions(config),
+        "without kimi.session_dir there are no sessions.",
+        "Set that, or drop this.",
+    ),
     Refusal(
         "--kv-offloading-size",
         _set("cache_config.kv_offloading_size", None),

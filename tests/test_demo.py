@@ -1,6 +1,10 @@
-"""`make demo` as a user runs it: what it says when it cannot start, and that all its answers are right."""
+"""`make demo` as a user runs it: what it says when it cannot start, and that all its answers are right.
+
+The last of them comes from a session, after the server was restarted.
+"""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -76,6 +80,7 @@ def test_all_answers_are_right() -> None:
     assert done.returncode == 0, done.stdout
     assert "All answers are right." in done.stdout
     assert "8 right" in done.stdout
+    assert re.search(r"Session 'demo' goes on: 5\d\d of 5\d\d prompt tokens come from disk, .* ✓", done.stdout)
 
 
 @pytest.mark.engine

@@ -47,6 +47,9 @@ def test_every_option_says_what_it_does():
         ({"host_memory_gib": -1}, "kimi.host_memory_gib=-1: must be .* 0. Host memory per worker, in GiB"),
         ({"host_memory_gib": True}, "kimi.host_memory_gib=True: must be a valid number"),
         ({"host_memory_gib": float("inf")}, "kimi.host_memory_gib=inf: must be a finite number"),
+        ({"session_dir": ""}, "kimi.session_dir='': String should have at least 1 character. An existing folder"),
+        ({"session_dir": 7}, "kimi.session_dir=7: must be a valid string"),
+        ({"session_gib": -1}, "kimi.session_gib=-1: must be .* 0. The most that sessions may take"),
         (3, "--additional-config: expected"),
     ],
 )

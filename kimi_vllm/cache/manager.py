@@ -203,6 +203,20 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self.num_cached_block[request_id] = len(new_computed_blocks)
         self._num_retired[request_id] = max(0, len(new_computed_blocks) - 1)  # all before the checkpoint are null
 
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """A slot of its own for the state that a session brings, wherever in a block it ends."""
+        table = self.req_to_blocks[request_id]
+        num_blocks = cdiv(num_local_computed_tokens + num_external_computed_tokens, self.block_size)
+        table.extend([self._null_block] * (num_blocks - len(table) - 1))
+        table.append(self.block_pool.take())
+        self._resuming = None
+
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extend the table to cover the step: null entries, then the slot that this step writes last.
 

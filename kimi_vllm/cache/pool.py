@@ -86,6 +86,18 @@ class StatePool:
             for layer in range(self.layout.num_layers)
         ]
 
+    def read(self, slot: int) -> Tensor:
+        """A copy of a slot's units, one after another, without what lies between them: ``[state_bytes]`` uint8."""
+        used = self.layout.cut.units * self.layout.cut.unit_bytes
+        return self.memory[self._blocks(slot), :used].flatten()[: self.layout.state_bytes]
+
+    def write(self, slot: int, state: Tensor) -> None:
+        """The inverse of `read`."""
+        used, blocks = self.layout.cut.units * self.layout.cut.unit_bytes, self._blocks(slot)
+        units = state.new_zeros(len(blocks) * used)
+        units[: len(state)] = state
+        self.memory[blocks, :used] = units.view(len(blocks), used)
+
     def apply(self, operations: Iterable[tuple[int, int | list[int]]]) -> None:
         """Do what the scheduler planned before a step, in order with the steps on the device.
 

@@ -31,6 +31,7 @@ from kimi_vllm.cache.drafting import Drafting, both_lengths
 from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, STATS, Sick
 from kimi_vllm.cache.manager import KDAStateManager
 from kimi_vllm.cache.pacing import paced
+from kimi_vllm.cache.sessions import SessionConnector
 from kimi_vllm.options import KimiOptions
 
 logger = init_logger("vllm.kimi_vllm")
@@ -53,6 +54,7 @@ class _StateScheduling:
     running: list[Request]
     max_num_scheduled_tokens: int
     finish_requests: Any
+    connector: Any
     prev_step_scheduled_req_ids: set[str]
     _free_request_blocks: Any
     deferred_frees: deque[tuple[int, list[KVCacheBlock]]]
@@ -126,14 +128,15 @@ class _StateScheduling:
             setattr(output, NEW_PAGES, pages)
         self._steps.append((output, Step(operations, self._accesses(output))))
         for new in output.scheduled_new_reqs:
-            if new.num_computed_tokens:
-                # A session that has taken its slot along comes with a table that has it in its new place only.
-                slots = new.block_ids[self._states.kv_cache_group_id]
-                slots[(new.num_computed_tokens - 1) // self._states.block_size], _ = self._states.accessed_slots(
-                    new.req_id, new.num_computed_tokens
-                )
+            self._show_slot(new.req_id, new.block_ids, new.num_computed_tokens)
             if not (request := self.requests[new.req_id]).num_preemptions:
                 self._count_hit(request, new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for name, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if name in cached.resumed_req_ids:
+                self._show_slot(name, blocks, computed)
         if self._checked:
             # What the step before gave back is gone, and what this one needs is taken.
             self.check_memory()
@@ -189,6 +192,8 @@ class _StateScheduling:
         now["swap_bytes"] = (now["swaps_out"] + now["swaps_in"]) * self._state_bytes
         now["page_evictions"] = self.arena.page_evictions
         now["value_lost"] += pool.host.value_lost
+        if isinstance(self.connector, SessionConnector):
+            now += self.connector.counts
         changes = now - self._sent
         self._sent = now
         gauges = {
@@ -210,6 +215,16 @@ class _StateScheduling:
         pool.check(states)
         self.arena.check(pages)
         assert sum(self.arena.counts().values()) == self.arena.num_gpu_blocks - 1
+
+    def _show_slot(self, name: str, block_ids: Any, num_computed: int) -> None:
+        """Put the slot that is read into a table that is new to the worker.
+
+        What has taken its slot along, input for a session or what a connector has loaded, comes with a table that has
+        it in its new place only.
+        """
+        if num_computed:
+            slots = block_ids[self._states.kv_cache_group_id]
+            slots[(num_computed - 1) // self._states.block_size], _ = self._states.accessed_slots(name, num_computed)
 
     def _count_hit(self, request: Request, hit: int) -> None:
         self._counts.update(hit_tokens=hit, miss_tokens=request.num_tokens - hit)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -20,8 +21,10 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, Sick
 from kimi_vllm.cache.guard import take_flags
 from kimi_vllm.cache.pool import StatePool
+from kimi_vllm.cache.session_worker import SessionWorker
 from kimi_vllm.cache.warm_up import logprob_columns, sampled_rows, step_sizes
 from kimi_vllm.geometry import geometry_of
+from kimi_vllm.options import KimiOptions
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -45,6 +48,7 @@ class KimiWorker(PlatformWorker):
             if self.vllm_config.kernel_config.enable_jit_warmup:
                 self._warm_up_steps()
                 self._warm_up_sampling()
+        self._bind_sessions()
         return super().compile_or_warm_up_model()  # type: ignore[no-any-return]
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Output | None:
@@ -91,6 +95,14 @@ class KimiWorker(PlatformWorker):
         model = self.get_model()
         if hasattr(model, "finish_update"):
             model.finish_update()
+        self._bind_sessions()
+
+    def _bind_sessions(self) -> None:
+        pool = self._state_pool()
+        if pool is not None and KimiOptions.of(self.vllm_config).session_dir is not None:
+            sessions = get_kv_transfer_group()
+            assert isinstance(sessions, SessionWorker)
+            sessions.bind(self.get_model(), pool)
 
     def _warm_up_kernels(self) -> None:
         model = self.get_model()

@@ -1,4 +1,4 @@
-"""The command `kimi-vllm`: `doctor`, `plan`, `inspect-state`. Per command: its options, its data, its report."""
+"""The command `kimi-vllm`: `doctor`, `plan`, `inspect-state`, `sessions`. Each has its options, data and report."""
 
 from kimi_vllm.cli.main import app, main
 

@@ -13,17 +13,19 @@ from rich.table import Table
 from kimi_vllm.cli.doctor import Finding, diagnose
 from kimi_vllm.cli.inspect_state import inspect_state
 from kimi_vllm.cli.plan import plan
+from kimi_vllm.cli.sessions import app as sessions
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="vLLM plugin that serves Kimi Linear models with recurrent state and paged KV cache in one "
     "memory. To serve, run `vllm serve MODEL` as usual; vLLM loads the plugin. These commands check an installation, "
-    "size a deployment and inspect a checkpoint.",
+    "size a deployment, inspect a checkpoint and manage saved sessions.",
 )
 
 app.command()(plan)
 app.command()(inspect_state)
+app.add_typer(sessions, name="sessions")
 
 _STYLES = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
 

@@ -1,10 +1,13 @@
 """`make demo`: serve a tiny trained Kimi Linear model with vLLM on this CPU, ask it, and check every answer.
 
+A chat is saved as a session, and goes on after the server was restarted.
+
 The checkpoint in configs/models/recall has one skill: after `a=7 k=2 ? k →` it answers `2`.
 A layer that forgets, or a state that another request can touch, shows as a wrong answer.
 """
 
 import asyncio
+import json
 import random
 import signal
 import sys
@@ -25,9 +28,11 @@ from kimi_vllm.cli.doctor import check_entry_point, check_environment, check_vll
 from serve.common.paths import RECALL, ROOT
 from serve.common.server import Server, ServerError
 from serve.demo.recall_task import held_out_prompt
+from serve.demo.sessions import SESSION, Chat, empty
 
 NAME = "kimi-recall"
 LOG = ROOT / ".demo" / "server.log"
+SESSIONS = ROOT / ".demo" / "sessions"
 CONCURRENT = 8
 LONG_ANSWER = 64
 PROFILE = ROOT / "configs" / "serve" / "cpu-demo.yaml"
@@ -156,9 +161,16 @@ def _refuse_inactive_plugin() -> None:
             raise ServerError(f"{finding.found}. To fix it: {finding.fix}")
 
 
+def _server(port: int) -> Server:
+    kimi = json.dumps({"kimi": {"session_dir": str(SESSIONS)}})
+    return Server(RECALL, LOG, "--config", str(PROFILE), "--additional-config", kimi, name=NAME, port=port)
+
+
 def _serve_and_ask(port: int, *, keep: bool) -> bool:
     _refuse_inactive_plugin()
-    with Server(RECALL, LOG, "--config", str(PROFILE), name=NAME, port=port) as server:
+    empty(SESSIONS)
+    chat = Chat(NAME, random.Random(1))
+    with _server(port) as server:
         seconds = server.wait_ready(300, console)
         if PLUGIN_LINE not in LOG.read_text(errors="replace"):
             raise ServerError(
@@ -168,8 +180,20 @@ def _serve_and_ask(port: int, *, keep: bool) -> bool:
         client = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0)
         try:
             right = asyncio.run(ask_all(client, random.Random(0)))
+            right &= chat.begin(server.url)
         except OpenAIError as error:
             raise ServerError(f"the server did not answer: {error}\n{server.why()}") from error
+    with _server(port) as server:
+        seconds = server.wait_ready(300, console)
+        try:
+            resumed = chat.go_on(server.url)
+        except OpenAIError as error:
+            raise ServerError(f"the server did not answer: {error}\n{server.why()}") from error
+        console.print(
+            f"Restarted in {seconds:.0f} s. Session {SESSION!r} goes on: {resumed.cached} of {resumed.prompt_tokens} "
+            f"prompt tokens come from disk, the answer is {resumed.text} {'✓' if resumed.right else '✗'}\n"
+        )
+        right &= resumed.right
         server.keep = keep
         if keep:
             console.print(f"The server is still running; its log is {LOG}. To stop it: kill {server.process.pid}")

@@ -352,3 +352,34 @@ def test_one_request_needs_two_states_where_prefixes_are_cached():
     for caching, states in ((True, 2), (False, 1)):
         config = SimpleNamespace(cache_config=SimpleNamespace(enable_prefix_caching=caching))
         assert spec.max_memory_usage_bytes(config) == states * STATE * spec.page_size_bytes
+
+
+@pytest.mark.parametrize(("local", "external"), [(0, 1), (0, 4), (0, 5), (0, 15), (4, 1), (4, 4), (4, 7)])
+def test_a_loaded_state_has_a_slot_of_its_own_at_its_last_token(local, external):
+    """Behind a prefix hit or at the beginning, at a boundary and between."""
+    manager = make_manager(states=3)
+    if local:
+        first = Request("first", list(range(local)))
+        assert schedule(manager, first, 0, local)
+        settle(manager)
+        manager.free("first")
+    request = Request("a", list(range(20)))
+    hit = hit_of(manager, request)[0][: local // BLOCK]
+    assert len(hit) == local // BLOCK
+    end = local + external
+    # One state is asked for, and one that can be evicted no more.
+    wanted = manager.get_num_blocks_to_allocate("a", end, hit, end, local, end)
+    assert wanted == (1 + bool(local)) * STATE
+    manager.add_local_computed_blocks("a", hit, local, external)
+    manager.allocate_external_computed_blocks("a", local, external)
+    assert manager.allocate_new_blocks("a", end, end) == []
+    check(manager)
+    slots = table(manager, "a")
+    assert [slot > 0 for slot in slots] == [*[True] * bool(local), *[False] * (len(slots) - 1 - bool(local)), True]
+    assert len(slots) == -(-end // BLOCK)
+    assert manager.accessed_slots("a", end)[0] == slots[-1]
+    # The request writes on in it within its block.
+    assert schedule(manager, request, end, -(-end // BLOCK) * BLOCK)
+    assert table(manager, "a") == [0] * (len(slots) - 1) + slots[-1:]
+    manager.free("a")
+    check(manager)

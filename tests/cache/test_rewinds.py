@@ -28,9 +28,9 @@ WAYS = {
     "update_from_output": "takes rejected drafts back: a slot holds the state before them, and records",
     "_update_request_with_output": "takes drafts behind a stop back: likewise",
     "_handle_stopped_request": "takes the tokens of steps in flight back: ours starts such a session again",
-    "_update_waiting_for_remote_kv": "after a load by a connector: refused",
-    "_handle_failed_recving": "after a failed load by a connector: refused",
-    "_update_requests_with_invalid_blocks": "after a failed load by a connector: refused",
+    "_update_waiting_for_remote_kv": "takes the last token back if all were loaded: a session that long is a miss",
+    "_handle_failed_recving": "sets it to 0, after a load that failed",
+    "_update_requests_with_invalid_blocks": "after a load that failed by blocks; ours fails by requests",
 }
 """vLLM's methods that set the number of a request's computed tokens, and why none leaves a state too far."""
 

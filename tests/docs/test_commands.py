@@ -41,6 +41,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("questions.jsonl", "rows.jsonl", "before/run.json", "after/run.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "sessions").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

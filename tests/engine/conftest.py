@@ -1,6 +1,7 @@
 """Checkpoints and the preflight: every engine test first makes sure that it tests this plugin and not vLLM's own."""
 
 import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import GEOMETRIES, make_sick_checkpoint, make_transformers_layout, to_hub_layout
-from support.engine import RECALL
+from support.engine import RECALL, random_prompts
 from support.oracle import Oracle
+from support.sessions import LENGTHS, save
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -102,3 +104,20 @@ def sick_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracles(checkpoints: dict[tuple[str, str], Path]) -> dict[str, Oracle]:
     """Transformers' model for each checkpoint, loaded from its own layout."""
     return {name: Oracle(path) for (name, layout), path in checkpoints.items() if layout == "transformers"}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder of sessions, their names, and prompts that go on."""
+    folder = tmp_path_factory.mktemp("sessions")
+    names = [f"s{length}" for length in LENGTHS]
+    return folder, names, save(folder, random_prompts(LENGTHS, 100), names)
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """What the plugin logs."""
+    logger = logging.getLogger("vllm")
+    monkeypatch.setattr(logger, "propagate", caplog.handler not in logger.handlers)
+    with caplog.at_level(logging.WARNING, logger="vllm.kimi_vllm"):
+        yield caplog

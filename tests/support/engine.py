@@ -62,18 +62,18 @@ class Engine(common.Engine):
         inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
         self.check_idle()
-        return [
-            Completion(
-                prompt=list(output.prompt_token_ids),
-                tokens=list(output.outputs[0].token_ids),
-                logprobs=[
-                    step[token].logprob
-                    for step, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
-                ],
-                cached=output.num_cached_tokens or 0,
-            )
-            for output in outputs
-        ]
+        return [completion(output) for output in outputs]
+
+
+def completion(output: Any) -> Completion:
+    """What vLLM answers to a prompt of token ids, with log-probabilities of the tokens alone."""
+    [answer] = output.outputs
+    return Completion(
+        prompt=list(output.prompt_token_ids),
+        tokens=list(answer.token_ids),
+        logprobs=[step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)],
+        cached=output.num_cached_tokens or 0,
+    )
 
 
 @contextmanager

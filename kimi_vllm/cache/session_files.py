@@ -1,0 +1,196 @@
+"""Files of sessions: safetensors, whose metadata are a fingerprint and a checksum of every part.
+
+A file is written under a temporary name and renamed when it is on disk, so one that has its name is whole. What is
+read is believed only if its fingerprint is the expected one and every part has its checksum. safetensors itself maps a
+file into memory, and a file that is truncated meanwhile would end the process; here files are read. Knows neither vLLM
+nor states.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_vllm.cache.session_folder import SessionError, scratch
+
+FORMAT = "1"
+"""Of what is in a file; part of its fingerprint."""
+
+TOKENS = "tokens"
+"""The part that every file has: the tokens after which it goes on, int64."""
+
+_CHECKSUM = "sha256 of "
+_DTYPES = {"I64": torch.int64, "U8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LONGEST_HEADER = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of its parts.
+
+    Attributes:
+        fingerprint: What it was written with.
+        checksums: By part.
+        parts: By part, its dtype, its shape and the place of its first byte.
+    """
+
+    fingerprint: dict[str, str]
+    checksums: dict[str, str]
+    parts: dict[str, tuple[torch.dtype, list[int], int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """After how many tokens the session goes on."""
+        return prod(self.parts[TOKENS][1])
+
+
+def digest(part: Tensor) -> str:
+    """Checksum of a tensor on the CPU."""
+    return hashlib.sha256(_bytes(part)).hexdigest()
+
+
+def write(path: Path, parts: Mapping[str, Tensor], fingerprint: Mapping[str, str]) -> None:
+    """Put a session in the place of what was there, or leave that.
+
+    Args:
+        parts: On the CPU, int64 or uint8.
+
+    Raises:
+        SessionError: The folder is full, or cannot be written.
+    """
+    checksums = {_CHECKSUM + name: digest(part) for name, part in parts.items()}
+    header: dict[str, Any] = {"__metadata__": {**fingerprint, **checksums}}
+    end = 0
+    for name, part in parts.items():
+        start, end = end, end + part.nbytes
+        header[name] = {"dtype": _NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that parts are aligned
+    try:
+        with scratch(path.parent) as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for part in parts.values():
+                file.write(_bytes(part))
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(file.name, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise SessionError(f"it cannot be written: {error}.") from error
+
+
+def read_header(path: Path) -> Header:
+    """What a session is of; its parts are not read, and not checked.
+
+    Raises:
+        SessionError: There is no such file, or it is broken.
+    """
+    with _opened(path) as file:
+        return _header(file)
+
+
+def read_tokens(path: Path) -> list[int]:
+    """The tokens after which a session goes on.
+
+    Raises:
+        SessionError: There is no such file, or it is broken.
+    """
+    with _opened(path) as file:
+        return _part(file, _header(file), TOKENS).tolist()  # type: ignore[no-any-return]
+
+
+def read(path: Path, fingerprint: Mapping[str, str], tokens: str) -> dict[str, Tensor]:
+    """All parts of a session, checked.
+
+    Args:
+        fingerprint: What it must have been written with.
+        tokens: `digest` of its tokens.
+
+    Raises:
+        SessionError: There is no such file, it is broken, was written by another model or for other sizes, or has been
+            replaced by one of other tokens.
+    """
+    with _opened(path) as file:
+        header = _header(file)
+        keys = sorted(header.fingerprint.keys() | fingerprint.keys())
+        if other := [key for key in keys if header.fingerprint.get(key) != fingerprint.get(key)]:
+            raise SessionError(f"its {', '.join(other)} differ from this engine's.")
+        if header.checksums[TOKENS] != tokens:
+            raise SessionError("it has been replaced by one of other tokens.")
+        return {name: _part(file, header, name) for name in header.parts}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    if not path.is_file():
+        raise SessionError("there is no such file.")
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise SessionError(f"it cannot be read: {error}.") from error
+
+
+def _header(file: BufferedReader) -> Header:
+    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if length > min(_LONGEST_HEADER, size - 8):
+        raise SessionError("it cannot be read: its header is broken.")
+    try:
+        header = json.loads(file.read(length))
+        metadata = {str(key): str(value) for key, value in header.pop("__metadata__").items()}
+        described = [
+            (str(name), _DTYPES[part["dtype"]], list(part["shape"]), *part["data_offsets"])
+            for name, part in header.items()
+        ]
+        parts, place = {}, 0
+        for name, dtype, shape, start, end in sorted(described, key=lambda part: part[3]):
+            if {type(number) for number in (*shape, start, end)} != {int} or min(shape) < 0:
+                raise ValueError(f"{name} has no such shape")
+            if start != place or end - start != prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has no such place")
+            parts[name], place = (dtype, shape, 8 + length + start), end
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise SessionError("it cannot be read: its header is broken.") from error
+    if place != size - 8 - length:
+        raise SessionError(f"it cannot be read: it has {size} bytes, and not {8 + length + place}.")
+    checksums = {key.removeprefix(_CHECKSUM): value for key, value in metadata.items() if key.startswith(_CHECKSUM)}
+    if TOKENS not in parts or parts.keys() != checksums.keys():
+        raise SessionError("its parts are not those that were written.")
+    if parts[TOKENS][0] != torch.int64 or len(parts[TOKENS][1]) != 1:
+        raise SessionError("its tokens are not what was written.")
+    fingerprint = {key: value for key, value in metadata.items() if not key.startswith(_CHECKSUM)}
+    return Header(fingerprint, checksums, parts)
+
+
+def _part(file: BufferedReader, header: Header, name: str) -> Tensor:
+    dtype, shape, place = header.parts[name]
+    part = torch.empty(shape, dtype=dtype)
+    file.seek(place)
+    if file.readinto(_bytes(part)) != part.nbytes:
+        raise SessionError("it cannot be read: it ends too early.")
+    if digest(part) != header.checksums[name]:
+        raise SessionError(f"its {name} are not what was written.")
+    return part
+
+
+def _bytes(part: Tensor) -> memoryview:
+    """The tensor's own bytes, where it is contiguous."""
+    return part.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,155 @@
+"""The folder of sessions: names that are no paths, whose files are whose, and which go when there are too many bytes.
+
+Only files that are named as ours are ever deleted. Knows neither torch nor vLLM.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import IO
+
+_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
+_FILE = re.compile(rf"(?P<name>{_NAME})(@(?P<tenant>[0-9a-f]{{32}}))?(~(?P<rank>\d+)of(?P<ranks>\d+))?\.session")
+_SCRATCH = ".kimi-vllm-", ".part"
+
+
+class SessionError(Exception):
+    """A session that cannot be saved or resumed. The message goes on after "Session NAME: "."""
+
+
+@dataclass(slots=True)
+class Session:
+    """The files that ranks have saved under one name.
+
+    Attributes:
+        name, tenant: Which session; `salted` of a cache salt, or empty.
+        ranks: How many ranks the engine had that saved it.
+        files: By rank.
+        size: Bytes of all files.
+        used: When it was last saved or loaded, in seconds since the epoch.
+    """
+
+    name: str
+    tenant: str
+    ranks: int
+    files: dict[int, Path] = field(default_factory=dict)
+    size: int = 0
+    used: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank has its file."""
+        return len(self.files) == self.ranks
+
+    def delete(self) -> None:
+        """Delete its files; who reads one of them right now reads it to its end."""
+        for path in self.files.values():
+            path.unlink(missing_ok=True)
+
+
+def check_name(name: object) -> str:
+    """The name of a session, as a request gives it.
+
+    Raises:
+        SessionError: It is something else, such as a path.
+    """
+    if not isinstance(name, str) or not re.fullmatch(_NAME, name):
+        raise SessionError("this is no name of a session: 1 to 128 of A-Z a-z 0-9 . _ -, not . first.")
+    return name
+
+
+def salted(salt: str | None) -> str:
+    """What stands for a cache salt in names and fingerprints; empty for none."""
+    return hashlib.sha256(salt.encode()).hexdigest()[:32] if salt else ""
+
+
+def file_of(folder: Path, name: str, salt: str | None, rank: int, ranks: int) -> Path:
+    """Where a rank of so many keeps a session. ``@`` and ``~`` are in no name."""
+    tenant, part = f"@{salted(salt)}" if salt else "", f"~{rank}of{ranks}" if ranks > 1 else ""
+    return folder / f"{name}{tenant}{part}.session"
+
+
+def sessions(folder: Path) -> list[Session]:
+    """All sessions, the least recently used first.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    found: dict[tuple[str, str, int], Session] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not (match := _FILE.fullmatch(entry.name)) or not entry.is_file(follow_symlinks=False):
+                continue
+            name, tenant, ranks = match["name"], match["tenant"] or "", int(match["ranks"] or 1)
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                stat = entry.stat(follow_symlinks=False)
+                session = found.setdefault((name, tenant, ranks), Session(name, tenant, ranks))
+                session.files[int(match["rank"] or 0)] = Path(entry.path)
+                session.size += stat.st_size
+                session.used = max(session.used, stat.st_mtime)
+    return sorted(found.values(), key=lambda session: session.used)
+
+
+def trim(folder: Path, most: int) -> list[Session]:
+    """Delete sessions that are larger than so many bytes, then the least recently used until all take no more.
+
+    Returns:
+        The sessions that were deleted.
+
+    Raises:
+        OSError: The folder cannot be read or written.
+    """
+    kept = sorted(sessions(folder), key=lambda session: (session.size <= most, session.used))
+    total, deleted = sum(session.size for session in kept), []
+    for session in kept:
+        if total <= most:
+            break
+        session.delete()
+        total -= session.size
+        deleted.append(session)
+    return deleted
+
+
+def mark_used(path: Path) -> None:
+    """Note that a session is loaded, so that others are deleted first."""
+    with suppress(OSError):  # a folder that others write is read only, and they delete from it
+        os.utime(path)
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[IO[bytes]]:
+    """A file to write and then to rename, for its owner only, that is gone if it was not renamed.
+
+    It is locked while it is open, which tells it from what a process left that was killed.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    prefix, suffix = _SCRATCH
+    with NamedTemporaryFile(suffix=suffix, prefix=prefix, dir=folder, delete=False) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
+def remove_scratch(folder: Path) -> int:
+    """Remove what processes left that were killed while they saved; how many files these were.
+
+    Raises:
+        OSError: The folder cannot be read or written.
+    """
+    removed = 0
+    for path in folder.glob("*".join(_SCRATCH)):
+        with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:  # being written, or gone
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            removed += 1
+    return removed

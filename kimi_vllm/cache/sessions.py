@@ -1,0 +1,227 @@
+"""Sessions on disk: a request's pages and state, saved when it ends and loaded by a later one, after a restart too.
+
+A connector of our own, because vLLM's take the ids of every cache group for blocks, and know nothing of slots. A
+request says what it wants in ``kv_transfer_params``: ``{"save": NAME}``, ``{"load": NAME}``, or both. What is saved is
+after all computed tokens, wherever in a block they end, and who loads it computes the tokens that follow.
+
+This is the scheduler's half, with what vLLM's factory makes for both; the workers' is `session_worker.py`. Files are
+read and written in threads, and the blocks concerned are held meanwhile. A load that fails is reported to vLLM, which
+computes the prompt; a save that fails leaves no file. Either is told in the response, and in the log.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.request import RequestStatus
+
+from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
+from kimi_vllm.cache.session_files import digest, read_tokens
+from kimi_vllm.cache.session_folder import SessionError, check_name, file_of, mark_used, remove_scratch, trim
+from kimi_vllm.cache.session_worker import Job, Jobs, Report, SessionWorker
+from kimi_vllm.cache.slots import NULL_SLOT
+from kimi_vllm.options import KimiOptions
+
+logger = init_logger("vllm.kimi_vllm")
+
+_ENDED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
+    """Both halves; vLLM makes one for the scheduler and one for each worker.
+
+    Attributes:
+        counts: In the scheduler: sessions_resumed, _missed, _saved, _unsaved and _deleted so far.
+    """
+
+    _cache_hit_source = CacheHitSource.DISK
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        options = KimiOptions.of(vllm_config)
+        assert options.session_dir is not None  # without, this is not configured
+        self._folder, self._most = Path(options.session_dir), int(options.session_gib * 2**30)
+        self._size: int = vllm_config.parallel_config.world_size
+        self._block_size: int = vllm_config.cache_config.block_size
+        groups = kv_cache_config.kv_cache_groups
+        [self._states] = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, KDAStateSpec)]
+        [self._pages] = [i for i in range(len(groups)) if i != self._states]
+        self._manager: KDAStateManager
+        self._planned = Jobs()
+        self._matched: dict[str, list[int]] = {}
+        # Requests whose prompt is computed, to the reason.
+        self._missed: dict[str, str] = {}
+        self._failed: dict[str, str] = {}
+        # Requests that ended, to the files that are being written.
+        self._saving: dict[str, Path] = {}
+        self._unsaved: set[str] = set()
+        self.counts: Counter[str] = Counter()
+        if role == KVConnectorRole.SCHEDULER:
+            if removed := remove_scratch(self._folder):
+                logger.info("%d sessions were being saved when their process was killed: removed.", removed)
+            self._trim()
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """Learn who knows where states are."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        managers = kv_cache_manager.coordinator.single_type_managers
+        [self._manager] = [manager for manager in managers if isinstance(manager, KDAStateManager)]
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a request that loses its blocks as it ends is not saved."""
+        return False
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens more than the prefix cache a session has; None while it is being written."""
+        asked = _asked(request, "load")
+        if asked is None or request.request_id in self._missed:
+            return 0, False
+        try:
+            _refuse(request)
+            if request.skip_reading_prefix_cache:
+                raise SessionError("the request reads no cached prefix, as with prompt_logprobs.")
+            path = self._file(asked, request)
+            if path in self._saving.values():
+                return None, False
+            if (tokens := self._matched.get(request.request_id)) is None:
+                tokens = read_tokens(path)
+                count = len(tokens)
+                if not count or request.all_token_ids[:count] != tokens:
+                    raise SessionError("its tokens are no prefix of the prompt.")
+                if count >= request.num_tokens:
+                    raise SessionError("its tokens are the whole prompt: the next token comes of one more.")
+                self._matched[request.request_id] = tokens
+                mark_used(path)
+        except SessionError as error:
+            self._missed[request.request_id] = str(error)
+            self.counts["sessions_missed"] += 1
+            logger.warning("Session %s: %s The prompt is computed.", _shown(request, "load"), error)
+            return 0, False
+        more = max(0, len(tokens) - num_computed_tokens)
+        return more, more > 0
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Plan a load into the blocks that were allocated for it."""
+        if not num_external_tokens:
+            return
+        asked, tokens = str(_asked(request, "load")), self._matched[request.request_id]
+        ids, first = blocks.get_block_ids(), (len(tokens) - num_external_tokens) // self._block_size
+        self._planned.loads.append(
+            Job(
+                request.request_id,
+                asked,
+                request.cache_salt,
+                digest(torch.tensor(tokens)),
+                len(tokens),
+                ids[self._states][(len(tokens) - 1) // self._block_size],
+                ids[self._pages][: cdiv(len(tokens), self._block_size)],
+                first,
+            )
+        )
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Plan a save of a request that came to its end; its blocks are held until it is done.
+
+        Returns:
+            Whether they are, and what the response says of sessions.
+        """
+        name, told, errors = request.request_id, dict[str, Any](), list[str]()
+        self._matched.pop(name, None)
+        if (missed := self._missed.pop(name, None)) is not None:
+            errors.append(f"Session {_shown(request, 'load')}: {missed} The prompt was computed.")
+        if unknown := sorted({*(request.kv_transfer_params or ())} - {"load", "save"}):
+            errors.append(f"kv_transfer_params: {', '.join(unknown)} is not known; load and save are.")
+        if saves := _asked(request, "save") is not None and request.status in _ENDED:
+            try:
+                told = self._plan_save(request, block_ids)
+            except SessionError as error:
+                saves = False
+                self.counts["sessions_unsaved"] += 1
+                errors.append(f"Session {_shown(request, 'save')}: {error} It is not saved.")
+                logger.warning("%s", errors[-1])
+        if errors:
+            told["error"] = " ".join(errors)
+        return saves, told or None
+
+    def _plan_save(self, request: Any, block_ids: tuple[list[int], ...]) -> dict[str, Any]:
+        _refuse(request)
+        name, session = request.request_id, check_name(_asked(request, "save"))
+        # Drafts may have counted beyond an answer's end: nobody folds their records.
+        count = min(request.num_computed_tokens, request.num_tokens)
+        pages = block_ids[self._pages][: cdiv(count, self._block_size)]
+        # The slot may be in an entry behind these blocks: a window of drafts went on, or it was taken along.
+        slot = self._manager.accessed_slots(name, count)[0] if pages else NULL_SLOT
+        if slot == NULL_SLOT:
+            raise SessionError("the request was preempted as it ended.")
+        tokens = torch.tensor(request.all_token_ids[:count])
+        self._planned.saves.append(
+            Job(name, session, request.cache_salt, digest(tokens), count, slot, pages, 0, tokens)
+        )
+        self._saving[name] = self._file(session, request)
+        return {"save": session, "tokens": count}
+
+    def build_connector_meta(self, scheduler_output: Any) -> Jobs:
+        """What was planned since the last step."""
+        planned, self._planned = self._planned, Jobs()
+        return planned
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Count what workers have done."""
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, Report):
+            self._unsaved |= report.unsaved
+            self._failed |= report.missed
+        for name in connector_output.finished_sending or ():
+            del self._saving[name]
+            self.counts["sessions_unsaved" if name in self._unsaved else "sessions_saved"] += 1
+            self._unsaved.discard(name)
+        if connector_output.finished_sending and self._most:
+            self._writer.submit(self._trim)
+        for name in connector_output.finished_recving or ():
+            failed = name in connector_output.failed_recving
+            self.counts["sessions_missed" if failed else "sessions_resumed"] += 1
+            reason = self._failed.pop(name, "it could not be loaded.")
+            if failed and name in self._matched:  # and not aborted meanwhile
+                self._missed[name] = reason
+
+    def _trim(self) -> None:
+        """Keep to the limit, in a thread once requests run."""
+        if not self._most:
+            return
+        try:
+            deleted = trim(self._folder, self._most)
+        except OSError as error:
+            logger.warning("Sessions beyond kimi.session_gib cannot be deleted: %s.", error)
+            return
+        self.counts["sessions_deleted"] += len(deleted)
+        for session in deleted:
+            logger.info("Session %s is deleted: all of them take more than kimi.session_gib.", session.name)
+
+    def _file(self, asked: object, request: Any) -> Path:
+        return file_of(self._folder, check_name(asked), request.cache_salt, 0, self._size)
+
+
+def _refuse(request: Any) -> None:
+    """Raise SessionError for requests whose tokens do not say what their state is of."""
+    if request.prompt_embeds is not None:
+        raise SessionError("the prompt is given as embeddings, and a session is known by its tokens.")
+    if request.resumable:
+        raise SessionError("the prompt comes as a stream, which has not been tried.")
+
+
+def _asked(request: Any, what: str) -> object:
+    """The name that a request gives for saving or loading; None if it gives none."""
+    return (request.kv_transfer_params or {}).get(what)
+
+
+def _shown(request: Any, what: str) -> str:
+    """That name for a message, which it cannot break into lines."""
+    return ascii(str(_asked(request, what))[:128])[1:-1]

@@ -1,0 +1,96 @@
+"""The folder of sessions: names that are no paths, whose files are whose, and what is deleted."""
+
+import os
+
+import pytest
+
+from kimi_vllm.cache.session_folder import SessionError, check_name, file_of, mark_used, salted, sessions, trim
+
+
+@pytest.mark.parametrize("name", ["a", "chat-7_b.v2", "A" * 128, "0", "-", "a..b"])
+def test_names(name):
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".a", "a/b", "../a", "/etc/passwd", "a\\b", "a b", "a\n", "ä", "a\0"])
+def test_what_is_no_name(name):
+    with pytest.raises(SessionError, match="is no name of a session: 1 to 128 of"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["A" * 129, "a@b", "a~0of2", 5, None, ["a"], b"a"])
+def test_what_is_no_name_either(name):
+    with pytest.raises(SessionError, match="is no name of a session: 1 to 128 of"):
+        check_name(name)
+
+
+def test_salts_and_ranks_have_files_of_their_own(tmp_path):
+    files = [
+        file_of(tmp_path, name, salt, rank, size)
+        for name in ("a", "a.b")
+        for salt in (None, "b", "c")
+        for rank, size in ((0, 1), (0, 2), (1, 2))
+    ]
+    assert len(set(files)) == len(files)
+    assert {file.parent for file in files} == {tmp_path}
+    assert file_of(tmp_path, "a", None, 0, 1).name == "a.session"
+    assert "secret" not in file_of(tmp_path, "a", "secret", 0, 1).name
+
+
+OTHERS = ["model.safetensors", "a.session.bak", ".a.session", "a@b.session", "a~0.session", "notes.txt", "a b.session"]
+
+
+def put(folder, name, size=100, used=0.0, salt=None, rank=0, ranks=1):
+    path = file_of(folder, name, salt, rank, ranks)
+    path.write_bytes(bytes(size))
+    os.utime(path, (used, used))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Sessions of 100 bytes a rank, and files that are none."""
+    for name in OTHERS:
+        (tmp_path / name).write_bytes(bytes(1000))
+    (tmp_path / "folder.session").mkdir()
+    (tmp_path / "link.session").symlink_to(tmp_path / "notes.txt")
+    put(tmp_path, "b", used=30)
+    put(tmp_path, "a", used=10)
+    put(tmp_path, "a", used=20, salt="x")
+    put(tmp_path, "a", used=5, rank=0, ranks=2)
+    put(tmp_path, "a", used=40, rank=1, ranks=2)
+    put(tmp_path, "c.session", used=50, rank=1, ranks=2)
+    return tmp_path
+
+
+def test_sessions_are_told_apart_and_come_by_use(folder):
+    found = [(one.name, one.tenant, one.ranks, one.size, one.used, one.whole) for one in sessions(folder)]
+    assert found == [
+        ("a", "", 1, 100, 10, True),
+        ("a", salted("x"), 1, 100, 20, True),
+        ("b", "", 1, 100, 30, True),
+        ("a", "", 2, 200, 40, True),
+        ("c.session", "", 2, 100, 50, False),
+    ]
+
+
+@pytest.mark.parametrize(("most", "left"), [(600, 5), (599, 4), (500, 4), (499, 3), (300, 2), (200, 1), (0, 0)])
+def test_the_least_recently_used_go_with_all_their_files(folder, most, left):
+    before, others = sessions(folder), {folder / name for name in [*OTHERS, "folder.session", "link.session"]}
+    assert trim(folder, most) == before[: len(before) - left]
+    assert sessions(folder) == before[len(before) - left :]
+    assert {path for path in folder.iterdir() if path in others} == others
+
+
+def test_a_session_that_is_too_large_costs_no_other(folder):
+    before = sessions(folder)
+    put(folder, "large", size=1000, used=100)
+    assert [session.name for session in trim(folder, 999)] == ["large"]
+    assert sessions(folder) == before
+
+
+def test_what_is_used_stays_longer(folder):
+    mark_used(folder / "a.session")
+    assert (sessions(folder)[-1].name, sessions(folder)[-1].ranks) == ("a", 1)
+    mark_used(folder / "gone.session")
+    assert not (folder / "gone.session").exists()

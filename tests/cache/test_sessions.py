@@ -1,0 +1,134 @@
+"""Sessions under vLLM's scheduler, with a worker of hashes: steps in flight, drafts, stops, preemptions, failures."""
+
+import copy
+from collections import Counter
+from random import Random
+
+import pytest
+from support.arrivals import BLOCK
+from support.drafter import Drafter
+from support.hashes import answer
+from support.schedules import DRAFTING, MODES, Server, _configuration
+from support.session_worker import SessionHashWorker
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+
+from kimi_vllm.cache.window import window_of
+from kimi_vllm.config_hook import _keep_sessions
+from serve.bench.cache import replay
+
+
+def server_of(mode, memory, folder, seed=0):
+    """A server that keeps sessions."""
+    config = copy.copy(_configuration(mode, memory, "abort"))
+    config.additional_config = {"kimi": config.additional_config["kimi"] | {"session_dir": str(folder)}}
+    _keep_sessions(config)
+    server = Server(memory, config, Drafter(mode.drafts, seed))
+    worker = SessionHashWorker(
+        server.manager.kv_cache_group_id,
+        BLOCK,
+        window_of(config),
+        fresh_last=not server.scheduler.use_v2_model_runner,
+    )
+    worker.drafter, worker.folder, worker.random = Drafter(mode.drafts, seed), folder, Random(seed)
+    server.worker = worker
+    if mode.drafts:
+        server.scheduler._drafting = None
+    return server
+
+
+def ask(server, name, prompt, most, stop=None, **wanted):
+    """Send a request that wants something of sessions; `stop` is a token that ends it."""
+    parameters = SamplingParams(
+        temperature=0, max_tokens=most, stop_token_ids=[stop] if stop else [], extra_args={"kv_transfer_params": wanted}
+    )
+    hasher = replay.make_request(server.scheduler, name, prompt, most)._block_hasher
+    request = Request(name, list(prompt), parameters, None, block_hasher=hasher)
+    server.answers[name] = []
+    server.scheduler.add_request(request)
+    return request
+
+
+def run(server):
+    for _ in range(3000):
+        if not (server.scheduler.has_requests() or server.in_flight):
+            return
+        server.turn()
+        server.scheduler.check_memory()
+    raise AssertionError("requests that never finish")
+
+
+def expected(prompt, most, stop):
+    whole = answer(prompt, most)
+    return whole[: whole.index(stop) + 1] if stop in whole else whole
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("memory", ["room", "blocks", "few-blocks", "lru-host-priority"])
+@pytest.mark.parametrize("mode", MODES | DRAFTING)
+def test_what_is_saved_is_exact_and_what_is_loaded_goes_on(mode, memory, seed, tmp_path):
+    """Chats of several turns at once, each of which loads what the last has saved; some stop at a token.
+
+    With steps in flight a step has then run past the answer's end, and the worker checks what is saved.
+    """
+    random = Random(seed)
+    server = server_of((MODES | DRAFTING)[mode], memory, tmp_path, seed)
+    assert server.scheduler.scheduler_config.async_scheduling == (MODES | DRAFTING)[mode].asynchronous
+    server.worker.failing = 0.1 if seed == 2 else 0
+    texts = {f"chat{number}": [random.randrange(3, 90) for _ in range(1 + 63 * number)] for number in range(4)}
+    stopped = 0
+    for turn in range(4):
+        wanted = {}
+        for chat, text in texts.items():
+            whole = answer(text, 60)
+            stop = random.choice([None, whole[random.randrange(60)]])
+            most = random.choice([1, 2, 30, 60])
+            wanted[f"{chat}-{turn}"] = expected(text, most, stop)
+            stopped += len(wanted[f"{chat}-{turn}"]) < most
+            asked = {"save": chat} if not turn else {"load": chat, "save": chat}
+            ask(server, f"{chat}-{turn}", text, most, stop, **asked)
+            texts[chat] = (
+                text + wanted[f"{chat}-{turn}"] + [random.randrange(3, 90) for _ in range(random.choice([1, 2, 65]))]
+            )
+        run(server)
+        assert {name: server.answers[name] for name in wanted} == wanted
+    server.check_idle()
+    counts = server.scheduler.connector.counts
+    assert stopped
+    assert counts["sessions_saved"] + counts["sessions_unsaved"] == 16
+    assert counts["sessions_resumed"] >= 6  # others are in the prefix cache
+    if not server.worker.failing and not (mode in DRAFTING and DRAFTING[mode].asynchronous):
+        assert (counts["sessions_unsaved"], counts["sessions_missed"]) == (0, 0)
+
+
+@pytest.mark.parametrize("blocks", [7, 9])
+@pytest.mark.parametrize("mode", MODES | DRAFTING)
+def test_a_preempted_request_loads_again_and_shows_where_its_state_is(mode, blocks, tmp_path):
+    """In a memory without a second state it takes its slot along, out of the entry that workers look at."""
+    server = server_of((MODES | DRAFTING)[mode], "blocks", tmp_path)
+    text = [3 + 7 * i % 80 for i in range(90)]
+    ask(server, "first", text, 30, save="chat")
+    run(server)
+    text += [*answer(text, 30), *range(5, 45)]
+    server.scheduler.reset_prefix_cache()
+    server.scheduler.arena.get_new_blocks(server.scheduler.arena.get_num_free_blocks() - blocks)
+    ask(server, "second", text, 9, load="chat")
+    for _ in range(50):
+        server.turn()
+        if server.answers["second"]:
+            break
+    shown = Counter()
+    show = server.scheduler._show_slot
+
+    def counted(name, block_ids, num_computed):
+        before = list(block_ids[server.manager.kv_cache_group_id])
+        show(name, block_ids, num_computed)
+        shown["moved" if before != block_ids[server.manager.kv_cache_group_id] else "there"] += bool(num_computed)
+
+    server.scheduler._show_slot = counted
+    server.scheduler._restart(server.scheduler.requests["second"])
+    for _ in range(50):
+        server.turn()
+    assert server.answers["second"] == answer(text, 9)
+    assert server.scheduler.connector.counts["sessions_resumed"] == 2
+    assert shown == {"moved": 1}
