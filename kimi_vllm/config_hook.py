@@ -17,7 +17,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from kimi_vllm import cpu_quantization, patches
 from kimi_vllm.cache.drafting import both_lengths
-from kimi_vllm.cache.pacing import graph_sizes
+from kimi_vllm.cache.pacing import STEP_TOKENS, graph_sizes
 from kimi_vllm.geometry import GEOMETRY_ATTRIBUTE, GeometryError, KimiGeometry, geometry_of, stages_of
 from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions
@@ -140,15 +140,16 @@ def _capture_steps_with_prompts(vllm_config: VllmConfig, options: KimiOptions) -
     """Have vLLM capture CUDA graphs of short steps with prompts too, unless the user chose sizes."""
     compilation, scheduling = vllm_config.compilation_config, vllm_config.scheduler_config
     chosen = compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size
-    # Several GPUs would capture all-reduces of sizes that none of our runs has captured.
-    if current_platform.is_cpu() or chosen != (None, None) or vllm_config.parallel_config.world_size > 1:
+    # Several GPUs would capture collectives of sizes that none of our runs has captured.
+    one_gpu = vllm_config.parallel_config.world_size_across_dp == 1
+    if current_platform.is_cpu() or chosen != (None, None) or not one_gpu:
         return
     default = copy.copy(vllm_config)
     default.compilation_config = copy.deepcopy(compilation)
     default._set_cudagraph_sizes()
     sizes = default.compilation_config.cudagraph_capture_sizes
-    most = min(options.short_step(scheduling, on_cpu=False), scheduling.max_num_batched_tokens)
-    if sizes and (more := graph_sizes(sizes[-1], most)):
+    wanted = STEP_TOKENS if options.mixed_step_tokens is None else options.mixed_step_tokens
+    if sizes and (more := graph_sizes(sizes[-1], min(wanted, scheduling.max_num_batched_tokens))):
         compilation.cudagraph_capture_sizes = [*sizes, *more]
 
 

@@ -148,8 +148,8 @@ INTRUSIONS = (
         "a model may declare its block size, and a plugin hooks around a step",
     ),
     Intrusion(
-        "set the limits of a step while it is scheduled",
-        (f"{_SCHEDULER}.max_num_scheduled_tokens", f"{_SCHEDULER_CONFIG}.long_prefill_token_threshold"),
+        "set the limit of a step while it is scheduled, and have it begin with the requests that decode",
+        (f"{_SCHEDULER}.max_num_scheduled_tokens", f"{_SCHEDULER}.running"),
         "Requests that decode wait for all prompt tokens of their step, up to --max-num-batched-tokens.",
         "tests/cache/test_pacing.py fails without them",
         "vLLM limits the prompt tokens of steps in which others decode",

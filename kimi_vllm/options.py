@@ -70,11 +70,11 @@ class KimiOptions(BaseModel):
     mixed_step_tokens: int | None = Field(
         default=None,
         ge=0,
-        description="The most tokens of a step that computes prompts while other requests decode, whose next tokens "
-        "come when it ends; half of them are for prompts in any case. A step has up to `--max-num-batched-tokens` "
-        "where nothing decodes, and while more than four requests, and more than a quarter as many as decode, wait for "
-        "a first token. On one GPU CUDA graphs are captured for up to as many tokens. 0 sets no limit, as in vLLM. By "
-        "default 2048 on GPUs, and 0 on CPUs, with `--long-prefill-token-threshold`, and without chunked prefill.",
+        description="Token limit of a step that mixes prompts with decoding requests, which wait for the whole step. "
+        "Prompts get at least a quarter of it, even if the step then exceeds the limit. A step has up to "
+        "`--max-num-batched-tokens` where nothing decodes, and where more than four prompts, and more than a quarter "
+        "as many as requests decode, could be computed. On one GPU, CUDA graphs are captured up to this size. 0 sets "
+        "no limit, as in vLLM. Default: 2048 where CUDA graphs of that size exist, else 0.",
     )
     least_drafts_accepted: float | None = Field(
         default=None,
@@ -85,13 +85,6 @@ class KimiOptions(BaseModel):
         "answers with a `seed` need to be reproducible. By default 0.15 on CPUs, measured with three and five drafts, "
         "and 0 on GPUs, where other values are untried, and with `--data-parallel-size`, where they are refused.",
     )
-
-    def short_step(self, scheduling: Any, *, on_cpu: bool) -> int:
-        """`mixed_step_tokens`, or the default of the device and of vLLM's `SchedulerConfig`."""
-        if self.mixed_step_tokens is not None:
-            return self.mixed_step_tokens
-        theirs = scheduling.long_prefill_token_threshold or not scheduling.enable_chunked_prefill
-        return 0 if on_cpu or theirs else 2048
 
     def least_accepted(self, *, on_cpu: bool) -> float:
         """`least_drafts_accepted`, or the default of the device."""

@@ -134,25 +134,11 @@ REFUSALS = (
         "replicas step together, and each would leave out drafts on its own.",
         "Drop the option, or set it to 0.",
     ),
-    *(
-        Refusal(
-            f"kimi.mixed_step_tokens with {option}",
-            lambda config, asked=asked: KimiOptions.of(config).mixed_step_tokens and asked(config),  # type: ignore[misc]
-            why,
-            "Drop one of them, or set kimi.mixed_step_tokens to 0.",
-        )
-        for option, asked, why in (
-            (
-                "--long-prefill-token-threshold",
-                _set("scheduler_config.long_prefill_token_threshold"),
-                "both limit the prompt tokens of a step.",
-            ),
-            (
-                "--no-enable-chunked-prefill",
-                lambda config: not config.scheduler_config.enable_chunked_prefill,
-                "a longer prompt would wait until nothing decodes.",
-            ),
-        )
+    Refusal(
+        "kimi.mixed_step_tokens with --no-enable-chunked-prefill",
+        lambda config: KimiOptions.of(config).mixed_step_tokens and not config.scheduler_config.enable_chunked_prefill,
+        "a longer prompt would wait until nothing decodes.",
+        "Drop one of them.",
     ),
     Refusal(
         "--speculative-config (num_speculative_tokens) with --block-size",

@@ -1,9 +1,11 @@
-"""How large a step is that has tokens of prompts beside requests that decode: their next tokens come when it ends."""
+"""How large a step is that has tokens of prompts beside requests that decode, which wait for the whole step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+STEP_TOKENS = 2048
+"""Tokens of a short step by default. On an H100 and an H200 those of 1,024 are hardly shorter (kernels/NOTES.md)."""
 FEW = 4
 """Prompts for whose number alone throughput never decides."""
 
@@ -15,27 +17,39 @@ def for_decodes(decoding: int, prompts: int) -> bool:
 
     Args:
         decoding: Requests that have their prompts behind them.
-        prompts: Requests that wait for a first token, whether or not they run.
+        prompts: Requests whose prompts the step could have tokens of.
     """
     return decoding > 0 and 0 < prompts <= max(FEW, decoding // 4)
-
-
-def prompt_tokens(step_tokens: int, decode_tokens: int) -> int:
-    """Return how many tokens of prompts a short step may have: what its decodes leave, or half of it."""
-    return max(step_tokens - decode_tokens, -(-step_tokens // 2))
 
 
 def graph_sizes(captured: int, step_tokens: int) -> list[int]:
     """Return for which sizes of short steps CUDA graphs are captured, beyond those of up to `captured` tokens.
 
-    Outside of graphs a step of the 48B model waits for its launches, some 70 ms however few its tokens are. Sizes are
-    an eighth of a power of two apart, so at most that share of a step is padding.
+    Outside of graphs a step of the 48B model waits for its launches, 70 to 90 ms however few its tokens are. From 512
+    on, where padding costs time, sizes are an eighth of a power of two apart.
     """
     sizes = []
     while captured < step_tokens:
-        captured = min(step_tokens, captured + max(1, (1 << (captured.bit_length() - 1)) // 8))
-        sizes.append(captured)
+        captured += captured if captured < 512 else (1 << (captured.bit_length() - 1)) // 8
+        sizes.append(min(captured, step_tokens))
     return sizes
+
+
+def short_step(vllm_config: Any, given: int | None, *, on_cpu: bool) -> int:
+    """Return the tokens of a short step, 0 if there is none.
+
+    Args:
+        vllm_config: vLLM's configuration, complete.
+        given: The option's value; None: the default, which is none where steps of that size have no CUDA graphs.
+        on_cpu: Whether the engine runs on a CPU.
+    """
+    if given is not None or on_cpu:
+        return given or 0
+    scheduling, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+    graphs = compilation.cudagraph_mode.mixed_mode().value and compilation.max_cudagraph_capture_size
+    by_turns = scheduling.prefill_schedule_interval > 1
+    enough = min(STEP_TOKENS, scheduling.max_num_batched_tokens)
+    return STEP_TOKENS if graphs >= enough and scheduling.enable_chunked_prefill and not by_turns else 0
 
 
 @contextmanager
@@ -44,20 +58,39 @@ def paced(scheduler: Any, step_tokens: int) -> Iterator[None]:
 
     Args:
         scheduler: A `vllm.v1.core.sched.scheduler.Scheduler`.
-        step_tokens: Tokens of a short step; 0 if none is.
+        step_tokens: Tokens of a short step, of which prompts get a quarter in any case; 0 if there is none.
     """
-    running, waiting = scheduler.get_request_counts()
-    decoding = sum(not request.is_prefill_chunk for request in scheduler.running) if step_tokens else 0
-    if not for_decodes(decoding, running - decoding + waiting):
+    decoding = [request for request in scheduler.running if _decodes(request)] if step_tokens else []
+    if not for_decodes(len(decoding), _prompts(scheduler)):
         yield
         return
-    config, most = scheduler.scheduler_config, scheduler.max_num_scheduled_tokens
-    decodes = decoding * (1 + scheduler.num_spec_tokens)
-    prompts = prompt_tokens(step_tokens, decodes)
-    scheduler.max_num_scheduled_tokens = min(most, decodes + prompts)
-    # Else a prompt ahead of them, as of a session that got more input, would take what is meant for the decodes.
-    config.long_prefill_token_threshold = prompts
+    decodes = sum([max(0, _left(request)) for request in decoding])
+    most = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = min(most, max(step_tokens, decodes - step_tokens // -4))
+    # vLLM goes through them in order, and some prompts could be ahead and take all.
+    scheduler.running.sort(key=lambda request: request.is_prefill_chunk)
     try:
         yield
     finally:
-        scheduler.max_num_scheduled_tokens, config.long_prefill_token_threshold = most, 0
+        scheduler.max_num_scheduled_tokens = most
+
+
+def _decodes(request: Any) -> bool:
+    if request.is_prefill_chunk:
+        return False
+    # With steps in flight, its last token can be on its way; vLLM asks the same.
+    in_flight = request.num_output_placeholders
+    known = request.num_computed_tokens + 2 - in_flight
+    return not in_flight or bool(known < request.num_prompt_tokens + request.max_tokens)
+
+
+def _left(request: Any) -> int:
+    return int(request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens)
+
+
+def _prompts(scheduler: Any) -> int:
+    """Requests that compute their prompt, and those for which there is a seat."""
+    running, waiting = scheduler.get_request_counts()
+    idle = scheduler.num_waiting_for_streaming_input
+    admitted = max(0, min(waiting - idle, scheduler.max_num_active_reqs - running - idle))
+    return int(sum([request.is_prefill_chunk for request in scheduler.running]) + admitted)

@@ -30,7 +30,7 @@ from kimi_vllm.cache.contagion import Access, Step, spread
 from kimi_vllm.cache.drafting import Drafting, both_lengths
 from kimi_vllm.cache.exchange import NEW_PAGES, NONFINITE, OPERATIONS, STATS, Sick
 from kimi_vllm.cache.manager import KDAStateManager
-from kimi_vllm.cache.pacing import paced
+from kimi_vllm.cache.pacing import paced, short_step
 from kimi_vllm.cache.sessions import SessionConnector
 from kimi_vllm.options import KimiOptions
 
@@ -94,7 +94,7 @@ class _StateScheduling:
         capacity = Capacity(self.arena.num_gpu_blocks, spec.block_size, spec.state_blocks)
         scheduled, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
         logger.info("%s", capacity.table(scheduled.max_num_seqs, model.max_model_len))
-        self._short_step = options.short_step(scheduled, on_cpu=current_platform.is_cpu())
+        self._short_step = short_step(self.vllm_config, options.mixed_step_tokens, on_cpu=current_platform.is_cpu())
         self._on_nonfinite = options.on_nonfinite
         self._checked = os.environ.get("KIMI_VLLM_CHECK_MEMORY") == "1"
         self._steps: deque[tuple[SchedulerOutput, Step]] = deque()

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 from support.engine import ngram
+from vllm.config import CUDAGraphMode
 from vllm.v1.request import RequestStatus
 
 from kimi_vllm import config_hook
-from kimi_vllm.cache.pacing import FEW, for_decodes, graph_sizes
+from kimi_vllm.cache.pacing import FEW, for_decodes, graph_sizes, short_step
 from kimi_vllm.cache.scheduler import KimiScheduler
 from kimi_vllm.options import KimiOptions
 from kimi_vllm.refusals import REFUSALS
@@ -19,10 +20,11 @@ ANSWER = list(range(40, 140))
 FULL, SHORT = 512, 96
 
 
-def scheduler_of(given=SHORT, **options):
-    memory = Memory(concurrency=64, blocks=2001, state_blocks=8, step_tokens=FULL)
+def scheduler_of(given=SHORT, concurrency=100, asynchronous=False, **options):
+    memory = Memory(concurrency=concurrency, blocks=2001, state_blocks=8, step_tokens=FULL)
     config = configuration(memory, "value", **options)
     config.additional_config["kimi"]["mixed_step_tokens"] = given
+    config.scheduler_config.async_scheduling = asynchronous  # on CPUs vLLM switches it off
     return build(KimiScheduler, config, our_specs(config, memory.state_blocks))
 
 
@@ -60,11 +62,11 @@ def prompt(scheduler, name, length):
     return name
 
 
-@pytest.mark.parametrize(("count", "share"), [(1, SHORT - 1), (3, SHORT - 3), (60, SHORT // 2)])
+@pytest.mark.parametrize(("count", "share"), [(1, SHORT - 1), (3, SHORT - 3), (80, SHORT // 4)])
 def test_a_prompt_comes_in_short_steps_that_all_decodes_are_in(count, share):
     scheduler = scheduler_of()
     names = decoding(scheduler, count)
-    left = 5 * FULL
+    left = 2 * FULL
     long = prompt(scheduler, "long", left)
     while left:
         tokens = run(scheduler, [*names, long])
@@ -118,7 +120,6 @@ def test_limits_are_as_before_after_each_step():
     prompt(scheduler, "long", 3 * FULL)
     run(scheduler, [*names, "long"])
     assert scheduler.max_num_scheduled_tokens == FULL
-    assert scheduler.scheduler_config.long_prefill_token_threshold == 0
     for name in names:
         scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
     assert run(scheduler, ["long"]) == {"long": FULL}
@@ -149,30 +150,103 @@ def test_whom_a_step_is_for(decoding, prompts, short):
     assert for_decodes(decoding, prompts) is short
 
 
-def limits(**scheduling):
-    config = configuration(Memory(concurrency=2, blocks=200, state_blocks=8), "value")
-    for name, value in scheduling.items():
-        setattr(config.scheduler_config, name, value)
-    return config
+def test_a_prompt_that_decodes_behind_two_others_is_not_kept_waiting():
+    scheduler = scheduler_of(speculative_config=ngram(3))
+    names = decoding(scheduler, 20)
+    first, second = prompt(scheduler, "first", 900), prompt(scheduler, "second", 400)
+    third = prompt(scheduler, "third", 20)
+    every = [*names, first, second, third]
+    # A full step, with chunks of each: the third has its prompt behind it while two before it have not.
+    scheduler._short_step, scheduler.scheduler_config.long_prefill_token_threshold = 0, 100
+    run(scheduler, every)
+    scheduler._short_step, scheduler.scheduler_config.long_prefill_token_threshold = SHORT, 0
+    for _ in range(3):
+        for name in (*names, third):
+            scheduler.requests[name].spec_token_ids = [5, 6, 7]
+        tokens = run(scheduler, every)
+        assert [tokens[name] for name in (*names, third)] == [4] * 21
+        assert tokens[first] == SHORT // 4
+
+
+@pytest.mark.parametrize("given", [1, 2, 4, 7])
+def test_a_small_limit_cuts_no_drafts(given):
+    scheduler = scheduler_of(given, speculative_config=ngram(3))
+    names = decoding(scheduler, 2)
+    for name in names:
+        scheduler.requests[name].spec_token_ids = [5, 6, 7]
+    prompt(scheduler, "long", 300)
+    assert run(scheduler, [*names, "long"]) == dict.fromkeys(names, 4) | {"long": -(-given // 4)}
+
+
+def test_prompts_without_a_seat_make_no_crowd():
+    scheduler = scheduler_of(concurrency=8)
+    names = decoding(scheduler, 7)
+    every = [*names, *(prompt(scheduler, f"prompt{i}", FULL) for i in range(9))]
+    assert run(scheduler, every) == dict.fromkeys(names, 1) | {"prompt0": SHORT - 7}
+
+
+def test_idle_sessions_make_no_crowd():
+    scheduler = scheduler_of()
+    names = decoding(scheduler, 8)
+    idle = [prompt(scheduler, f"idle{i}", 20) for i in range(FEW + 1)]
+    for name in idle:
+        scheduler.requests[name].resumable = True
+        scheduler.requests[name].max_tokens = 1
+    while any(scheduler.requests[name].status != RequestStatus.WAITING_FOR_STREAMING_REQ for name in idle):
+        run(scheduler, [*names, *idle])
+    long = prompt(scheduler, "long", 4 * FULL)
+    assert run(scheduler, [*names, long]) == dict.fromkeys(names, 1) | {long: SHORT - 8}
+
+
+def test_requests_whose_last_token_is_on_its_way_decode_no_more():
+    scheduler = scheduler_of(asynchronous=True)
+    scheduler.add_request(make_request(scheduler, "ends", [5] * 20, 1))
+    assert scheduler.schedule().num_scheduled_tokens == {"ends": 20}
+    long = prompt(scheduler, "long", 4 * FULL)
+    assert scheduler.schedule().num_scheduled_tokens == {long: FULL}
+
+
+def test_with_a_step_in_flight_decodes_are_counted():
+    scheduler = scheduler_of(asynchronous=True)
+    scheduler.add_request(make_request(scheduler, "decodes", [5] * 20, 50))
+    scheduler.schedule()
+    long = prompt(scheduler, "long", 4 * FULL)
+    assert scheduler.schedule().num_scheduled_tokens == {"decodes": 1, long: SHORT - 1}
+
+
+GRAPHS = {"cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE, "max_cudagraph_capture_size": 2048}
 
 
 @pytest.mark.parametrize(
-    ("scheduling", "on_cpu", "tokens"),
+    ("on_cpu", "scheduling", "compilation", "tokens"),
     [
-        ({}, False, 2048),
-        ({}, True, 0),
-        ({"long_prefill_token_threshold": 700}, False, 0),
-        ({"enable_chunked_prefill": False}, False, 0),
+        (False, {}, GRAPHS, 2048),
+        (True, {}, GRAPHS, 0),
+        (False, {}, GRAPHS | {"max_cudagraph_capture_size": 512}, 0),
+        (False, {"max_num_batched_tokens": 512}, GRAPHS | {"max_cudagraph_capture_size": 512}, 2048),
+        (False, {}, GRAPHS | {"cudagraph_mode": CUDAGraphMode.FULL_DECODE_ONLY}, 0),
+        (False, {}, {"cudagraph_mode": CUDAGraphMode.NONE, "max_cudagraph_capture_size": 0}, 0),
+        (False, {"enable_chunked_prefill": False}, GRAPHS, 0),
+        (False, {"prefill_schedule_interval": 2}, GRAPHS, 0),
     ],
+    ids=["gpu", "cpu", "small-graphs", "small-steps", "decode-graphs", "eager", "whole-prompts", "by-turns"],
 )
-def test_defaults(scheduling, on_cpu, tokens):
-    config = limits(**scheduling)
-    assert KimiOptions().short_step(config.scheduler_config, on_cpu=on_cpu) == tokens
-    config.additional_config = {"kimi": {"mixed_step_tokens": 0}}
-    assert not any(refusal.asked(config) for refusal in REFUSALS if "mixed_step" in refusal.option)
-    config.additional_config = {"kimi": {"mixed_step_tokens": 64}}
-    refused = [refusal for refusal in REFUSALS if "mixed_step" in refusal.option and refusal.asked(config)]
-    assert len(refused) == len(scheduling)
+def test_default(on_cpu, scheduling, compilation, tokens, monkeypatch):
+    config = configuration(Memory(concurrency=2, blocks=200, state_blocks=8), "value")
+    for part, values in ((config.scheduler_config, scheduling), (config.compilation_config, compilation)):
+        for name, value in values.items():
+            monkeypatch.setattr(part, name, value)
+    assert short_step(config, None, on_cpu=on_cpu) == tokens
+    assert short_step(config, 700, on_cpu=on_cpu) == 700
+
+
+def test_with_whole_prompts_a_limit_is_refused(monkeypatch):
+    config = configuration(Memory(concurrency=2, blocks=200, state_blocks=8), "value")
+    monkeypatch.setattr(config, "additional_config", {"kimi": {"mixed_step_tokens": 64}})
+    [refusal] = [refusal for refusal in REFUSALS if refusal.option.startswith("kimi.mixed_step_tokens")]
+    assert not refusal.asked(config)
+    monkeypatch.setattr(config.scheduler_config, "enable_chunked_prefill", False)
+    assert refusal.asked(config)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +259,8 @@ def test_graphs_are_captured_up_to_a_short_step_with_little_padding(captured, st
         assert not sizes
         return
     assert sizes[-1] == step_tokens
-    every = [captured, *sizes]
-    assert all(b - a <= max(1, a / 8) for a, b in pairwise(every))
-    assert len(graph_sizes(512, 2048)) == 16
+    assert all(b - a <= max(1, a / 8) for a, b in pairwise([captured, *sizes]) if a >= 512)
+    assert len(sizes) <= 26
 
 
 @pytest.mark.parametrize(
@@ -201,19 +274,20 @@ def test_graphs_are_captured_up_to_a_short_step_with_little_padding(captured, st
     ],
     ids=["default", "no-limit", "set", "users-sizes", "users-largest"],
 )
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_capture_sizes_are_vllms_and_those_of_short_steps(given, sizes, more, gpus, monkeypatch):
+@pytest.mark.parametrize("more_gpus", [None, "world_size", "data_parallel_size"])
+def test_capture_sizes_are_vllms_and_those_of_short_steps(given, sizes, more, more_gpus, monkeypatch):
     memory = Memory(concurrency=256, blocks=2001, state_blocks=8, step_tokens=768)
     config = configuration(memory, "value")
     compilation = config.compilation_config
     monkeypatch.setattr(config.model_config, "enforce_eager", False)
-    monkeypatch.setattr(config.parallel_config, "world_size", gpus)
+    if more_gpus:
+        monkeypatch.setattr(config.parallel_config, more_gpus, 2)
     for name in ("cudagraph_capture_sizes", "max_cudagraph_capture_size", "cudagraph_mode"):
         monkeypatch.setattr(compilation, name, sizes.get(name))
     monkeypatch.setattr(config_hook, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     config_hook._capture_steps_with_prompts(config, KimiOptions(**given))
     before = sizes.get("cudagraph_capture_sizes")
-    if not more or gpus > 1:
+    if not more or more_gpus:
         assert compilation.cudagraph_capture_sizes == before
     else:
         assert compilation.cudagraph_capture_sizes[-len(more) :] == more

@@ -51,11 +51,12 @@ def eviction(name: str) -> Eviction:
 
 @dataclass(frozen=True)
 class Mode:
-    """How an engine runs: steps in flight, which of vLLM's model runners, and the most drafts of a step."""
+    """How an engine runs: steps in flight, which of vLLM's model runners, the most drafts, `mixed_step_tokens`."""
 
     asynchronous: bool
     second_runner: bool
     drafts: int = 0
+    short_step: int = 0
 
     def server(self, name: str, on_nonfinite: str = "abort", seed: int = 0) -> "Server":
         """A new server with the caches of one of `SCARCE`; `seed` decides the drafts."""
@@ -76,20 +77,20 @@ def _configuration(mode: Mode, name: str, on_nonfinite: str) -> VllmConfig:
         options = {"speculative_config": ngram(mode.drafts)} if mode.drafts else {}
         config = replay.configuration((SCARCE | ROOMY)[name][0], eviction(name), scheduling_policy=policy, **options)
     config.scheduler_config.async_scheduling = mode.asynchronous  # on CPUs vLLM switches it off
-    config.additional_config["kimi"]["on_nonfinite"] = on_nonfinite
+    config.additional_config["kimi"] |= {"on_nonfinite": on_nonfinite, "mixed_step_tokens": mode.short_step}
     return config
 
 
 MODES = {
     "step-by-step": Mode(asynchronous=False, second_runner=False),
     "two-in-flight": Mode(asynchronous=True, second_runner=True),
-    "two-in-flight-first-runner": Mode(asynchronous=True, second_runner=False),
+    "two-in-flight-first-runner": Mode(asynchronous=True, second_runner=False, short_step=30),
 }
 """As on a CPU, as on a GPU, and as on a GPU with ``VLLM_USE_V2_MODEL_RUNNER=0``."""
 
 DRAFTING = {
     "drafts": replace(MODES["step-by-step"], drafts=3),
-    "drafts-in-flight": replace(MODES["two-in-flight"], drafts=3),
+    "drafts-in-flight": replace(MODES["two-in-flight"], drafts=3, short_step=40),
     "drafts-in-flight-first-runner": replace(MODES["two-in-flight-first-runner"], drafts=15),
 }
 """The same with speculative decoding."""

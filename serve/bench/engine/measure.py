@@ -67,12 +67,13 @@ def spread_routing(engine: BenchEngine, plan: Plan, experts: int, share: float) 
             engine.on_workers(partial(routing.balance, rate=rate))
             engine.step()
     finally:
-        [read, *_] = engine.on_workers(routing.stop)
+        [read, *_] = engine.on_workers(routing.stop)  # of each step
     return {
         "context": "synthetic",
         "requests": len(names),
         "experts_read_before": read[0],
         "experts_read": read[-1],
+        "experts_read_by_step": read,
         "experts_read_if_uniform": round(experts * (1 - (1 - share) ** len(names)), 2),
     }
 

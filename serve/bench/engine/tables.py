@@ -130,11 +130,17 @@ def _mixed_table(rows: Sequence[Row]) -> ResultTable:
 
 
 def _ready_table(rows: Sequence[Row]) -> ResultTable:
-    started = {row["provider"]: row["ready_s"] for row in rows if row["bench"] == "engine" and "ready_s" in row}
+    started: dict[str, float] = {}
+    ready_s: dict[int, float] = {}
+    for row in rows:  # of the engine that answered, where a file has several
+        if row["bench"] == "engine" and "ready_s" in row:
+            started[row["provider"]] = row["ready_s"]
+        elif row["bench"] == "ready":
+            ready_s[id(row)] = started[row["provider"]]
     cells = [
         [
             f"{row['provider']}, {row['case']['prompts']} prompts, {row['case']['run']} time",
-            f"{started[row['provider']]:.0f}",
+            f"{ready_s[id(row)]:.0f}",
             f"{row['seconds']:.1f}",
             f"{row['worst_step_s'] * 1e3:.0f}",
             str(len(row.get("compiled", ()))),
