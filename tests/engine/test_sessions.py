@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support.engine import RECALL, STATE_BLOCKS, check_cold, completion, engine, ngram, random_prompts
+from support.engine import DRAFTS, RECALL, STATE_BLOCKS, check_cold, completion, engine, ngram, random_prompts
 from support.sessions import ANSWER, LENGTHS, ask, complete, counts, flip, options, parameters, save
 
 pytestmark = pytest.mark.engine
@@ -205,6 +205,7 @@ def in_flight(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
 
 
+@pytest.mark.skipif(DRAFTS > 0, reason="vLLM drafts n-grams between steps, with none in flight")
 def test_a_session_that_stopped_with_a_step_in_flight(in_flight, tmp_path):
     """That step has computed the token that stopped it."""
     prompts = random_prompts([30, 63, 64, 100], 100)
