@@ -14,9 +14,23 @@ from kimi_vllm.cache.session_folder import Session, SessionError, check_name, se
 
 app = typer.Typer(no_args_is_help=True, help="List, show and delete the sessions that a server has saved.")
 
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():  # nor a device, which no option of typer's excludes
+        raise typer.BadParameter(f"{path} is not a folder.")
+    return path
+
+
 Folder = Annotated[
     Path,
-    typer.Option("--dir", exists=True, file_okay=False, help="The server's kimi.session_dir.", show_default=False),
+    typer.Option(
+        "--dir",
+        exists=True,
+        file_okay=False,
+        callback=_folder,
+        help="The server's kimi.session_dir.",
+        show_default=False,
+    ),
 ]
 Name = Annotated[str, typer.Argument(help="Name of the session.", show_default=False)]
 Tenant = Annotated[

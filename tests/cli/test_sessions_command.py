@@ -123,3 +123,9 @@ def test_a_folder_that_is_not_there(tmp_path):
     status, output = run("list", "--dir", tmp_path / "gone")
     assert status == 2
     assert "does not exist" in output
+
+
+def test_a_device_is_no_folder():
+    code, output = run("list", "--dir", "/dev/null")
+    assert code == 2
+    assert "/dev/null is not a folder" in output
