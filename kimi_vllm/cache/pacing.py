@@ -61,7 +61,7 @@ def paced(scheduler: Any, step_tokens: int) -> Iterator[None]:
         step_tokens: Tokens of a short step, of which prompts get a quarter in any case; 0 if there is none.
     """
     decoding = [request for request in scheduler.running if _decodes(request)] if step_tokens else []
-    if not for_decodes(len(decoding), _prompts(scheduler)):
+    if not decoding or not for_decodes(len(decoding), _prompts(scheduler)):
         yield
         return
     decodes = sum([max(0, _left(request)) for request in decoding])

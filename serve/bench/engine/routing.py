@@ -1,8 +1,9 @@
 """How many experts a step reads, and router biases that spread tokens over all of them, as training does.
 
-With random weights some experts are chosen more often than others, in one implementation more so than in another, and a
-step that reads fewer of them is faster. Biases are balanced as in arXiv:2408.15664: an expert's goes down while more
-tokens than its share choose it. Routers run outside of CUDA graphs meanwhile. Functions take vLLM's worker first.
+With random weights some experts can be chosen more often than others, and a step that reads fewer of them is faster:
+two engines are compared where both read as many. Biases are balanced as in arXiv:2408.15664: an expert's goes down
+while more tokens than its share choose it. Routers run outside of CUDA graphs meanwhile. Functions take vLLM's worker
+first.
 """
 
 from typing import Any
