@@ -44,7 +44,7 @@ def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
             yield "mixed", case | {"beside": limit}, lambda b=limit: mixed(engine, plan, b)
     if "prefill" in plan.measurements:
         for prompt in plan.prefills:
-            yield "prefill", {"prompt": prompt}, lambda p=prompt: prefill(engine, plan, p)
+            yield "prefill", {"prompt": prompt}, lambda p=prompt: prefill(engine, plan, p, cuda=cuda)
     if "throughput" in plan.measurements:
         for requests, prompt, output in plan.loads:
             case = {"requests": requests, "prompt": prompt, "output": output}
@@ -108,18 +108,23 @@ def tpot(engine: BenchEngine, plan: Plan, context: int, most: int, *, cuda: bool
         "floor_ms": None if not peak else round(floor_ms(moved, peak), 4),
         "floor_bytes": {"weights": moved.weights, "kv": moved.kv, "state": moved.state},
     }
-    if not plan.profiled:
-        return fields | {"profile": {"skipped": "not asked for"}}
+    return fields | {"profile": _profiled(engine, engine.step, plan.profiled, seconds["p50_ms"], cuda=cuda)}
+
+
+def _profiled(
+    engine: BenchEngine, step: Callable[[], object], times: int, wall_ms: float, *, cuda: bool
+) -> dict[str, Any]:
+    """Where the GPU's time goes in so many calls of `step`, each of which takes `wall_ms`; or why that is not known."""
+    if not times:
+        return {"skipped": "not asked for"}
     if not cuda:
-        return fields | {"profile": {"skipped": "kernels are profiled on CUDA devices only"}}
+        return {"skipped": "kernels are profiled on CUDA devices only"}
     if not engine.in_process:
-        return fields | {"profile": {"skipped": "kernels are profiled with one GPU only"}}
+        return {"skipped": "kernels are profiled with one GPU only"}
     try:
-        kernels = profile_kernels(engine.step, plan.profiled)
-        profile = summarise(kernels, plan.profiled, seconds["p50_ms"])
+        return summarise(profile_kernels(step, times), times, wall_ms)
     except Exception as error:  # the times are measured; they must not be lost with the profile
-        profile = {"error": repr(error)}
-    return fields | {"profile": profile}
+        return {"error": repr(error)}
 
 
 def _timed_steps(engine: BenchEngine, plan: Plan) -> StepClock:
@@ -231,7 +236,7 @@ def mixed(engine: BenchEngine, plan: Plan, beside: int | None = None) -> dict[st
     }
 
 
-def prefill(engine: BenchEngine, plan: Plan, prompt: int) -> dict[str, Any]:
+def prefill(engine: BenchEngine, plan: Plan, prompt: int, *, cuda: bool) -> dict[str, Any]:
     """Time to the first token of one prompt, nothing else running; the first of two or more runs is discarded."""
     deadline = time.perf_counter() + plan.budget_s
     warmup = _first_token(engine, prompt, deadline)
@@ -252,6 +257,13 @@ def prefill(engine: BenchEngine, plan: Plan, prompt: int) -> dict[str, Any]:
         "warmup_s": round(warmup, 4),
         "warmup_only": not times,
         "max_num_batched_tokens": engine.facts["max_num_batched_tokens"],
+        "profile": _profiled(
+            engine,
+            lambda: _first_token(engine, prompt, float("inf")),
+            int(bool(plan.profiled)),
+            ttft["p50_ms"],
+            cuda=cuda,
+        ),
     }
 
 

@@ -33,6 +33,7 @@ DROP = 1.5
 """How many times the best time so far ends a configuration after its first repetition."""
 FINALISTS = 3
 ROUNDS = 3
+ROUTINGS_OF_MANY = 2
 TOLERANCE, FP8_TOLERANCE = 1e-2, 3e-2
 """Of a difference's norm relative to the output's. bfloat16 rounds each of three steps to 2⁻⁹; where that moves an
 activation to the next value of FP8, it moves by 2⁻⁴."""
@@ -63,7 +64,7 @@ def search(layer: "Layer", tokens: int, configs: list[Config], row: Callable[...
     """
     from serve.bench.moe.layer import difference, median_us
 
-    routings = 4 if tokens <= 512 else 2
+    routings = 4 if tokens <= 512 else ROUTINGS_OF_MANY
     run = layer.calls(tokens, routings)
     tolerance = FP8_TOLERANCE if layer.experts.fp8 else TOLERANCE
     default = configs[0]
@@ -92,6 +93,23 @@ def search(layer: "Layer", tokens: int, configs: list[Config], row: Callable[...
         if not chosen and error <= tolerance and final[index] * GAIN <= final[0]:
             chosen = index
     return configs[chosen], final[chosen], final[0]
+
+
+def cutlass_us(layer: "Layer", tokens: int, default: Config, row: Callable[..., None]) -> float | None:
+    """Microseconds of vLLM's grouped CUTLASS products for so many tokens, which take weights in FP8; else None."""
+    from serve.bench.moe.layer import difference, median_us
+
+    if not layer.experts.fp8:
+        return None
+    try:
+        run = layer.cutlass_calls(tokens, ROUTINGS_OF_MANY)
+        us = median_us(run, default, ROUTINGS_OF_MANY, float("inf"), budget_us=12_000)
+        error = difference(run, default, layer.calls(tokens, ROUTINGS_OF_MANY)(default))
+    except Exception as error:  # vLLM's build may have none for this GPU
+        row(tokens, {}, "cutlass", error=f"{type(error).__name__}: {error}"[:300])
+        return None
+    row(tokens, {}, "cutlass", us=round(us, 2), difference=error)
+    return us
 
 
 @app.command(help=__doc__)
@@ -145,9 +163,11 @@ def tune(
         except (RuntimeError, AssertionError) as error:
             console.print(f"{count} tokens left out: {type(error).__name__}: {error}")
             continue
+        other_us = cutlass_us(layer, count, configs[0], row)
         times = (f"{best_us:.1f}", f"{default_us:.1f}", f"{default_us / best_us:.2f}")
+        times += ("" if other_us is None else f"{other_us:.1f}",)
         cells.append([str(count), short(chosen[count]), short(configs[0]), *times])
-    columns = ["tokens", "best", "vLLM's default", "best, µs", "default, µs", "ratio"]
+    columns = ["tokens", "best", "vLLM's default", "best, µs", "default, µs", "ratio", "CUTLASS, µs"]
     ResultTable(path.name, columns, cells, words=3).show()
     if not chosen:
         raise typer.Exit(1)

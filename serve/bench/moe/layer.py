@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe import override_config
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import run_cutlass_moe_fp8
 from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
 from serve.bench.moe.space import Config, Experts, variants
@@ -34,14 +37,53 @@ class Layer:
         filled = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
         return filled.normal_(std=scale, generator=self.generator)
 
-    def calls(self, tokens: int, routings: int) -> Run:
-        """A function that runs the layer once per routing, all with its configuration, and returns the outputs."""
+    def drawn(self, tokens: int, routings: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Activations ``[tokens, hidden]``, and weights and ids of their experts, once per routing."""
+        self.generator.manual_seed(tokens)
         hidden = self._normal(tokens, self.experts.hidden)
         drawn = []
         for _ in range(routings):
             scores = torch.rand(tokens, self.stored, device="cuda", generator=self.generator)
             weights, ids = scores.topk(self.experts.per_token, dim=-1)  # distinct experts, all equally likely
             drawn.append((torch.softmax(weights, -1).contiguous(), ids.to(torch.int32).contiguous()))
+        return hidden, drawn
+
+    def cutlass_calls(self, tokens: int, routings: int) -> Run:
+        """As `calls`, with the grouped products of CUTLASS that vLLM has for FP8; a configuration changes nothing."""
+        hidden, drawn = self.drawn(tokens, routings)
+        number, inner, width = self.experts.number, self.experts.intermediate, self.experts.hidden
+        up, down = self.quantised["quant_config"].w1_scale, self.quantised["quant_config"].w2_scale
+        rows = tokens * self.experts.per_token
+        first = hidden.new_empty(rows, max(2 * inner, width))
+        second = hidden.new_empty(rows, max(inner, width))
+        strides = {
+            size: torch.full((number,), size, device="cuda", dtype=torch.int64) for size in (width, inner, 2 * inner)
+        }
+
+        def run(config: Config) -> list[torch.Tensor]:
+            outputs = []
+            for weights, ids in drawn:
+                quantised, scale = ops.scaled_fp8_quant(hidden)
+                output = torch.empty_like(hidden)
+                run_cutlass_moe_fp8(
+                    *(output, quantised, self.w13, self.w2, ids, MoEActivation.SILU, number, None),
+                    *(up, down, scale, None),
+                    *(strides[width], strides[inner], strides[2 * inner], strides[width]),
+                    *(first, second, None, hidden.dtype),
+                    per_act_token=False,
+                    per_out_ch=False,
+                    use_batched_format=False,
+                    topk_weights=weights,
+                    permute_scratch=None,
+                )
+                outputs.append(output)
+            return outputs
+
+        return run
+
+    def calls(self, tokens: int, routings: int) -> Run:
+        """A function that runs the layer once per routing, all with its configuration, and returns the outputs."""
+        hidden, drawn = self.drawn(tokens, routings)
 
         def run(config: Config) -> list[torch.Tensor]:
             with override_config(dict(config)):
