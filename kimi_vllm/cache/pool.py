@@ -86,17 +86,23 @@ class StatePool:
             for layer in range(self.layout.num_layers)
         ]
 
-    def read(self, slot: int) -> Tensor:
-        """A copy of a slot's units, one after another, without what lies between them: ``[state_bytes]`` uint8."""
-        used = self.layout.cut.units * self.layout.cut.unit_bytes
-        return self.memory[self._blocks(slot), :used].flatten()[: self.layout.state_bytes]
+    @property
+    def used(self) -> int:
+        """Bytes of a slot's block in which units are; behind them nothing is defined."""
+        return self.layout.cut.units * self.layout.cut.unit_bytes
 
-    def write(self, slot: int, state: Tensor) -> None:
-        """The inverse of `read`."""
-        used, blocks = self.layout.cut.units * self.layout.cut.unit_bytes, self._blocks(slot)
-        units = state.new_zeros(len(blocks) * used)
-        units[: len(state)] = state
-        self.memory[blocks, :used] = units.view(len(blocks), used)
+    def blocks(self, slot: int) -> Tensor:
+        """The blocks of a slot, in order: ``[layout.blocks]`` int64."""
+        return self.pages[slot, : self.layout.blocks].long()
+
+    def gather(self, blocks: Tensor, width: int) -> Tensor:
+        """The first `width` bytes of these blocks, copied: ``[n, width]`` uint8."""
+        return self.memory.view(torch.int64)[blocks, : width // 8].view(torch.uint8)
+
+    def scatter(self, blocks: Tensor, rows: Tensor) -> None:
+        """The inverse of `gather`."""
+        words = rows.view(torch.int64)
+        self.memory.view(torch.int64)[blocks, : words.shape[1]] = words
 
     def apply(self, operations: Iterable[tuple[int, int | list[int]]]) -> None:
         """Do what the scheduler planned before a step, in order with the steps on the device.
@@ -134,15 +140,12 @@ class StatePool:
         kept, after = self._base(target)
         if self.layout.cut.window:
             kept[after : after + 1].copy_(base[before : before + 1], non_blocking=True)
-        state = self.host[before] if source >= self.num_slots else self.memory[self._blocks(source)]
+        state = self.host[before] if source >= self.num_slots else self.memory[self.blocks(source)]
         if target >= self.num_slots:
             self.host[after].copy_(state, non_blocking=True)
         else:
-            self.memory[self._blocks(target)] = state.to(self.device, non_blocking=True)
+            self.memory[self.blocks(target)] = state.to(self.device, non_blocking=True)
 
     def _base(self, slot: int) -> tuple[Tensor, int]:
         """Where the base of a slot is kept, on the device or on the host, and at which index."""
         return (self._host_base, slot - self.num_slots) if slot >= self.num_slots else (self.base, slot)
-
-    def _blocks(self, slot: int) -> Tensor:
-        return self.pages[slot, : self.layout.blocks].long()

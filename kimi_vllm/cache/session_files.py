@@ -1,15 +1,15 @@
 """Files of sessions: safetensors, whose metadata are a fingerprint and a checksum of every part.
 
 A file is written under a temporary name and renamed when it is on disk, so one that has its name is whole. What is
-read is believed only if its fingerprint is the expected one and every part has its checksum. safetensors itself maps a
-file into memory, and a file that is truncated meanwhile would end the process; here files are read. Knows neither vLLM
-nor states.
+read is believed only if its fingerprint is the expected one and every part has its checksum. Parts are read and written
+several at a time, as `Copies` has threads. safetensors itself maps a file into memory, and a file that is truncated
+meanwhile would end the process; here files are read. Knows neither vLLM nor states.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -20,13 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_vllm.cache.session_copies import Buffer, Copies, shape_bytes
 from kimi_vllm.cache.session_folder import SessionError, scratch
 
-FORMAT = "1"
+FORMAT = "2"
 """Of what is in a file; part of its fingerprint."""
 
 TOKENS = "tokens"
 """The part that every file has: the tokens after which it goes on, int64."""
+
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a part."""
+
+Move = Callable[[str, Tensor, Buffer], None]
+"""Takes a part's name, its values or the room for them, and the thread's means."""
 
 _CHECKSUM = "sha256 of "
 _DTYPES = {"I64": torch.int64, "U8": torch.uint8}
@@ -59,29 +66,39 @@ def digest(part: Tensor) -> str:
     return hashlib.sha256(_bytes(part)).hexdigest()
 
 
-def write(path: Path, parts: Mapping[str, Tensor], fingerprint: Mapping[str, str]) -> None:
+def write(path: Path, forms: Mapping[str, Form], fill: Move, fingerprint: Mapping[str, str], copies: Copies) -> None:
     """Put a session in the place of what was there, or leave that.
 
     Args:
-        parts: On the CPU, int64 or uint8.
+        forms: Of all parts, int64 or uint8.
+        fill: Puts a part's values where they are to be written from. Called by several threads.
 
     Raises:
-        SessionError: The folder is full, or cannot be written.
+        SessionError: The folder is full, or cannot be written; or `fill` raised it.
     """
-    checksums = {_CHECKSUM + name: digest(part) for name, part in parts.items()}
-    header: dict[str, Any] = {"__metadata__": {**fingerprint, **checksums}}
-    end = 0
-    for name, part in parts.items():
-        start, end = end, end + part.nbytes
-        header[name] = {"dtype": _NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that parts are aligned
+    checksums = {_CHECKSUM + name: digest(torch.empty(0)) for name in forms}  # in place of others that are as long
+    described, places, end = dict[str, Any](), dict[str, int](), 0
+    for name, (shape, dtype) in forms.items():
+        places[name], end = end, end + shape_bytes(shape, dtype)
+        described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [places[name], end]}
+
+    def header() -> bytes:
+        text = json.dumps({"__metadata__": {**fingerprint, **checksums}, **described}).encode()
+        text += b" " * (-len(text) % 8)  # so that parts are aligned
+        return len(text).to_bytes(8, "little") + text
+
+    start = len(header())
     try:
         with scratch(path.parent) as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for part in parts.values():
-                file.write(_bytes(part))
-            file.flush()
+
+            def one(name: str, buffer: Buffer) -> None:
+                part = buffer.room(*forms[name])
+                fill(name, part, buffer)
+                checksums[_CHECKSUM + name] = digest(part)
+                _write(file.fileno(), _bytes(part), start + places[name])
+
+            copies.each(forms, one)
+            _write(file.fileno(), memoryview(header()), 0)
             os.fsync(file.fileno())
             os.rename(file.name, path)
         _sync(path.parent)
@@ -109,16 +126,20 @@ def read_tokens(path: Path) -> list[int]:
         return _part(file, _header(file), TOKENS).tolist()  # type: ignore[no-any-return]
 
 
-def read(path: Path, fingerprint: Mapping[str, str], tokens: str) -> dict[str, Tensor]:
-    """All parts of a session, checked.
+def read(
+    path: Path, forms: Mapping[str, Form], put: Move, fingerprint: Mapping[str, str], tokens: str, copies: Copies
+) -> None:
+    """Take parts of a session, each when it is checked.
 
     Args:
+        forms: Of all parts.
+        put: Takes what is right of one part, while others may be found wrong. Called by several threads.
         fingerprint: What it must have been written with.
         tokens: `digest` of its tokens.
 
     Raises:
         SessionError: There is no such file, it is broken, was written by another model or for other sizes, or has been
-            replaced by one of other tokens.
+            replaced by one of other tokens; or `put` raised it.
     """
     with _opened(path) as file:
         header = _header(file)
@@ -127,7 +148,15 @@ def read(path: Path, fingerprint: Mapping[str, str], tokens: str) -> dict[str, T
             raise SessionError(f"its {', '.join(other)} differ from this engine's.")
         if header.checksums[TOKENS] != tokens:
             raise SessionError("it has been replaced by one of other tokens.")
-        return {name: _part(file, header, name) for name in header.parts}
+        if {name: (tuple(shape), dtype) for name, (dtype, shape, _) in header.parts.items()} != forms:
+            raise SessionError("its parts have other sizes.")
+
+        def one(name: str, buffer: Buffer) -> None:
+            part = buffer.room(*forms[name])
+            _fill(file, header, name, part)
+            put(name, part, buffer)
+
+        copies.each(forms, one)
 
 
 @contextmanager
@@ -173,19 +202,32 @@ def _header(file: BufferedReader) -> Header:
 
 
 def _part(file: BufferedReader, header: Header, name: str) -> Tensor:
-    dtype, shape, place = header.parts[name]
+    dtype, shape, _ = header.parts[name]
     part = torch.empty(shape, dtype=dtype)
-    file.seek(place)
-    if file.readinto(_bytes(part)) != part.nbytes:
-        raise SessionError("it cannot be read: it ends too early.")
-    if digest(part) != header.checksums[name]:
-        raise SessionError(f"its {name} are not what was written.")
+    _fill(file, header, name, part)
     return part
 
 
+def _fill(file: BufferedReader, header: Header, name: str, part: Tensor) -> None:
+    """Read a part of this form, and check it."""
+    place, left = header.parts[name][2], _bytes(part)
+    while left:
+        if not (count := os.preadv(file.fileno(), [left], place)):
+            raise SessionError("it cannot be read: it ends too early.")
+        left, place = left[count:], place + count
+    if digest(part) != header.checksums[name]:
+        raise SessionError(f"its {name} are not what was written.")
+
+
+def _write(handle: int, data: memoryview, place: int) -> None:
+    while data:
+        count = os.pwrite(handle, data, place)
+        data, place = data[count:], place + count
+
+
 def _bytes(part: Tensor) -> memoryview:
-    """The tensor's own bytes, where it is contiguous."""
-    return part.contiguous().flatten().view(torch.uint8).numpy().data
+    """The bytes of a contiguous tensor, to read and to write."""
+    return part.view(-1).view(torch.uint8).numpy().data
 
 
 def _sync(path: Path) -> None:

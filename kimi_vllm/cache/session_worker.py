@@ -1,7 +1,7 @@
-"""The workers' half of sessions: copies between memory and files, in order with the steps; see `sessions.py`.
+"""The workers' half of sessions: copies between memory and files, behind the steps; see `sessions.py`.
 
-A thread reads a file and checks it before anything is written to memory; another one writes files. Memory is touched
-between steps only.
+A session is copied while steps run: the scheduler holds its blocks until then. A load that is found broken has copied
+some of it; vLLM then gives up all blocks of the request, and its prompt is computed in others.
 """
 
 import logging
@@ -18,15 +18,22 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
-from vllm.utils.math_utils import cdiv
 
 from kimi_vllm.cache.fingerprint import fingerprint_of, weights_digest
 from kimi_vllm.cache.pool import StatePool
-from kimi_vllm.cache.session_files import TOKENS, read, write
+from kimi_vllm.cache.session_copies import Buffer, Copies, behind_steps
+from kimi_vllm.cache.session_files import TOKENS, Form, read, write
 from kimi_vllm.cache.session_folder import SessionError, file_of, salted
 from kimi_vllm.options import KimiOptions
 
 logger = logging.getLogger("vllm.kimi_vllm")
+
+PART_BYTES = 2**24
+"""Of a part, if a block is not more: enough for a disk's full speed."""
+BASE = "base"
+"""The part that says where windows of drafts begin."""
+THREADS = 4
+"""That copy a session on a GPU's host. On a CPU it is one, for the others compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,20 @@ class Job:
     pages: list[int]
     first: int
     tokens: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A part that is the beginning of some blocks.
+
+    Attributes:
+        of_state: Whether they are the slot's; else they are pages.
+        start, stop: Which of them.
+    """
+
+    of_state: bool
+    start: int
+    stop: int
 
 
 @dataclass(eq=False, repr=False)
@@ -90,16 +111,24 @@ class SessionWorker:
         self._config = vllm_config
         self._parallel = vllm_config.parallel_config
         self._jobs = Jobs()
-        self._reading: dict[str, tuple[Job, Future[dict[str, Tensor]]]] = {}
+        self._reading: dict[str, tuple[Job, Future[None]]] = {}
         self._writing: dict[str, Future[bool]] = {}
         self._report = Report()
-        self._fingerprint: dict[str, str] | None = None
+        self._fingerprint: dict[str, str] = {}
         # One writer, so that the last of two sessions of a name stays, on all ranks.
         self._reader, self._writer = ThreadPoolExecutor(1, "session-read"), ThreadPoolExecutor(1, "session-write")
 
     def bind(self, model: nn.Module, pool: StatePool) -> None:
         """Say what is saved; again after the weights have changed."""
-        self._model, self._pool, self._fingerprint = model, pool, None
+        of = fingerprint_of(self._config, pool.layout, self._parallel.rank, self._parallel.world_size)
+        self._fingerprint = of | {"weights": weights_digest(model)}
+        if not hasattr(self, "_pool"):
+            threads = 1 if pool.device.type == "cpu" else THREADS
+            tokens = self._config.model_config.max_model_len * torch.int64.itemsize
+            size = max(PART_BYTES, pool.layout.block_bytes, tokens)
+            # Of their own, for a load does not wait behind the parts of a save.
+            self._loads, self._saves = (Copies(threads, size, pool.device) for _ in range(2))
+        self._pool = pool
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Take what is to be done with this step."""
@@ -110,7 +139,8 @@ class SessionWorker:
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start reading."""
         for job in self._jobs.loads:
-            self._reading[job.request_id] = job, self._reader.submit(self._read, job, self._expected(job))
+            step = behind_steps(self._pool.device)
+            self._reading[job.request_id] = job, self._reader.submit(self._read, job, self._expected(job), step)
         self._jobs.loads.clear()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -120,21 +150,14 @@ class SessionWorker:
         """Nothing to save: requests are saved when they have ended."""
 
     def wait_for_save(self) -> None:
-        """Copy what is to be saved out of memory, and start writing."""
+        """Start saving: the step that is behind a request's last one has been given to the device."""
         for job in self._jobs.saves:
-            assert job.tokens is not None
-            parts = {
-                TOKENS: job.tokens,
-                "pages": self._pool.memory[torch.tensor(job.pages, device=self._pool.device)].cpu(),
-                "state": self._pool.read(job.slot).cpu(),
-            }
-            if self._pool.layout.cut.window:
-                parts["base"] = self._pool.base[job.slot : job.slot + 1].cpu().clone()
-            self._writing[job.request_id] = self._writer.submit(self._write, job, parts, self._expected(job))
+            step = behind_steps(self._pool.device)
+            self._writing[job.request_id] = self._writer.submit(self._write, job, self._expected(job), step)
         self._jobs.saves.clear()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Put what has been read into memory, and tell what is done."""
+        """Tell what is done."""
         results = KVConnectorTransferResults()
         for name in [name for name, future in self._writing.items() if future.done()]:
             results.finished_sending.add(name)
@@ -144,7 +167,7 @@ class SessionWorker:
             job, future = self._reading.pop(name)
             results.finished_recving.add(name)
             try:
-                self._put(job, future.result())
+                future.result()
             except SessionError as error:
                 results.failed_recving.add(name)
                 self._report.missed[name] = str(error)
@@ -160,11 +183,11 @@ class SessionWorker:
         """Finish writing."""
         self._reader.shutdown(cancel_futures=True)
         self._writer.shutdown()
+        if hasattr(self, "_pool"):
+            self._loads.shutdown()
+            self._saves.shutdown()
 
     def _expected(self, job: Job) -> dict[str, str]:
-        if self._fingerprint is None:
-            of = fingerprint_of(self._config, self._pool.layout, self._parallel.rank, self._parallel.world_size)
-            self._fingerprint = of | {"weights": weights_digest(self._model)}
         return self._fingerprint | {"tenant": salted(job.salt)}
 
     def _path(self, job: Job) -> Path:
@@ -172,43 +195,87 @@ class SessionWorker:
         assert folder is not None
         return file_of(Path(folder), job.name, job.salt, self._parallel.rank, self._parallel.world_size)
 
-    def _read(self, job: Job, expected: Mapping[str, str]) -> dict[str, Tensor]:
-        parts = read(self._path(job), expected, job.digest)
-        layout, block_size = self._pool.layout, self._config.cache_config.block_size
-        shapes = {
-            TOKENS: ((job.count,), torch.int64),
-            "pages": ((cdiv(job.count, block_size), layout.block_bytes), torch.uint8),
-            "state": ((layout.state_bytes,), torch.uint8),
-        }
-        if layout.cut.window:
-            shapes["base"] = (1,), torch.int64
-        if {name: (tuple(part.shape), part.dtype) for name, part in parts.items()} != shapes:
-            raise SessionError("its parts have other sizes.")
-        self._check(job, parts)
-        return parts
+    def _read(self, job: Job, expected: Mapping[str, str], step: torch.cuda.Event | None) -> None:
+        """Load a session, behind the steps that had its blocks for another request."""
+        pool, rows = self._pool, self._rows(job)
 
-    def _write(self, job: Job, parts: dict[str, Tensor], fingerprint: Mapping[str, str]) -> bool:
+        def put(name: str, part: Tensor, buffer: Buffer) -> None:
+            if name == TOKENS:
+                return
+            with buffer.after(step):
+                values = part.to(pool.device, non_blocking=True)
+                if name == BASE:
+                    self._check_base(job, int(part))
+                    pool.base[job.slot] = values[0]
+                elif not (which := rows[name]).of_state:
+                    known = max(0, job.first - which.start)  # are other requests' too
+                    pool.scatter(self._blocks(job, which)[known:], values[known:])
+                else:
+                    self._check_state(which, values)
+                    pool.scatter(self._blocks(job, which), values)
+
+        read(self._path(job), self._forms(job, rows), put, expected, job.digest, self._loads)
+
+    def _write(self, job: Job, expected: Mapping[str, str], step: torch.cuda.Event | None) -> bool:
+        pool, rows = self._pool, self._rows(job)
+
+        def fill(name: str, room: Tensor, buffer: Buffer) -> None:
+            if name == TOKENS:
+                assert job.tokens is not None
+                room.copy_(job.tokens)
+                return
+            with buffer.after(step):
+                if name == BASE:
+                    room.copy_(pool.base[job.slot : job.slot + 1])
+                    self._check_base(job, int(room))
+                    return
+                which = rows[name]
+                values = pool.gather(self._blocks(job, which), room.shape[1])
+                if which.of_state:
+                    self._check_state(which, values)
+                room.copy_(values, non_blocking=True)
+
         try:
-            self._check(job, parts)
-            write(self._path(job), parts, fingerprint)
+            write(self._path(job), self._forms(job, rows), fill, expected, self._saves)
         except SessionError as error:
             logger.warning("Session %s: %s It is not saved.", job.name, error)
             return False
         return True
 
-    def _check(self, job: Job, parts: Mapping[str, Tensor]) -> None:
+    def _rows(self, job: Job) -> dict[str, Rows]:
+        """The parts that are blocks."""
+        at_once = max(1, PART_BYTES // self._pool.layout.block_bytes)
+        rows = {}
+        for of_state, count in ((True, self._pool.layout.blocks), (False, len(job.pages))):
+            for start in range(0, count, at_once):
+                name = f"{'state' if of_state else 'pages'} from block {start}"
+                rows[name] = Rows(of_state, start, min(count, start + at_once))
+        return rows
+
+    def _forms(self, job: Job, rows: Mapping[str, Rows]) -> dict[str, Form]:
+        layout = self._pool.layout
+        forms: dict[str, Form] = {TOKENS: ((job.count,), torch.int64)}
+        if layout.cut.window:
+            forms[BASE] = (1,), torch.int64
+        for name, which in rows.items():
+            width = self._pool.used if which.of_state else layout.block_bytes
+            forms[name] = (which.stop - which.start, width), torch.uint8
+        return forms
+
+    def _blocks(self, job: Job, which: Rows) -> Tensor:
+        if which.of_state:
+            return self._pool.blocks(job.slot)[which.start : which.stop]
+        return torch.tensor(job.pages[which.start : which.stop], device=self._pool.device)
+
+    def _check_base(self, job: Job, base: int) -> None:
         """Raise SessionError for a state that nobody could go on from at the session's last token."""
-        cut = self._pool.layout.cut
-        units = parts["state"].view(-1, cut.unit_bytes)[:, : cut.state_bytes].contiguous()
-        if not units.view(cut.state_dtype).isfinite().all():
-            raise SessionError("its state is NaN or infinite.")
-        if cut.window and not 0 <= job.count - int(parts["base"]) <= cut.window:
+        if not 0 <= job.count - base <= self._pool.layout.cut.window:
             raise SessionError("its state is not of its last token.")
 
-    def _put(self, job: Job, parts: Mapping[str, Tensor]) -> None:
-        pool = self._pool
-        pages = torch.tensor(job.pages[job.first :], device=pool.device)
-        pool.memory[pages] = parts["pages"][job.first :].to(pool.device)
-        pool.write(job.slot, parts["state"].to(pool.device))
-        if pool.layout.cut.window:
-            pool.base[job.slot] = int(parts["base"])
+    def _check_state(self, which: Rows, values: Tensor) -> None:
+        """Raise SessionError for one that is not finite."""
+        cut = self._pool.layout.cut
+        every = self._pool.layout.num_layers * cut.H * cut.pieces
+        units = values.view(-1, cut.unit_bytes)[: every - which.start * cut.units, : cut.state_bytes].contiguous()
+        if not units.view(cut.state_dtype).isfinite().all():
+            raise SessionError("its state is NaN or infinite.")

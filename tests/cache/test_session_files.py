@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.limits import largest_file
+from support.session_files import COPIES, forms_of, read_parts, write_parts
 
 from kimi_vllm.cache.session_files import digest, read, read_header, read_tokens, write
 from kimi_vllm.cache.session_folder import SessionError, file_of, remove_scratch
@@ -26,13 +27,13 @@ PARTS = {
 @pytest.fixture
 def file(tmp_path):
     path = file_of(tmp_path, "one", None, 0, 1)
-    write(path, PARTS, FINGERPRINT)
+    write_parts(path, PARTS, FINGERPRINT)
     return path
 
 
 def test_what_was_written_is_read(file):
     assert read_tokens(file) == [5, 6, 7]
-    found = read(file, FINGERPRINT, digest(PARTS["tokens"]))
+    found = read_parts(file, PARTS, FINGERPRINT)
     assert found.keys() == PARTS.keys()
     assert all(torch.equal(found[name], part) for name, part in PARTS.items())
 
@@ -44,7 +45,7 @@ def test_a_file_is_its_owners_and_nothing_is_left_beside_it(file):
 
 def test_a_file_is_replaced_at_once(file):
     before = os.open(file, os.O_RDONLY)
-    write(file, PARTS | {"tokens": torch.tensor([9])}, FINGERPRINT)
+    write_parts(file, PARTS | {"tokens": torch.tensor([9])}, FINGERPRINT)
     assert read_tokens(file) == [9]
     assert os.fstat(before).st_ino != file.stat().st_ino
     os.close(before)
@@ -54,12 +55,12 @@ def test_a_file_is_replaced_at_once(file):
 def test_another_fingerprint_is_told_by_what_differs(file, other):
     [name] = other
     with pytest.raises(SessionError, match=f"its {name} differ"):
-        read(file, FINGERPRINT | other, digest(PARTS["tokens"]))
+        read_parts(file, PARTS, FINGERPRINT | other)
 
 
 def test_other_tokens_than_those_matched(file):
     with pytest.raises(SessionError, match="replaced"):
-        read(file, FINGERPRINT, digest(torch.tensor([5, 6])))
+        read_parts(file, PARTS, FINGERPRINT, digest(torch.tensor([5, 6])))
 
 
 def test_safetensors_reads_them_and_what_it_has_written_is_read(file):
@@ -70,7 +71,7 @@ def test_safetensors_reads_them_and_what_it_has_written_is_read(file):
     header = read_header(file)
     assert (header.fingerprint, header.num_tokens) == (FINGERPRINT, 3)
     save_file(parts, file, FINGERPRINT | {f"sha256 of {name}": digest(part) for name, part in parts.items()})
-    found = read(file, FINGERPRINT, digest(PARTS["tokens"]))
+    found = read_parts(file, PARTS, FINGERPRINT)
     assert all(torch.equal(found[name], part) for name, part in PARTS.items())
 
 
@@ -84,7 +85,7 @@ def test_every_byte_counts(file):
             broken[place] ^= 1 << bit
             file.write_bytes(broken)
             try:
-                found = read(file, FINGERPRINT, expected)
+                found = read_parts(file, PARTS, FINGERPRINT, expected)
             except SessionError:
                 continue
             assert found.keys() == PARTS.keys()
@@ -98,7 +99,7 @@ def test_a_truncated_file(file, length):
     with pytest.raises(SessionError, match="cannot be read"):
         read_tokens(file)
     with pytest.raises(SessionError, match="cannot be read"):
-        read(file, FINGERPRINT, digest(PARTS["tokens"]))
+        read_parts(file, PARTS, FINGERPRINT)
 
 
 HEADERS = {
@@ -129,19 +130,38 @@ def test_a_header_without_an_end(file):
         read_tokens(file)
 
 
-def test_a_file_that_is_truncated_while_it_is_read(file, monkeypatch):
+def test_a_file_that_is_truncated_while_it_is_read(file):
     """Where it was mapped into memory, this would be a signal that ends the process."""
-    large = {"pages": torch.zeros(2**20, dtype=torch.uint8)}
-    write(file, PARTS | large, FINGERPRINT)
-    empty = torch.empty
+    parts = PARTS | {f"part {number}": torch.zeros(2**20, dtype=torch.uint8) for number in range(8)}
+    write_parts(file, parts, FINGERPRINT)
+    taken = []
 
-    def cut(*args, **named):
-        os.truncate(file, file.stat().st_size - 2**19)
-        return empty(*args, **named)
+    def put(name, part, _):
+        taken.append(name)
+        os.truncate(file, file.stat().st_size // 2)
 
-    monkeypatch.setattr(torch, "empty", cut)
     with pytest.raises(SessionError, match="ends too early"):
-        read(file, FINGERPRINT, digest(PARTS["tokens"]))
+        read(file, forms_of(parts), put, FINGERPRINT, digest(PARTS["tokens"]), COPIES)
+    assert len(taken) < len(parts)
+
+
+def test_parts_of_other_sizes(file):
+    with pytest.raises(SessionError, match="other sizes"):
+        read_parts(file, PARTS | {"pages": torch.zeros(4, 16, dtype=torch.uint8)}, FINGERPRINT)
+
+
+def test_an_error_of_who_fills_or_takes_a_part_ends_it(file):
+    def fail(name, part, _):
+        if name == "state":
+            raise SessionError("its state is odd.")
+
+    with pytest.raises(SessionError, match="odd"):
+        read(file, forms_of(PARTS), fail, FINGERPRINT, digest(PARTS["tokens"]), COPIES)
+    before = file.read_bytes()
+    with pytest.raises(SessionError, match="odd"):
+        write(file, forms_of(PARTS), fail, FINGERPRINT, COPIES)
+    assert file.read_bytes() == before
+    assert os.listdir(file.parent) == [file.name]
 
 
 def test_what_is_no_file(tmp_path):
@@ -155,21 +175,23 @@ def test_what_is_no_file(tmp_path):
 @pytest.mark.parametrize("most", [0, 100, 1000])
 def test_a_full_folder_keeps_the_file_that_was_there(file, most):
     with largest_file(most), pytest.raises(SessionError, match="cannot be written"):
-        write(file, PARTS | {"pages": torch.zeros(2**20, dtype=torch.uint8)}, FINGERPRINT)
+        write_parts(file, PARTS | {"pages": torch.zeros(2**20, dtype=torch.uint8)}, FINGERPRINT)
     assert os.listdir(file.parent) == [file.name]
     assert read_tokens(file) == [5, 6, 7]
 
 
 def test_a_folder_that_is_gone(tmp_path):
     with pytest.raises(SessionError, match="cannot be written"):
-        write(tmp_path / "gone" / "one.session", PARTS, FINGERPRINT)
+        write_parts(tmp_path / "gone" / "one.session", PARTS, FINGERPRINT)
 
 
 KILLED = """
 import os, sys, time
 from pathlib import Path
 import torch
-from kimi_vllm.cache.session_files import write
+
+sys.path.insert(0, "tests")
+from support.session_files import write_parts
 
 path, at = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
@@ -182,7 +204,7 @@ def wait(handle):
         time.sleep(600)
 
 os.fsync = wait
-write(path, {"tokens": torch.tensor([9]), "pages": torch.zeros(2**20, dtype=torch.uint8)}, {})
+write_parts(path, {"tokens": torch.tensor([9]), "pages": torch.zeros(2**20, dtype=torch.uint8)}, {})
 """
 
 

@@ -5,9 +5,9 @@ import os
 
 import pytest
 import torch
+from support.session_files import write_parts
 from typer.testing import CliRunner
 
-from kimi_vllm.cache.session_files import write
 from kimi_vllm.cache.session_folder import file_of, salted
 from kimi_vllm.cli import app
 
@@ -27,7 +27,7 @@ def folder(tmp_path):
         ("half", None, 1, 2),
     ):
         path = file_of(tmp_path, name, salt, rank, ranks)
-        write(path, PARTS, {"dtype": "float32"})
+        write_parts(path, PARTS, {"dtype": "float32"})
         os.utime(path, (rank, ord(name[0])))
     broken = file_of(tmp_path, "z", None, 0, 1)
     broken.write_bytes(b"12345678{}")
@@ -78,7 +78,7 @@ def test_show(folder):
 
 
 def test_ranks_that_have_saved_different_sessions(folder):
-    write(file_of(folder, "c", None, 1, 2), PARTS | {"tokens": torch.arange(1233)}, {"dtype": "float32"})
+    write_parts(file_of(folder, "c", None, 1, 2), PARTS | {"tokens": torch.arange(1233)}, {"dtype": "float32"})
     assert "its ranks have saved different tokens" in run("show", "c", "--dir", folder)[1]
 
 

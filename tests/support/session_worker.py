@@ -8,11 +8,12 @@ from typing import Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
-from kimi_vllm.cache.session_files import TOKENS, write
+from kimi_vllm.cache.session_files import TOKENS
 from kimi_vllm.cache.session_folder import file_of
 from kimi_vllm.cache.session_worker import Job, Jobs, Report
 from support.hash_worker import HashWorker
 from support.hashes import states
+from support.session_files import write_parts
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class SessionHashWorker(HashWorker):
                     unsaved.add(name)
                 else:
                     self._sessions[job.name] = saved
-                    write(file_of(self.folder, job.name, None, 0, 1), {TOKENS: job.tokens}, {})
+                    write_parts(file_of(self.folder, job.name, None, 0, 1), {TOKENS: job.tokens}, {})
         for name, (job, wait) in list(self._loading.items()):
             self._loading[name] = job, wait - 1
             if wait <= 0:
