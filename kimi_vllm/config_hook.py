@@ -17,7 +17,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from kimi_vllm import cpu_quantization, patches
 from kimi_vllm.cache.drafting import both_lengths
-from kimi_vllm.cache.pacing import STEP_TOKENS, graph_sizes
+from kimi_vllm.cache.pacing import GRAPH_TOKENS, graph_sizes
 from kimi_vllm.geometry import GEOMETRY_ATTRIBUTE, GeometryError, KimiGeometry, geometry_of, stages_of
 from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions
@@ -137,18 +137,19 @@ def _capture_steps_without_drafts(vllm_config: VllmConfig, options: KimiOptions)
 
 
 def _capture_steps_with_prompts(vllm_config: VllmConfig, options: KimiOptions) -> None:
-    """Have vLLM capture CUDA graphs of short steps with prompts too, unless the user chose sizes."""
+    """Have vLLM capture CUDA graphs of steps with prompts too, unless the user chose sizes."""
     compilation, scheduling = vllm_config.compilation_config, vllm_config.scheduler_config
     chosen = compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size
-    # Several GPUs would capture collectives of sizes that none of our runs has captured.
-    one_gpu = vllm_config.parallel_config.world_size_across_dp == 1
-    if current_platform.is_cpu() or chosen != (None, None) or not one_gpu:
+    parallel = vllm_config.parallel_config
+    # Stages and replicas have captured no graphs of such sizes yet.
+    untried = parallel.world_size_across_dp != parallel.tensor_parallel_size
+    if current_platform.is_cpu() or chosen != (None, None) or untried:
         return
     default = copy.copy(vllm_config)
     default.compilation_config = copy.deepcopy(compilation)
     default._set_cudagraph_sizes()
     sizes = default.compilation_config.cudagraph_capture_sizes
-    wanted = STEP_TOKENS if options.mixed_step_tokens is None else options.mixed_step_tokens
+    wanted = max(GRAPH_TOKENS, options.mixed_step_tokens or 0)
     if sizes and (more := graph_sizes(sizes[-1], min(wanted, scheduling.max_num_batched_tokens))):
         compilation.cudagraph_capture_sizes = [*sizes, *more]
 

@@ -190,10 +190,12 @@ REFUSALS = (
         "Drop it.",
     ),
     Refusal(
-        "kimi.session_dir on GPUs",
-        lambda config: _sessions(config) and not current_platform.is_cpu(),
-        "sessions are untested there.",
-        "Drop it; kimi.host_memory_gib keeps states in host memory.",
+        "kimi.session_dir with --tensor-parallel-size on GPUs",
+        lambda config: (
+            _sessions(config) and config.parallel_config.tensor_parallel_size > 1 and not current_platform.is_cpu()
+        ),
+        "sessions are untested with several GPUs.",
+        "Drop one of them.",
     ),
     *(
         Refusal(
@@ -208,7 +210,6 @@ REFUSALS = (
             ("--nnodes", _above_one("parallel_config.nnodes")),
             ("--distributed-executor-backend", _set("parallel_config.distributed_executor_backend", None, "mp", "uni")),
             ("--runner", _set("model_config.runner_type", "generate")),
-            ("--quantization", _set("model_config.quantization")),
         )
     ),
     Refusal(

@@ -67,7 +67,6 @@ NOT_RUN = {
     "--nnodes": ("parallel_config.nnodes", 2),
     "--distributed-executor-backend": ("parallel_config.distributed_executor_backend", "ray"),
     "--runner": ("model_config.runner_type", "pooling"),
-    "--quantization": ("model_config.quantization", "compressed-tensors"),
 }
 """An option to where it is in the configuration, and a value that no session has run with."""
 
@@ -86,12 +85,16 @@ def test_what_has_not_run(option, tmp_path, monkeypatch):
     refuse_unserved(config)
 
 
-def test_gpus(tmp_path, monkeypatch):
-    config = create(tmp_path)
+def test_several_gpus(tmp_path, monkeypatch):
+    config = create(tmp_path, tensor_parallel_size=2)
     monkeypatch.setattr(refusals, "REFUSALS", [each for each in refusals.REFUSALS if "session" in each.option])
+    refuse_unserved(config)
     monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    with pytest.raises(ValueError, match=r"^kimi\.session_dir on GPUs: sessions are untested there\. Drop it"):
+    with pytest.raises(
+        ValueError, match=r"^kimi\.session_dir with --tensor-parallel-size on GPUs: sessions are untested"
+    ):
         refuse_unserved(config)
+    refuse_unserved(create(tmp_path))
 
 
 def test_a_model_without_states(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ from typing import Any
 
 STEP_TOKENS = 2048
 """Tokens of a short step by default. On an H100 and an H200 those of 1,024 are hardly shorter (kernels/NOTES.md)."""
+GRAPH_TOKENS = 8192
+"""Tokens of the largest step that is captured by default, which is vLLM's default for the largest there is."""
 FEW = 4
 """Prompts for whose number alone throughput never decides."""
 
@@ -22,16 +24,17 @@ def for_decodes(decoding: int, prompts: int) -> bool:
     return decoding > 0 and 0 < prompts <= max(FEW, decoding // 4)
 
 
-def graph_sizes(captured: int, step_tokens: int) -> list[int]:
-    """Return for which sizes of short steps CUDA graphs are captured, beyond those of up to `captured` tokens.
+def graph_sizes(captured: int, most: int) -> list[int]:
+    """Return for which sizes of steps with prompts CUDA graphs are captured, beyond those of up to `captured` tokens.
 
-    Outside of graphs a step of the 48B model waits for its launches, 70 to 90 ms however few its tokens are. From 512
-    on, where padding costs time, sizes are an eighth of a power of two apart.
+    Outside of graphs a step of the 48B model waits for its launches, 70 to 100 ms however few its tokens are. From 512
+    on, where padding costs time, sizes are an eighth of a power of two apart, from 2,048 on a quarter.
     """
     sizes = []
-    while captured < step_tokens:
-        captured += captured if captured < 512 else (1 << (captured.bit_length() - 1)) // 8
-        sizes.append(min(captured, step_tokens))
+    while captured < most:
+        parts = 8 if captured < STEP_TOKENS else 4
+        captured += captured if captured < 512 else (1 << (captured.bit_length() - 1)) // parts
+        sizes.append(min(captured, most))
     return sizes
 
 

@@ -16,14 +16,18 @@ from vllm.v1.attention.backends.mla.flashattn_mla import (
 
 _MOST_SPLITS = 128  # of the kernel
 _FEW_REQUESTS = 32
+_MANY_TOKENS = 512
+"""Of the largest graph that vLLM captures on Hopper. Results of 32 splits take 1 GiB there, with 32 heads of 512."""
 
 
 def splits(num_requests: int, num_tokens: int, otherwise: int) -> int:
     """Maximum splits of a request's context; `otherwise` is vLLM's number.
 
     The kernel splits a context once for all tokens of a window, and keeps a result per token and split: these take no
-    more memory than those of as many requests with one token each.
+    more memory than those of as many requests with one token each, and never more than in vLLM's own graphs.
     """
+    if num_tokens > _MANY_TOKENS:
+        return max(1, otherwise * _MANY_TOKENS // num_tokens)
     if num_requests > _FEW_REQUESTS:
         return otherwise
     return max(min(_MOST_SPLITS, _MOST_SPLITS * _FEW_REQUESTS // num_tokens), otherwise)

@@ -250,31 +250,31 @@ def test_with_whole_prompts_a_limit_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("captured", "step_tokens"), [(512, 2048), (4, 2048), (500, 777), (1, 3), (512, 512), (512, 0)]
+    ("captured", "most"), [(512, 8192), (512, 2048), (4, 8192), (500, 777), (500, 3000), (1, 3), (512, 512), (512, 0)]
 )
-def test_graphs_are_captured_up_to_a_short_step_with_little_padding(captured, step_tokens):
-    sizes = graph_sizes(captured, step_tokens)
+def test_graphs_are_captured_up_to_the_largest_step_with_little_padding(captured, most):
+    sizes = graph_sizes(captured, most)
     assert sizes == sorted({*sizes})
-    if step_tokens <= captured:
+    if most <= captured:
         assert not sizes
         return
-    assert sizes[-1] == step_tokens
-    assert all(b - a <= max(1, a / 8) for a, b in pairwise([captured, *sizes]) if a >= 512)
-    assert len(sizes) <= 26
+    assert sizes[-1] == most
+    assert all(b - a <= a / (8 if a < 2048 else 4) for a, b in pairwise([captured, *sizes]) if a >= 512)
+    assert len(sizes) <= 34
 
 
 @pytest.mark.parametrize(
     ("given", "sizes", "more"),
     [
         ({}, {}, [576, 640, 704, 768]),
-        ({"mixed_step_tokens": 0}, {}, []),
-        ({"mixed_step_tokens": 600}, {}, [576, 600]),
+        ({"mixed_step_tokens": 0}, {}, [576, 640, 704, 768]),
+        ({"mixed_step_tokens": 600}, {}, [576, 640, 704, 768]),
         ({}, {"cudagraph_capture_sizes": [1, 2, 8]}, None),
         ({}, {"max_cudagraph_capture_size": 256}, None),
     ],
     ids=["default", "no-limit", "set", "users-sizes", "users-largest"],
 )
-@pytest.mark.parametrize("more_gpus", [None, "world_size", "data_parallel_size"])
+@pytest.mark.parametrize("more_gpus", [None, "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
 def test_capture_sizes_are_vllms_and_those_of_short_steps(given, sizes, more, more_gpus, monkeypatch):
     memory = Memory(concurrency=256, blocks=2001, state_blocks=8, step_tokens=768)
     config = configuration(memory, "value")
@@ -282,12 +282,14 @@ def test_capture_sizes_are_vllms_and_those_of_short_steps(given, sizes, more, mo
     monkeypatch.setattr(config.model_config, "enforce_eager", False)
     if more_gpus:
         monkeypatch.setattr(config.parallel_config, more_gpus, 2)
+        if more_gpus != "data_parallel_size":
+            monkeypatch.setattr(config.parallel_config, "world_size", 2)
     for name in ("cudagraph_capture_sizes", "max_cudagraph_capture_size", "cudagraph_mode"):
         monkeypatch.setattr(compilation, name, sizes.get(name))
     monkeypatch.setattr(config_hook, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     config_hook._capture_steps_with_prompts(config, KimiOptions(**given))
     before = sizes.get("cudagraph_capture_sizes")
-    if not more or more_gpus:
+    if not more or more_gpus not in (None, "tensor_parallel_size"):
         assert compilation.cudagraph_capture_sizes == before
     else:
         assert compilation.cudagraph_capture_sizes[-len(more) :] == more

@@ -1,5 +1,6 @@
 """serve/bench/engine, all of it, with the tiny geometry: every measurement leaves a row that makes sense."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,10 @@ def test_every_measurement_leaves_a_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     few = ["--contexts", "128,4K", "--steps", "4", "--prompts", "4K", "--prefills", "128", "--arrivals", "2"]
     few += ["--beside", "96", "--draft-requests", "1", *(f"--measure={name}" for name in MEASUREMENTS + ON_REQUEST)]
+    few += [
+        "--engine",
+        json.dumps({"num_gpu_blocks_override": 300, "additional_config": {"kimi": {"session_dir": str(tmp_path)}}}),
+    ]
     command = [sys.executable, "-m", "serve.bench.engine", "run", "--json", str(path), *few]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -41,3 +46,7 @@ def test_every_measurement_leaves_a_row(tmp_path):
     assert ours["drafts", 1, 256, 0, None]["tokens_per_step"] == 1
     assert ours["prefill", 128]["context"] == "real"
     assert ours["prefill", 128]["tokens_per_s"] > 0
+    resumed = ours["resume", 512]
+    assert (resumed["sessions_resumed"], resumed["sessions_missed"]) == (8, 0)
+    assert resumed["running_decoders"] == 4
+    assert resumed["resumed"]["count"] == resumed["resumed_uncached"]["count"] == 3

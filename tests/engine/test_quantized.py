@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import write_checkpoint
 from support.cpus import emulate_amx, emulate_avx512
-from support.engine import RECALL, engine
+from support.engine import RECALL, engine, random_prompts
 from support.quantised import SCHEMES
+from support.sessions import LENGTHS, ask, counts, options, save
 
 from serve.demo.recall_task import held_out_prompt
 
@@ -105,6 +106,29 @@ def test_eight_bits_in_all_linear_layers(scheme, tmp_path, record_property):
         assert right_answers(running) >= 98
         running.llm.collective_rpc("reload_weights")
         assert right_answers(running) >= 98
+
+
+def test_a_session_of_a_quantised_checkpoint(tmp_path):
+    """Its weights are known as they were loaded, in eight bits."""
+    checkpoint = quantised_checkpoint(tmp_path / "int8", INT8_SCHEME, [EXPERTS, LOW_RANK])
+    prompts = random_prompts(LENGTHS, 100)
+    names = [f"s{length}" for length in LENGTHS]
+    folder = tmp_path / "sessions"
+    folder.mkdir()
+    onward = save(folder, prompts, names, checkpoint, dtype="bfloat16")
+    with engine(checkpoint, **options(folder, dtype="bfloat16")) as running:
+        assert running.llm.llm_engine.vllm_config.model_config.quantization == "compressed-tensors"
+        done = ask(running, onward, names, "load", max_tokens=8)
+        assert counts(running)["sessions_resumed"] == len(names)
+        cold = running.complete([one.prompt for one in done], skip_reading_prefix_cache=True)
+        near = [
+            one.tokens[0] == other.tokens[0] and abs(one.logprobs[0] - other.logprobs[0]) < 0.2
+            for one, other in zip(done, cold, strict=True)
+        ]
+        assert sum(near) >= len(near) - 1  # two tokens may be as likely
+    with engine(RECALL, **options(folder, dtype="bfloat16")) as running:
+        done = ask(running, onward[-1:], names[-1:], "load", max_tokens=8)
+        assert done[0].cached == 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -39,3 +39,15 @@ def test_it_is_flash_attention_to_vllm(mla_flash):
     backend = mla_flash.SplitFlashAttnMLABackend
     assert backend.get_name() == "FLASH_ATTN_MLA"
     assert backend.get_builder_cls() is mla_flash.SplitFlashAttnMLAMetadataBuilder
+
+
+def test_results_of_splits_take_no_more_memory_than_in_graphs_of_vllm(mla_flash):
+    """Up to the size of the largest graph vLLM allows as many splits as for its own of 512 tokens."""
+    for rows in (1, 32, 33, 600, 8192):
+        for window in (1, 3, 64, 512):
+            pieces = mla_flash.splits(rows, rows * window, 32)
+            assert 1 <= pieces <= 128
+            assert pieces * rows * window <= max(32 * 512, rows * window)
+    assert mla_flash.splits(8192, 8192, 32) == 2
+    assert mla_flash.splits(512, 512, 32) == 32
+    assert mla_flash.splits(8192, 8192, 1) == 1

@@ -67,9 +67,17 @@ def settle(running: Engine) -> None:
     running.check_idle()
 
 
-def save(folder: Path, prompts: Sequence[list[int]], names: Sequence[str], salt: str | None = None, **more: Any) -> Any:
+def save(
+    folder: Path,
+    prompts: Sequence[list[int]],
+    names: Sequence[str],
+    checkpoint: Path = RECALL,
+    *,
+    salt: str | None = None,
+    **more: Any,
+) -> Any:
     """Save sessions in an engine of their own, and return prompts that go on where they ended."""
-    with engine(RECALL, **options(folder, **more)) as running:
+    with engine(checkpoint, **options(folder, **more)) as running:
         done = ask(running, prompts, names, "save", salt=salt)
     tail = random.Random(8)
     return [one.prompt + one.tokens + [tail.randrange(3, 100) for _ in range(tail.choice((1, 2, 70)))] for one in done]

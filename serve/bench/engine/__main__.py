@@ -68,7 +68,7 @@ def _loads(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 READ = {
-    **dict.fromkeys(("contexts", "prompts", "prefills", "draft_requests", "beside"), _numbers),
+    **dict.fromkeys(("contexts", "prompts", "prefills", "draft_requests", "beside", "resumed"), _numbers),
     "loads": _loads,
 }
 """How options are read that are lists in a plan; the others are what they are there."""
@@ -81,7 +81,9 @@ def run(
     variant: Annotated[list[str], typer.Option(help="ours, in-tree; repeat for both.")] = [*PROVIDERS],  # noqa: B006
     measure: Annotated[
         list[str],
-        typer.Option(help="Some of routing, ready, tpot, concurrency, mixed, prefill, throughput, and drafts; repeat."),
+        typer.Option(
+            help="Some of routing, ready, tpot, concurrency, mixed, prefill, throughput, and drafts and resume; repeat."
+        ),
     ] = [*MEASUREMENTS],  # noqa: B006
     json: Annotated[Path, typer.Option(help="Append one JSON line per point to this file.")] = RESULTS / "engine.jsonl",
     load_format: Annotated[str, typer.Option(help="dummy: no weights are read, random ones are drawn; or auto.")] = (
@@ -104,6 +106,9 @@ def run(
         str | None, typer.Option(help="throughput: requests x prompt + output, such as 64x4K+128,256x1K+128.")
     ] = None,
     draft_requests: Annotated[str | None, typer.Option(help="drafts: requests at once, such as 64,128.")] = None,
+    resumed: Annotated[
+        str | None, typer.Option(help="resume: tokens of the sessions; --engine must set kimi.session_dir.")
+    ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="throughput: how often each is timed.")] = None,
     batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of a step, all variants.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most requests at once, all variants.")] = None,

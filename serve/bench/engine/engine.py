@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kimi_vllm.options import KimiOptions
 from serve.bench.engine import workers
 from serve.bench.engine.plan import OURS, Plan
 from serve.bench.engine.synthetic import adopt_context
@@ -28,6 +29,7 @@ class BenchEngine(Engine):
         seen_steps: kind and seconds of the steps that answered the engine's first requests.
         paces: whether the scheduler limits the prompt tokens of a step in which others decode.
         in_process: whether the worker is in this process; with several GPUs each has a process of its own.
+        held: requests that are not over.
     """
 
     def __init__(self, plan: Plan, provider: str, *, cuda: bool) -> None:
@@ -75,10 +77,11 @@ class BenchEngine(Engine):
             "weights_drawn": drawn,
             "noise_bytes": filled,
             "additional_config": str(self.config.additional_config),
+            "session_dir": bool(KimiOptions.of(self.config).session_dir),
         }
         self.seen_steps: list[tuple[str, float]] = []
         self._names = itertools.count()
-        self._held: set[str] = set()
+        self.held: set[str] = set()
         rng = random.Random(0)
         vocabulary = plan.geometry().vocab_size
         self._tokens = [rng.randrange(3, vocabulary) for _ in range(self.max_model_len + 4096)]
@@ -86,7 +89,16 @@ class BenchEngine(Engine):
 
     def add(self, prompt: int, max_tokens: int) -> str:
         """Queue a request with a prompt of so many random tokens, to be computed; return its id."""
-        request = self._request(prompt, max_tokens)
+        return self.add_tokens(self.tokens(prompt), max_tokens)
+
+    def tokens(self, count: int) -> list[int]:
+        """So many random tokens."""
+        start = self._rng.randrange(4096)
+        return self._tokens[start : start + count]
+
+    def add_tokens(self, prompt: list[int], max_tokens: int, **sessions: str) -> str:
+        """Queue a request with this prompt, which saves or loads a session; return its id."""
+        request = self._request(prompt, max_tokens, sessions)
         self.core.add_request(request)
         return self._hold(request)
 
@@ -96,8 +108,8 @@ class BenchEngine(Engine):
         It stops after more than `growth` tokens; so many are sure to fit.
         """
         prompt = min(context, self.max_model_len - growth - 1)
-        request = self._request(prompt, min(FOREVER, self.max_model_len - prompt))
-        if not adopt_context(self.scheduler, request, growth, others=len(self._held)):
+        request = self._request(self.tokens(prompt), min(FOREVER, self.max_model_len - prompt))
+        if not adopt_context(self.scheduler, request, growth, others=len(self.held)):
             return None
         self.core.add_request(request)
         return self._hold(request)
@@ -134,12 +146,12 @@ class BenchEngine(Engine):
                 if output.new_token_ids:
                     got[output.request_id] = len(output.new_token_ids)
                 if output.finish_reason is not None:
-                    self._held.discard(output.request_id)
+                    self.held.discard(output.request_id)
         return now, got
 
     def finish(self) -> None:
         """Step until no request is left."""
-        while self._held:
+        while self.held:
             self.step()
 
     def kinds_of_steps(self) -> list[tuple[str, float]]:
@@ -169,8 +181,8 @@ class BenchEngine(Engine):
         Raises:
             RuntimeError: pages are still in use.
         """
-        self.core.abort_requests(list(self._held))
-        self._held.clear()
+        self.core.abort_requests(list(self.held))
+        self.held.clear()
         for _ in range(20):
             if not self.scheduler.has_requests() and not getattr(self.core, "batch_queue", None):
                 break
@@ -179,17 +191,21 @@ class BenchEngine(Engine):
         if (used := pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) > 0:
             raise RuntimeError(f"{used} pages are still in use after all requests were aborted.")
 
-    def _request(self, prompt: int, max_tokens: int) -> Any:
+    def _request(self, prompt: list[int], max_tokens: int, sessions: dict[str, str] | None = None) -> Any:
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
 
-        start = self._rng.randrange(4096)
         request = EngineCoreRequest(
             request_id=f"bench-{next(self._names)}",
-            prompt_token_ids=self._tokens[start : start + prompt],
+            prompt_token_ids=prompt,
             mm_features=None,
             sampling_params=SamplingParams(
-                temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, stop_token_ids=[]
+                temperature=0,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                stop_token_ids=[],
+                extra_args={"kv_transfer_params": sessions} if sessions else None,
             ),
             pooling_params=None,
             arrival_time=time.time(),
@@ -200,7 +216,7 @@ class BenchEngine(Engine):
         return self.core.preprocess_add_request(request)[0]
 
     def _hold(self, request: Any) -> str:
-        self._held.add(request.request_id)
+        self.held.add(request.request_id)
         return str(request.request_id)
 
 

@@ -12,6 +12,7 @@ from serve.bench.engine.engine import BenchEngine
 from serve.bench.engine.floor import floor_ms, peak_tbps, step_bytes
 from serve.bench.engine.plan import Plan
 from serve.bench.engine.profile_steps import profile_kernels, summarise
+from serve.bench.engine.resume import resume
 from serve.bench.engine.step_clock import StepClock, percentile, summary_ms
 
 Point = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
@@ -49,6 +50,9 @@ def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
         for requests, prompt, output in plan.loads:
             case = {"requests": requests, "prompt": prompt, "output": output}
             yield "throughput", case, lambda r=requests, p=prompt, o=output: throughput(engine, plan, r, p, o)
+    if "resume" in plan.measurements and engine.facts["session_dir"]:
+        for prompt in plan.resumed:
+            yield "resume", {"prompt": prompt}, lambda p=prompt: resume(engine, plan, p)
     if "drafts" in plan.measurements:
         for requests in plan.draft_requests:
             for share in plan.draft_shares if engine.drafts else (None,):

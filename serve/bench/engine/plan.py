@@ -10,7 +10,7 @@ from kimi_vllm.geometry import KimiGeometry
 
 OURS, IN_TREE = "kimi-vllm", "in-tree"
 MEASUREMENTS = ("routing", "ready", "tpot", "concurrency", "mixed", "prefill", "throughput")
-ON_REQUEST = ("drafts",)
+ON_REQUEST = ("drafts", "resume")
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
@@ -50,6 +50,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     draft_requests: tuple[int, ...] = (1, 8, 64, 128)
     draft_shares: tuple[float, ...] = (0, 0.5, 0.8, 1)
     draft_context: int = 4096
+    resumed: tuple[int, ...] = (32768,)  # prompts whose sessions are saved and resumed; needs kimi.session_dir
     ready_prompts: int = 200  # prompts of mixed lengths that are the engine's first
     # peak of the device's memory, in 10^12 bytes per second, for the floor; 0 if it is known for the device by name,
     # else there is no floor
@@ -82,6 +83,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
             loads=((4, 256, 16),),
             draft_requests=(1, 4),
             draft_context=256,
+            resumed=(512,),
             ready_prompts=6,
         )
 
@@ -98,6 +100,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
             *self.contexts,
             *self.prompts,
             *self.prefills,
+            *self.resumed,
             *loads,
             self.decoder_context,
             self.arrival,

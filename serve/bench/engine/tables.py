@@ -42,6 +42,7 @@ def tables(rows: Sequence[Row]) -> list[ResultTable]:
             better=lambda row: row["running"],
         ),
         _mixed_table(rows),
+        _resume_table(rows),
         _compared(
             *("Time to the first token", "prompt", latest(rows, "prefill")),
             label=lambda case: tokens(case["prompt"]),
@@ -127,6 +128,19 @@ def _mixed_table(rows: Sequence[Row]) -> ResultTable:
         for row in latest(rows, "mixed").values()
     ]
     return ResultTable("Inter-token latency under mixed load", columns, cells)
+
+
+def _resume_table(rows: Sequence[Row]) -> ResultTable:
+    columns = ["first token of", "computed, ms", "resumed, ms", "file not cached, ms", "ITL beside loads", "alone, ms"]
+    cells = [
+        [
+            tokens(row["case"]["prompt"]),
+            *(f"{row[name]['p50_ms']:.1f}" for name in ("computed", "resumed", "resumed_uncached")),
+            *(f"{row['mean_ms'][name]:.3f}" for name in ("itl_beside_loads", "itl_undisturbed")),
+        ]
+        for row in latest(rows, "resume").values()
+    ]
+    return ResultTable("Sessions resumed", columns, cells)
 
 
 def _ready_table(rows: Sequence[Row]) -> ResultTable:

@@ -1,0 +1,99 @@
+"""How long a saved session takes to its next token, beside its prompt; and what requests that decode feel of it."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kimi_vllm.options import KimiOptions
+from serve.bench.engine.engine import BenchEngine
+from serve.bench.engine.plan import Plan
+from serve.bench.engine.step_clock import StepClock, summary_ms
+
+TIMES = 3
+
+
+def resume(engine: BenchEngine, plan: Plan, prompt: int) -> dict[str, Any]:
+    """Time to the first token of a prompt that is computed, and of its session and one token more.
+
+    A session is loaded with its file in the page cache and without. At last it is loaded while others decode.
+    """
+    folder = Path(KimiOptions.of(engine.config).session_dir or "")
+    tokens = engine.tokens(min(prompt, engine.max_model_len - 2))
+    onward = [*tokens, tokens[0], tokens[1]]
+    computed = [_first(engine, lambda: engine.add_tokens(tokens, 1)) for _ in range(TIMES + 1)][1:]
+
+    saving = time.perf_counter()
+    _first(engine, lambda: engine.add_tokens(tokens, 1, save="bench"))
+    saved_s = _settle(engine) - saving
+    [path] = folder.glob("bench.session")
+    times: dict[str, list[float]] = {"resumed": [], "resumed_uncached": []}
+    for name, seconds in times.items():
+        for _ in range(TIMES + 1):
+            if name == "resumed_uncached":
+                _forget(path)
+            seconds.append(_first(engine, lambda: engine.add_tokens(onward, 1, load="bench")))
+        del seconds[0]
+    resumed, missed = (engine.scheduler.connector.counts[f"sessions_{name}"] for name in ("resumed", "missed"))
+    beside = _beside(engine, plan, onward)
+    size = path.stat().st_size
+    path.unlink()
+    return {
+        "context": "real",
+        "file_bytes": size,
+        "computed": summary_ms(computed),
+        **{name: summary_ms(seconds) for name, seconds in times.items()},
+        "saved_s": round(saved_s, 4),
+        "sessions_resumed": resumed,
+        "sessions_missed": missed,
+        **beside,
+    }
+
+
+def _beside(engine: BenchEngine, plan: Plan, onward: list[int]) -> dict[str, Any]:
+    """Inter-token latencies of requests that decode, alone and beside loads."""
+    deadline = time.perf_counter() + 3 * plan.budget_s
+    decoders = engine.fill(plan.decoder_context, plan.decoders, growth=1024)
+    StepClock().run(engine.step, plan.warmup, deadline)
+    engine.make_noise()
+    clocks = {"itl_undisturbed": StepClock(), "itl_beside_loads": StepClock()}
+    for _ in range(TIMES):  # by turns, for the host is not always as fast
+        for what, clock in clocks.items():
+            name = engine.add_tokens(onward, 1, load="bench") if what == "itl_beside_loads" else ""
+            clock.run(engine.step, plan.steps, deadline)
+            while name in engine.held and time.perf_counter() < deadline:
+                clock.run(engine.step, 1, deadline)
+    return {
+        "running_decoders": len(decoders),
+        **{what: summary_ms(clock.inter_token_latencies(decoders)) for what, clock in clocks.items()},
+        "mean_ms": {
+            what: round(1e3 * sum(found) / len(found), 4)
+            for what, clock in clocks.items()
+            if (found := clock.inter_token_latencies(decoders))
+        },
+    }
+
+
+def _first(engine: BenchEngine, add: Callable[[], str]) -> float:
+    """Seconds until a request has its first token; it is over then, or goes on to its end."""
+    started = time.perf_counter()
+    name = add()
+    while True:
+        now, got = engine.step()
+        if name in got:
+            engine.finish()
+            return now - started
+
+
+def _settle(engine: BenchEngine) -> float:
+    """Step until what ended has been written; when that was."""
+    while engine.scheduler.has_requests():
+        engine.step()
+    return time.perf_counter()
+
+
+def _forget(path: Path) -> None:
+    """Take a file out of the page cache. It must be on disk, as a saved session is."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

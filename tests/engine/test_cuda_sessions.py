@@ -1,0 +1,157 @@
+"""Sessions on a GPU: copies on streams of their own, beside CUDA graphs and steps in flight."""
+
+import threading
+
+import pytest
+import torch
+from support.engine import RECALL, STATE_BLOCKS, check_cold, completion, engine, ngram, random_prompts
+from support.sessions import ANSWER, LENGTHS, ask, complete, counts, flip, options, parameters, save
+
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
+
+GRAPHS = {"enforce_eager": False}
+HOW = {
+    "batched": {},
+    "chunked": {"max_num_batched_tokens": 37},
+    "not cached": {"enable_prefix_caching": False},
+    "few blocks": {"num_gpu_blocks_override": 5 * STATE_BLOCKS + 5, "kimi": {"host_memory_gib": 0.1}},
+}
+
+
+@pytest.mark.parametrize("runner", ["1", "0"])
+def test_a_session_goes_on_in_another_engine(runner, tmp_path, monkeypatch, record_property):
+    record_property("covers", "sessions")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    names = [f"s{length}" for length in LENGTHS]
+    prompts = save(tmp_path, random_prompts(LENGTHS, 100), names, **GRAPHS)
+    for how, more in HOW.items():
+        with engine(RECALL, **options(tmp_path, **GRAPHS | more)) as running:
+            assert running.scheduler.scheduler_config.async_scheduling
+            done = ask(running, prompts, names, "load", max_tokens=150 if how == "few blocks" else 20)
+            assert counts(running)["sessions_resumed"] >= len(names)
+            assert counts(running)["sessions_missed"] == 0
+            if how == "few blocks":
+                assert running.num_preemptions
+            else:
+                expected = [length + ANSWER - 1 for length in LENGTHS]
+                assert [one.cached for one in done] in (expected, [count + 1 for count in expected])
+            check_cold(running, done)
+
+
+def test_a_session_that_stopped_with_a_step_in_flight(tmp_path):
+    """That step has computed the token that stopped it, and is copied from behind it."""
+    prompts = random_prompts([30, 63, 64, 100], 100)
+    names = ["a", "b", "c", "d"]
+    with engine(RECALL, **options(tmp_path, **GRAPHS)) as running:
+        whole = ask(running, prompts, names, "save")
+        for at in range(3, 8):
+            sampling = [parameters(stop=one.tokens[at], save=name) for one, name in zip(whole, names, strict=True)]
+            stopped = [completion(output) for output in complete(running, prompts, sampling)]
+            running.llm.reset_prefix_cache()
+            done = ask(running, [one.prompt + one.tokens + [7, 8, 9] for one in stopped], names, "load")
+            assert [len(one.prompt) - one.cached for one in done] == [3] * 4
+            check_cold(running, done)
+        assert counts(running)["sessions_unsaved"] == counts(running)["sessions_missed"] == 0
+
+
+def test_sessions_are_copied_while_others_decode_and_take_their_memory(tmp_path):
+    """Slow copies, and requests that come and go meanwhile: nobody's blocks are given away before they are copied."""
+    prompts = random_prompts(LENGTHS, 100)
+    names = [f"s{length}" for length in LENGTHS]
+    beside = random_prompts([50] * 24, 100, seed=9)
+    with engine(RECALL, **options(tmp_path, **GRAPHS | {"num_gpu_blocks_override": 12 * STATE_BLOCKS + 60})) as running:
+        sessions = running.scheduler.connector
+        worker = _worker_of(running)
+        slow = threading.Event()
+        for copies in (worker._loads, worker._saves):
+            each = copies.each
+
+            def late(parts, copy, each=each):
+                slow.wait(0.02)
+                each(parts, copy)
+
+            copies.each = late
+        plain = running.complete(beside, max_tokens=30)
+        sampling = [parameters(save=name) for name in names] + [parameters(30) for _ in beside]
+        outputs = [completion(output) for output in complete(running, prompts + beside, sampling)]
+        assert [one.tokens for one in outputs[len(names) :]] == [one.tokens for one in plain]
+        running.llm.reset_prefix_cache()
+        onward = [one.prompt + one.tokens + [7, 8] for one in outputs[: len(names)]]
+        sampling = [parameters(20, load=name) for name in names] + [parameters(30) for _ in beside]
+        done = [completion(output) for output in complete(running, onward + beside, sampling)]
+        assert [one.tokens for one in done[len(names) :]] == [one.tokens for one in plain]
+        assert sessions.counts["sessions_resumed"] >= len(names)
+        assert sessions.counts["sessions_missed"] == sessions.counts["sessions_unsaved"] == 0
+        check_cold(running, done[: len(names)])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("quantization", [None, "fp8_per_tensor"])
+def test_a_session_in_16_bits_and_fp8(dtype, quantization, tmp_path):
+    """Rounding depends on the steps in which a prompt is computed, so answers are near each other, and not equal."""
+    if quantization and dtype == "float16":
+        pytest.skip("one of them is enough")
+    prompts = random_prompts(LENGTHS, 100)
+    names = [f"s{length}" for length in LENGTHS]
+    more = GRAPHS | {"dtype": dtype, "quantization": quantization}
+    onward = save(tmp_path, prompts, names, **more)
+    with engine(RECALL, **options(tmp_path, **more)) as running:
+        done = ask(running, onward, names, "load", max_tokens=8)
+        assert counts(running)["sessions_resumed"] == len(names)
+        cold = running.complete([one.prompt for one in done], skip_reading_prefix_cache=True)
+        near = [
+            one.tokens[0] == other.tokens[0] and abs(one.logprobs[0] - other.logprobs[0]) < 0.2
+            for one, other in zip(done, cold, strict=True)
+        ]
+        assert sum(near) >= len(near) - 1  # two tokens may be as likely
+
+
+def test_a_session_has_the_records_of_its_window(tmp_path):
+    prompts = [prompt[:7] * 12 for prompt in random_prompts([7] * 6, 100, seed=5)]
+    prompts = [prompt[: len(prompt) - number] for number, prompt in enumerate(prompts)]
+    names = [f"d{number}" for number in range(len(prompts))]
+    more = GRAPHS | {"speculative_config": ngram(3)}
+    onward = save(tmp_path, prompts, names, **more)
+    with engine(RECALL, **options(tmp_path, **more)) as running:
+        done = ask(running, onward, names, "load")
+        assert counts(running)["sessions_resumed"] == len(names)
+        check_cold(running, done)
+
+
+def test_a_broken_part_is_a_miss(tmp_path, log):
+    """Parts before it have been copied to blocks that the request then gives up."""
+    prompts = random_prompts([300, 301], 100)
+    onward = save(tmp_path, prompts, ["a", "b"], **GRAPHS)
+    flip(tmp_path / "a.session", -5)
+    with engine(RECALL, **options(tmp_path, **GRAPHS)) as running:
+        done = ask(running, onward, ["a", "b"], "load")
+        assert [bool(one.cached) for one in done] == [False, True]
+        assert "Session a: its pages from block 0 are not what was written." in log.text
+        check_cold(running, done)
+
+
+def test_buffers_are_pinned_and_streams_their_own():
+    from kimi_vllm.cache.session_copies import Copies, behind_steps
+
+    device = torch.device("cuda")
+    copies, seen = Copies(3, 2**20, device), []
+    source = torch.arange(2**18, dtype=torch.float32, device=device)
+    step = behind_steps(device)
+
+    def copy(name, buffer):
+        room = buffer.room((2**18,), torch.float32)
+        assert room.is_pinned()
+        with buffer.after(step):
+            assert torch.cuda.current_stream() != torch.cuda.default_stream()
+            room.copy_(source, non_blocking=True)
+        seen.append(room.sum().item())
+
+    copies.each(map(str, range(9)), copy)
+    assert seen == [source.sum().item()] * 9
+    copies.shutdown()
+
+
+def _worker_of(running):
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()
