@@ -17,6 +17,7 @@ from typing import IO
 _NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
 _FILE = re.compile(rf"(?P<name>{_NAME})(@(?P<tenant>[0-9a-f]{{32}}))?(~(?P<rank>\d+)of(?P<ranks>\d+))?\.session")
 _SCRATCH = ".kimi-vllm-", ".part"
+_PROMISE = ".promise"
 
 
 class SessionError(Exception):
@@ -140,6 +141,47 @@ def scratch(folder: Path) -> Iterator[IO[bytes]]:
             Path(file.name).unlink(missing_ok=True)
 
 
+class Promise:
+    """Tells other processes that a session is about to be written, until it is kept or this process ends.
+
+    It is a locked file beside the session's. Where none can be made, as in a folder that is full, nobody waits.
+
+    Args:
+        path: The session's file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_name(f".{path.name}{_PROMISE}")
+        self._file: IO[bytes] | None = None
+        with suppress(OSError):  # and one that is locked is another process's promise of the same session
+            file = os.fdopen(os.open(self._path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.close()
+                raise
+            self._file = file
+
+    def keep(self) -> None:
+        """The session is there, or will not come."""
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+
+def promised(path: Path) -> bool:
+    """Whether a process, this one included, is about to write this session."""
+    try:
+        with path.with_name(f".{path.name}{_PROMISE}").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False  # its process was killed
+
+
 def remove_scratch(folder: Path) -> int:
     """Remove what processes left that were killed while they saved; how many files these were.
 
@@ -147,7 +189,7 @@ def remove_scratch(folder: Path) -> int:
         OSError: The folder cannot be read or written.
     """
     removed = 0
-    for path in folder.glob("*".join(_SCRATCH)):
+    for path in [*folder.glob("*".join(_SCRATCH)), *folder.glob(f".*.session{_PROMISE}")]:
         with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:  # being written, or gone
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

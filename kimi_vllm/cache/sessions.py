@@ -22,7 +22,16 @@ from vllm.v1.request import RequestStatus
 
 from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 from kimi_vllm.cache.session_files import digest, read_tokens
-from kimi_vllm.cache.session_folder import SessionError, check_name, file_of, mark_used, remove_scratch, trim
+from kimi_vllm.cache.session_folder import (
+    Promise,
+    SessionError,
+    check_name,
+    file_of,
+    mark_used,
+    promised,
+    remove_scratch,
+    trim,
+)
 from kimi_vllm.cache.session_worker import Job, Jobs, Report, SessionWorker
 from kimi_vllm.cache.slots import NULL_SLOT
 from kimi_vllm.options import KimiOptions
@@ -57,8 +66,8 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         # Requests whose prompt is computed, to the reason.
         self._missed: dict[str, str] = {}
         self._failed: dict[str, str] = {}
-        # Requests that ended, to the files that are being written.
-        self._saving: dict[str, Path] = {}
+        # Requests that ended, to what is said of the files that are being written.
+        self._saving: dict[str, Promise] = {}
         self._unsaved: set[str] = set()
         self.counts: Counter[str] = Counter()
         if role == KVConnectorRole.SCHEDULER:
@@ -78,7 +87,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         return False
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens more than the prefix cache a session has; None while it is being written."""
+        """How many tokens more than the prefix cache a session has; None while some process is writing it."""
         asked = _asked(request, "load")
         if asked is None or request.request_id in self._missed:
             return 0, False
@@ -87,7 +96,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             if request.skip_reading_prefix_cache:
                 raise SessionError("the request reads no cached prefix, as with prompt_logprobs.")
             path = self._file(asked, request)
-            if path in self._saving.values():
+            if promised(path):
                 return None, False
             if (tokens := self._matched.get(request.request_id)) is None:
                 tokens = read_tokens(path)
@@ -165,7 +174,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         self._planned.saves.append(
             Job(name, session, request.cache_salt, digest(tokens), count, slot, pages, 0, tokens)
         )
-        self._saving[name] = self._file(session, request)
+        self._saving[name] = Promise(self._file(session, request))
         return {"save": session, "tokens": count}
 
     def build_connector_meta(self, scheduler_output: Any) -> Jobs:
@@ -180,7 +189,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             self._unsaved |= report.unsaved
             self._failed |= report.missed
         for name in connector_output.finished_sending or ():
-            del self._saving[name]
+            self._saving.pop(name).keep()
             self.counts["sessions_unsaved" if name in self._unsaved else "sessions_saved"] += 1
             self._unsaved.discard(name)
         if connector_output.finished_sending and self._most:
@@ -191,6 +200,12 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             reason = self._failed.pop(name, "it could not be loaded.")
             if failed and name in self._matched:  # and not aborted meanwhile
                 self._missed[name] = reason
+
+    def shutdown(self) -> None:
+        """Finish writing; workers have."""
+        super().shutdown()
+        for promise in self._saving.values():
+            promise.keep()
 
     def _trim(self) -> None:
         """Keep to the limit, in a thread once requests run."""

@@ -1,10 +1,24 @@
 """The folder of sessions: names that are no paths, whose files are whose, and what is deleted."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from kimi_vllm.cache.session_folder import SessionError, check_name, file_of, mark_used, salted, sessions, trim
+from kimi_vllm.cache.session_folder import (
+    Promise,
+    SessionError,
+    check_name,
+    file_of,
+    mark_used,
+    promised,
+    remove_scratch,
+    salted,
+    sessions,
+    trim,
+)
 
 
 @pytest.mark.parametrize("name", ["a", "chat-7_b.v2", "A" * 128, "0", "-", "a..b"])
@@ -94,3 +108,52 @@ def test_what_is_used_stays_longer(folder):
     assert (sessions(folder)[-1].name, sessions(folder)[-1].ranks) == ("a", 1)
     mark_used(folder / "gone.session")
     assert not (folder / "gone.session").exists()
+
+
+PROMISES = """
+import sys, time
+from pathlib import Path
+from kimi_vllm.cache.session_folder import Promise
+
+promise = Promise(Path(sys.argv[1]))
+print("promised", flush=True)
+if sys.stdin.readline():
+    promise.keep()
+    print("kept", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["kept", "killed"])
+def test_a_promise_of_another_process_holds_until_it_is_kept_or_the_process_is_gone(end, tmp_path):
+    path = file_of(tmp_path, "a", None, 0, 1)
+    assert not promised(path)
+    command = [sys.executable, "-c", PROMISES, str(path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    ) as other:
+        assert other.stdout.readline() == "promised\n"
+        assert promised(path)
+        assert not promised(file_of(tmp_path, "b", None, 0, 1))
+        mine = Promise(path)  # of the same session: the other's holds
+        mine.keep()
+        assert promised(path)
+        assert remove_scratch(tmp_path) == 0
+        assert sessions(tmp_path) == []
+        if end == "kept":
+            other.stdin.write("keep it\n")
+            other.stdin.flush()
+            assert other.stdout.readline() == "kept\n"
+            assert list(tmp_path.iterdir()) == []
+        else:
+            other.kill()
+            other.wait()
+            assert remove_scratch(tmp_path) == 1
+        assert not promised(path)
+
+
+def test_where_no_promise_can_be_made_nobody_waits(tmp_path):
+    path = file_of(tmp_path / "gone", "a", None, 0, 1)
+    promise = Promise(path)
+    assert not promised(path)
+    promise.keep()

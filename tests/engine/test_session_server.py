@@ -97,9 +97,7 @@ def test_another_server_goes_on_at_the_same_token(saved, port):
     cold = complete(port, prompt, cache_salt="another")
     assert cached(cold) == 0
     assert tokens(resumed) == tokens(cold)
-    metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
-    [line] = [line for line in metrics.splitlines() if line.startswith("kimi_state_sessions_resumed_total")]
-    assert float(line.split()[-1]) >= 1
+    assert _resumed(port) >= 1
 
 
 def test_a_chat_goes_on_as_the_page_shows_it(saved, port):
@@ -139,3 +137,32 @@ def test_what_is_no_name_is_told_and_touches_no_file(name, saved, port):
     answer = complete(port, max_tokens=2, kv_transfer_params={"load": name}, cache_salt="new")
     assert "this is no name of a session: 1 to 128 of" in answer["kv_transfer_params"]["error"]
     assert {path: path.stat().st_mtime_ns for path in [*folder.iterdir(), *folder.parent.iterdir()]} == before
+
+
+def test_one_server_computes_prompts_and_another_answers_them(saved, port, tmp_path):
+    """As docs/sessions.md has it: the prompt without its last token, and at once the whole prompt elsewhere."""
+    folder, _ = saved
+    before = _resumed(port)
+    with serving(RECALL, tmp_path / "prefill.log", *options(folder)) as prefill:
+        conversation = [{"role": "user", "content": PROMPT}]
+        for number in range(6):
+            url = f"http://127.0.0.1:{prefill}/tokenize"
+            prompt = httpx.post(url, json={"model": "recall", "messages": conversation}, timeout=60).json()["tokens"]
+            name = f"request-{number}"
+            computed = complete(prefill, prompt[:-1], max_tokens=1, kv_transfer_params={"save": name})
+            assert computed["kv_transfer_params"] == {"save": name, "tokens": len(prompt) - 1}
+            body = {"messages": conversation, "max_tokens": 8, "kv_transfer_params": {"load": name}}
+            answer = chat(port, body)
+            assert answer["kv_transfer_params"] is None
+            assert cached(answer) == len(prompt) - 1
+            plain = chat(prefill, body | {"kv_transfer_params": {}})
+            assert answer["choices"][0]["message"]["content"] == plain["choices"][0]["message"]["content"]
+            conversation.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+            conversation.append({"role": "user", "content": f"? {'amxb'[number % 4]} →"})
+    assert _resumed(port) - before == 6
+
+
+def _resumed(port):
+    metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+    [line] = [line for line in metrics.splitlines() if line.startswith("kimi_state_sessions_resumed_total")]
+    return float(line.split()[-1])
