@@ -13,6 +13,7 @@ from serve.common.tables import tokens
 MACHINES = {
     "One H200, bfloat16": "h200.jsonl",
     "One H100, FP8": "h100-fp8.jsonl",
+    "Two H200, bfloat16": "h200-tp2.jsonl",
     "Two H100, bfloat16": "h100-tp2.jsonl",
 }
 """The columns of README's table, and their rows."""
@@ -24,6 +25,7 @@ _SUMMARY = {
     "Decode, batch 1, 128K context, ms/token": ("tpot", {"context": 128 * _K, "batch": "1"}),
     "TTFT, 1K prompt, ms": ("prefill", {"prompt": _K}),
     "TTFT, 8K prompt, ms": ("prefill", {"prompt": 8 * _K}),
+    "TTFT, 32K prompt, ms": ("prefill", {"prompt": 32 * _K}),
     "p99 ITL, batch 64 at 4K, 8K prompts arrive, ms": (
         "mixed",
         {"decoders": 64, "context": 4 * _K, "prompt": 8 * _K},

@@ -17,7 +17,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from kimi_vllm import cpu_quantization, patches
 from kimi_vllm.cache.drafting import both_lengths
-from kimi_vllm.cache.pacing import GRAPH_TOKENS, graph_sizes
+from kimi_vllm.cache.pacing import GRAPH_TOKENS, GRAPH_TOKENS_OF_SEVERAL, graph_sizes
 from kimi_vllm.geometry import GEOMETRY_ATTRIBUTE, GeometryError, KimiGeometry, geometry_of, stages_of
 from kimi_vllm.kernels.dispatch import MIN_CAPABILITY
 from kimi_vllm.options import KimiOptions
@@ -149,7 +149,8 @@ def _capture_steps_with_prompts(vllm_config: VllmConfig, options: KimiOptions) -
     default.compilation_config = copy.deepcopy(compilation)
     default._set_cudagraph_sizes()
     sizes = default.compilation_config.cudagraph_capture_sizes
-    wanted = max(GRAPH_TOKENS, options.mixed_step_tokens or 0)
+    largest = GRAPH_TOKENS if parallel.tensor_parallel_size == 1 else GRAPH_TOKENS_OF_SEVERAL
+    wanted = max(largest, options.mixed_step_tokens or 0)
     if sizes and (more := graph_sizes(sizes[-1], min(wanted, scheduling.max_num_batched_tokens))):
         compilation.cudagraph_capture_sizes = [*sizes, *more]
 

@@ -73,8 +73,8 @@ class KimiOptions(BaseModel):
         description="Token limit of a step that mixes prompts with decoding requests, which wait for the whole step. "
         "Prompts get at least a quarter of it, even if the step then exceeds the limit. A step has up to "
         "`--max-num-batched-tokens` where nothing decodes, and where more than four prompts, and more than a quarter "
-        "as many as requests decode, could be computed. On one GPU, CUDA graphs are captured up to this size. 0 sets "
-        "no limit, as in vLLM. Default: 2048 where CUDA graphs of that size exist, else 0.",
+        "as many as requests decode, could be computed. 0 sets no limit, as in vLLM. Default: 2048 where CUDA graphs "
+        "of that size exist, as on one GPU and with tensor parallelism; else 0.",
     )
     least_drafts_accepted: float | None = Field(
         default=None,

@@ -6,8 +6,12 @@ from typing import Any
 
 STEP_TOKENS = 2048
 """Tokens of a short step by default. On an H100 and an H200 those of 1,024 are hardly shorter (kernels/NOTES.md)."""
-GRAPH_TOKENS = 8192
-"""Tokens of the largest step that is captured by default, which is vLLM's default for the largest there is."""
+GRAPH_TOKENS, GRAPH_TOKENS_OF_SEVERAL = 4096, 8192
+"""Tokens of the largest step that has a CUDA graph by default, on one GPU and on several.
+
+One GPU is busy with 8,192 tokens for longer than the host with their launches, and graphs of that size took 0.9 GiB on
+an H200. Two have half the work each, and as many launches.
+"""
 FEW = 4
 """Prompts for whose number alone throughput never decides."""
 

@@ -189,8 +189,6 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 import torch
-
-sys.path.insert(0, "tests")
 from support.session_files import write_parts
 
 path, at = Path(sys.argv[1]), int(sys.argv[2])
@@ -218,6 +216,7 @@ def test_a_process_that_is_killed_while_it_saves(file, at):
         [sys.executable, "-c", KILLED, str(file), str(at)],
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": "tests:."},
     )
     try:
         assert saving.stdout.readline() == b"waits\n"

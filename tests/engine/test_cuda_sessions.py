@@ -18,24 +18,29 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("runner", ["1", "0"])
-def test_a_session_goes_on_in_another_engine(runner, tmp_path, monkeypatch, record_property):
-    record_property("covers", "sessions")
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of sessions, their names, and prompts that go on."""
+    folder = tmp_path_factory.mktemp("sessions")
     names = [f"s{length}" for length in LENGTHS]
-    prompts = save(tmp_path, random_prompts(LENGTHS, 100), names, **GRAPHS)
-    for how, more in HOW.items():
-        with engine(RECALL, **options(tmp_path, **GRAPHS | more)) as running:
-            assert running.scheduler.scheduler_config.async_scheduling
-            done = ask(running, prompts, names, "load", max_tokens=150 if how == "few blocks" else 20)
-            assert counts(running)["sessions_resumed"] >= len(names)
-            assert counts(running)["sessions_missed"] == 0
-            if how == "few blocks":
-                assert running.num_preemptions
-            else:
-                expected = [length + ANSWER - 1 for length in LENGTHS]
-                assert [one.cached for one in done] in (expected, [count + 1 for count in expected])
-            check_cold(running, done)
+    return folder, names, save(folder, random_prompts(LENGTHS, 100), names, **GRAPHS)
+
+
+@pytest.mark.parametrize(("how", "runner"), [*((how, "1") for how in HOW), ("batched", "0"), ("few blocks", "0")])
+def test_a_session_goes_on_in_another_engine(how, runner, saved, monkeypatch, record_property):
+    record_property("covers", "sessions")
+    folder, names, prompts = saved
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    with engine(RECALL, **options(folder, **GRAPHS | HOW[how])) as running:
+        assert running.scheduler.scheduler_config.async_scheduling
+        done = ask(running, prompts, names, "load", max_tokens=150 if how == "few blocks" else 20)
+        assert counts(running)["sessions_resumed"] >= len(names)
+        assert counts(running)["sessions_missed"] == 0
+        if how == "few blocks":
+            assert running.num_preemptions
+        else:
+            assert [one.cached for one in done] == [length + ANSWER - 1 for length in LENGTHS]
+        check_cold(running, done)
 
 
 def test_a_session_that_stopped_with_a_step_in_flight(tmp_path):

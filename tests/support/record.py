@@ -22,6 +22,7 @@ FEATURES = (
     "4 bits",
     "FP8 latents",
     "n-gram drafts",
+    "sessions",
     "TP 2",
     "EP 2",
     "PP 2",

@@ -140,6 +140,8 @@ class BenchEngine(Engine):
         outputs, executed = self.core.step_fn()
         self.core.post_step(model_executed=executed)
         now = time.perf_counter()
+        if not executed and self.scheduler.has_requests():
+            time.sleep(0.001)  # as vLLM's process does, for threads that load what requests wait for
         got: dict[str, int] = {}
         for group in (outputs or {}).values():
             for output in group.outputs:
