@@ -4,6 +4,7 @@ import time
 import traceback
 from pathlib import Path
 
+from serve.bench.engine.clocks import Clocks
 from serve.bench.engine.plan import IN_TREE, Plan
 from serve.bench.engine.rows import Rows, environment
 
@@ -40,11 +41,13 @@ def run_variant(plan: Plan, provider: str, path: Path) -> bool:
             continue
         begun = time.perf_counter()
         engine.on_workers(workers.watch)
-        try:
-            fields = measure()
-        except Exception:
-            fields = {"error": _tail()}
-            traceback.print_exc()
+        with Clocks(cuda=cuda) as clocks:
+            try:
+                fields = measure()
+            except Exception:
+                fields = {"error": _tail()}
+                traceback.print_exc()
+        fields |= clocks.fields
         try:
             fields |= engine.on_workers(workers.hiccups)[0]
             engine.clear()
