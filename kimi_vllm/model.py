@@ -27,6 +27,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from kimi_vllm import patches
+from kimi_vllm.cache.fingerprint import LoadedWeights
 from kimi_vllm.cache.group import StateHome
 from kimi_vllm.geometry import KimiGeometry, geometry_of, stages_of
 from kimi_vllm.graph_breaks import check_graph_breaks
@@ -35,6 +36,7 @@ from kimi_vllm.layers.ffn import KimiMLP, KimiMoE
 from kimi_vllm.layers.kda import KimiDeltaAttention, kimi_delta_attention
 from kimi_vllm.layers.mla import KimiMLA
 from kimi_vllm.layers.mla_latent import LatentAttention
+from kimi_vllm.options import KimiOptions
 from kimi_vllm.quantization import QuantizationError, WeightFormat, as_written
 from kimi_vllm.weights import check_whole, load_weights, packed_modules_mapping
 
@@ -143,6 +145,8 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
         self.renamed = as_written(vars(self.config)) is not None
         self.quantization = _known_format(vars(self.config))
         self.skinny = skinny.serves(vllm_config)
+        keeps_sessions = KimiOptions.of(vllm_config).session_dir is not None
+        self.noted = LoadedWeights() if keeps_sessions and current_platform.is_cpu() else None
         self.model = KimiLinearModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
         if get_pp_group().is_last_rank:
@@ -194,6 +198,7 @@ class KimiLinearForCausalLM(nn.Module, SupportsPP):
 
         Quantised checkpoints rename tensors, so whether they are complete is left to vLLM's own check.
         """
+        weights = weights if self.noted is None else self.noted.note(weights)
         loaded, seen = load_weights(self, self.geometry, weights, quantization=self.quantization)
         if self.loaded:
             self.updated |= seen

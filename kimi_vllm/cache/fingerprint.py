@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,21 +32,40 @@ def fingerprint_of(vllm_config: Any, layout: StateLayout, rank: int, size: int) 
     }
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Of all weights as loaded on this rank: the exact sum of each tensor's bits, and a sample of them.
+class LoadedWeights:
+    """Digests of a checkpoint's tensors as they come, for CPUs: kernels there take weights out of the parameters.
+
+    Attributes:
+        digests: By name, of what was loaded last.
+    """
+
+    def __init__(self) -> None:
+        self.digests: dict[str, str] = {}
+
+    def note(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Pass them on."""
+        for name, tensor in weights:
+            self.digests[name] = _digest(tensor)
+            yield name, tensor
+
+
+def weights_digest(model: nn.Module, loaded: LoadedWeights | None = None) -> str:
+    """Of all weights on this rank, and of those that were loaded: the exact sum of each tensor's bits, and a sample.
 
     The sum does not depend on devices or threads, and reads the weights once. This tells models apart that were
     trained differently; it is no protection from somebody who makes a model for the purpose.
     """
-    state = hashlib.sha256()
-    named = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in sorted(named, key=lambda item: item[0]):
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        if tensor.numel():
-            bits = _bits(tensor.detach())
-            sample = bits[:: max(1, bits.numel() // _SAMPLE)]
-            state.update(f"{int(bits.sum(dtype=torch.int64))} ".encode())
-            state.update(sample.cpu().contiguous().view(torch.uint8).numpy().data)
+    named = {f"{name} here": _digest(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return hashlib.sha256(json.dumps(named | (loaded.digests if loaded else {}), sort_keys=True).encode()).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    state = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    if tensor.numel():
+        bits = _bits(tensor.detach())
+        sample = bits[:: max(1, bits.numel() // _SAMPLE)]
+        state.update(f"{int(bits.sum(dtype=torch.int64))} ".encode())
+        state.update(sample.cpu().contiguous().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

@@ -5,7 +5,7 @@ host memory but what is being copied.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from queue import SimpleQueue
 
@@ -62,11 +62,15 @@ class Copies:
             self._buffers.put(Buffer(size, device))
 
     def each(self, names: Iterable[str], copy: Copy) -> None:
-        """Copy all parts; of several errors the first part's is raised, when no thread is at work any more."""
+        """Copy all parts, until one fails; an error is raised when no thread is at work any more."""
         futures = [self._threads.submit(self._one, name, copy) for name in names]
-        wait(futures)
+        wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
-            future.result()
+            future.cancel()
+        done, _ = wait(futures)
+        for future in done:
+            if not future.cancelled():
+                future.result()
 
     def shutdown(self) -> None:
         """End the threads, which must be idle."""

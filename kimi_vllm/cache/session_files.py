@@ -74,7 +74,7 @@ def write(path: Path, forms: Mapping[str, Form], fill: Move, fingerprint: Mappin
         fill: Puts a part's values where they are to be written from. Called by several threads.
 
     Raises:
-        SessionError: The folder is full, or cannot be written; or `fill` raised it.
+        SessionError: The folder is full, or cannot be written; there are too many parts; or `fill` raised it.
     """
     checksums = {_CHECKSUM + name: digest(torch.empty(0)) for name in forms}  # in place of others that are as long
     described, places, end = dict[str, Any](), dict[str, int](), 0
@@ -88,6 +88,8 @@ def write(path: Path, forms: Mapping[str, Form], fill: Move, fingerprint: Mappin
         return len(text).to_bytes(8, "little") + text
 
     start = len(header())
+    if start > _LONGEST_HEADER:
+        raise SessionError(f"it has {len(forms)} parts, more than a file can list.")
     try:
         with scratch(path.parent) as file:
 

@@ -7,7 +7,8 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import IO
 _NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
 _FILE = re.compile(rf"(?P<name>{_NAME})(@(?P<tenant>[0-9a-f]{{32}}))?(~(?P<rank>\d+)of(?P<ranks>\d+))?\.session")
 _SCRATCH = ".kimi-vllm-", ".part"
-_PROMISE = ".promise"
+_PROMISE, _TRIES = ".promise", 5
 
 
 class SessionError(Exception):
@@ -144,53 +145,89 @@ def scratch(folder: Path) -> Iterator[IO[bytes]]:
 class Promise:
     """Tells other processes that a session is about to be written, until it is kept or this process ends.
 
-    It is a locked file beside the session's. Where none can be made, as in a folder that is full, nobody waits.
+    It is a locked file beside the session's, in which stands which files it is to replace. Where none can be made, as
+    in a folder that is full or whose file system has no locks, nobody waits.
 
     Args:
-        path: The session's file.
+        paths: The session's files, of all ranks.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path.with_name(f".{path.name}{_PROMISE}")
-        self._file: IO[bytes] | None = None
-        with suppress(OSError):  # and one that is locked is another process's promise of the same session
-            file = os.fdopen(os.open(self._path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb")
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._path = _promise_of(paths[0])
+        self._handle = -1
+        for _ in range(_TRIES):
+            handle = -1
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                handle = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _inode(self._path) == os.fstat(handle).st_ino:  # else who had it has just removed it
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, " ".join(str(_inode(path)) for path in paths).encode(), 0)
+                    self._handle = handle
+                    return
+            except BlockingIOError:
+                time.sleep(1e-3)  # somebody looks at it, or another process has promised the same session
             except OSError:
-                file.close()
-                raise
-            self._file = file
+                if handle >= 0:
+                    self._remove()
+                    os.close(handle)
+                return
+            if handle >= 0:
+                os.close(handle)
 
     def keep(self) -> None:
         """The session is there, or will not come."""
-        if self._file is not None:
+        if self._handle < 0:
+            return
+        if _inode(self._path) == os.fstat(self._handle).st_ino:
+            self._remove()
+        os.close(self._handle)
+        self._handle = -1
+
+    def _remove(self) -> None:
+        with suppress(OSError):  # from a folder that has become read only
             self._path.unlink(missing_ok=True)
-            self._file.close()
-            self._file = None
 
 
-def promised(path: Path) -> bool:
-    """Whether a process, this one included, is about to write this session."""
+def promised(paths: Sequence[Path]) -> bool:
+    """Whether a process, this one included, is about to write this session, and has not replaced all its files yet."""
     try:
-        with path.with_name(f".{path.name}{_PROMISE}").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        handle = os.open(_promise_of(paths[0]), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        replaced = [int(word) for word in os.pread(handle, 2**16, 0).split()]
+        found = [_inode(path) for path in paths]
+        return len(replaced) != len(found) or any(
+            not now or now == then for now, then in zip(found, replaced, strict=True)
+        )
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
     return False  # its process was killed
 
 
-def remove_scratch(folder: Path) -> int:
-    """Remove what processes left that were killed while they saved; how many files these were.
+def _promise_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_PROMISE}")
 
-    Raises:
-        OSError: The folder cannot be read or written.
-    """
+
+def _inode(path: Path) -> int:
+    """0 for none."""
+    try:
+        return os.stat(path, follow_symlinks=False).st_ino
+    except OSError:
+        return 0
+
+
+def remove_scratch(folder: Path) -> int:
+    """Remove what processes left that were killed while they saved; how many files these were."""
     removed = 0
     for path in [*folder.glob("*".join(_SCRATCH)), *folder.glob(f".*.session{_PROMISE}")]:
-        with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:  # being written, or gone
+        # Being written, gone, or another user's. Network file systems lock files exclusively that are open for writing.
+        with suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
             removed += 1

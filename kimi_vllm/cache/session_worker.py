@@ -5,8 +5,9 @@ some of it; vLLM then gives up all blocks of the request, and its prompt is comp
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,20 @@ class SessionWorker:
         self._reader, self._writer = ThreadPoolExecutor(1, "session-read"), ThreadPoolExecutor(1, "session-write")
 
     def bind(self, model: nn.Module, pool: StatePool) -> None:
-        """Say what is saved; again after the weights have changed."""
+        """Say what is saved; again after the weights have changed.
+
+        Raises:
+            ValueError: It is not known which weights these are.
+        """
         of = fingerprint_of(self._config, pool.layout, self._parallel.rank, self._parallel.world_size)
-        self._fingerprint = of | {"weights": weights_digest(model)}
+        loaded = getattr(model, "noted", None)
+        load_format = self._config.load_config.load_format
+        if loaded is not None and not loaded.digests and load_format != "dummy":
+            raise ValueError(
+                f"kimi.session_dir with --load-format {load_format}: it does not show which weights it loads, by which "
+                "sessions are told from another model's. Drop one of them."
+            )
+        self._fingerprint = of | {"weights": weights_digest(model, loaded)}
         if not hasattr(self, "_pool"):
             threads = 1 if pool.device.type == "cpu" else THREADS
             tokens = self._config.model_config.max_model_len * torch.int64.itemsize
@@ -214,7 +226,8 @@ class SessionWorker:
                     self._check_state(which, values)
                     pool.scatter(self._blocks(job, which), values)
 
-        read(self._path(job), self._forms(job, rows), put, expected, job.digest, self._loads)
+        with _told_as_session_error():
+            read(self._path(job), self._forms(job, rows), put, expected, job.digest, self._loads)
 
     def _write(self, job: Job, expected: Mapping[str, str], step: torch.cuda.Event | None) -> bool:
         pool, rows = self._pool, self._rows(job)
@@ -233,10 +246,13 @@ class SessionWorker:
                 values = pool.gather(self._blocks(job, which), room.shape[1])
                 if which.of_state:
                     self._check_state(which, values)
+                    # Behind the last unit is what the block's former owner left.
+                    values.view(-1)[self._units(which) * pool.layout.cut.unit_bytes :] = 0
                 room.copy_(values, non_blocking=True)
 
         try:
-            write(self._path(job), self._forms(job, rows), fill, expected, self._saves)
+            with _told_as_session_error():
+                write(self._path(job), self._forms(job, rows), fill, expected, self._saves)
         except SessionError as error:
             logger.warning("Session %s: %s It is not saved.", job.name, error)
             return False
@@ -275,7 +291,24 @@ class SessionWorker:
     def _check_state(self, which: Rows, values: Tensor) -> None:
         """Raise SessionError for one that is not finite."""
         cut = self._pool.layout.cut
-        every = self._pool.layout.num_layers * cut.H * cut.pieces
-        units = values.view(-1, cut.unit_bytes)[: every - which.start * cut.units, : cut.state_bytes].contiguous()
+        units = values.view(-1, cut.unit_bytes)[: self._units(which), : cut.state_bytes].contiguous()
         if not units.view(cut.state_dtype).isfinite().all():
             raise SessionError("its state is NaN or infinite.")
+
+    def _units(self, which: Rows) -> int:
+        """Units of the state in these blocks."""
+        cut = self._pool.layout.cut
+        every = self._pool.layout.num_layers * cut.H * cut.pieces
+        return int(min(every - which.start * cut.units, (which.stop - which.start) * cut.units))
+
+
+@contextmanager
+def _told_as_session_error() -> Iterator[None]:
+    """A copy that fails, as where the device has no memory left, costs a session and no other request."""
+    try:
+        yield
+    except SessionError:
+        raise
+    except Exception as error:
+        logger.exception("A session could not be copied.")
+        raise SessionError(f"it cannot be copied: {type(error).__name__}: {str(error)[:200]}.") from error

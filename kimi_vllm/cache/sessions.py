@@ -9,6 +9,7 @@ read and written in threads, and the blocks concerned are held meanwhile. A load
 computes the prompt; a save that fails leaves no file. Either is told in the response, and in the log.
 """
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ from kimi_vllm.options import KimiOptions
 
 logger = init_logger("vllm.kimi_vllm")
 
+_ASK_EVERY_S = 0.02
+"""Between two looks at what another process is writing, which may be over a network."""
+_PATIENCE_S = 60.0
+"""For which a request waits for another process."""
+
 _ENDED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
@@ -66,8 +72,12 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         # Requests whose prompt is computed, to the reason.
         self._missed: dict[str, str] = {}
         self._failed: dict[str, str] = {}
-        # Requests that ended, to what is said of the files that are being written.
-        self._saving: dict[str, Promise] = {}
+        # Requests that ended, to the files that are being written; and what others are told of these.
+        self._saving: dict[str, Path] = {}
+        self._promises: dict[Path, Promise] = {}
+        # Since when requests wait for a session, and what was last found of it.
+        self._waiting: dict[str, float] = {}
+        self._awaited: dict[Path, tuple[float, bool]] = {}
         self._unsaved: set[str] = set()
         self.counts: Counter[str] = Counter()
         if role == KVConnectorRole.SCHEDULER:
@@ -95,9 +105,10 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             _refuse(request)
             if request.skip_reading_prefix_cache:
                 raise SessionError("the request reads no cached prefix, as with prompt_logprobs.")
-            path = self._file(asked, request)
-            if promised(path):
+            paths = self._ranks(asked, request)
+            if self._awaits(paths, request.request_id):
                 return None, False
+            path = paths[0]
             if (tokens := self._matched.get(request.request_id)) is None:
                 tokens = read_tokens(path)
                 count = len(tokens)
@@ -144,6 +155,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         """
         name, told, errors = request.request_id, dict[str, Any](), list[str]()
         self._matched.pop(name, None)
+        self._waiting.pop(name, None)
         if (missed := self._missed.pop(name, None)) is not None:
             errors.append(f"Session {_shown(request, 'load')}: {missed} The prompt was computed.")
         if unknown := sorted({*(request.kv_transfer_params or ())} - {"load", "save"}):
@@ -174,7 +186,9 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         self._planned.saves.append(
             Job(name, session, request.cache_salt, digest(tokens), count, slot, pages, 0, tokens)
         )
-        self._saving[name] = Promise(self._file(session, request))
+        path = self._saving[name] = self._file(session, request)
+        if path not in self._promises:
+            self._promises[path] = Promise(self._ranks(session, request))
         return {"save": session, "tokens": count}
 
     def build_connector_meta(self, scheduler_output: Any) -> Jobs:
@@ -189,7 +203,9 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             self._unsaved |= report.unsaved
             self._failed |= report.missed
         for name in connector_output.finished_sending or ():
-            self._saving.pop(name).keep()
+            path = self._saving.pop(name)
+            if path not in self._saving.values():
+                self._promises.pop(path).keep()
             self.counts["sessions_unsaved" if name in self._unsaved else "sessions_saved"] += 1
             self._unsaved.discard(name)
         if connector_output.finished_sending and self._most:
@@ -204,7 +220,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         """Finish writing; workers have."""
         super().shutdown()
-        for promise in self._saving.values():
+        for promise in self._promises.values():
             promise.keep()
 
     def _trim(self) -> None:
@@ -220,8 +236,27 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         for session in deleted:
             logger.info("Session %s is deleted: all of them take more than kimi.session_gib.", session.name)
 
+    def _awaits(self, paths: list[Path], name: str) -> bool:
+        """Whether a request waits for a session: one that is being written here, or for a while by another process."""
+        path = paths[0]
+        if path in self._saving.values():
+            return True
+        now = time.monotonic()
+        asked, found = self._awaited.pop(path, (float("-inf"), False))
+        if now - asked > _ASK_EVERY_S:
+            asked, found = now, promised(paths)
+        if not found:
+            self._waiting.pop(name, None)
+            return False
+        self._awaited[path] = asked, found
+        return now - self._waiting.setdefault(name, now) < _PATIENCE_S
+
     def _file(self, asked: object, request: Any) -> Path:
-        return file_of(self._folder, check_name(asked), request.cache_salt, 0, self._size)
+        return self._ranks(asked, request)[0]
+
+    def _ranks(self, asked: object, request: Any) -> list[Path]:
+        session = check_name(asked)
+        return [file_of(self._folder, session, request.cache_salt, rank, self._size) for rank in range(self._size)]
 
 
 def _refuse(request: Any) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kimi_vllm.cache.fingerprint import weights_digest
+from kimi_vllm.cache.fingerprint import LoadedWeights, weights_digest
 
 
 def model(dtype=torch.float32, **changed):
@@ -42,3 +42,15 @@ def test_a_buffer_counts():
     changed = model()
     changed.bias[2] = 1
     assert weights_digest(changed) != weights_digest(model())
+
+
+def test_what_was_loaded_counts_where_kernels_have_taken_it_out():
+    def loaded(**changed):
+        found = LoadedWeights()
+        weights = {"q": torch.arange(12.0), "k": torch.ones(2, 2)} | changed
+        assert dict(found.note(weights.items())) == weights
+        return weights_digest(model(), found)
+
+    assert loaded() == loaded() != weights_digest(model())
+    assert loaded(q=torch.arange(12.0) * 0.9) != loaded()
+    assert loaded(k=torch.ones(2, 2, dtype=torch.bfloat16)) != loaded()

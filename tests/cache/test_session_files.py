@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,28 @@ def test_a_file_that_is_truncated_while_it_is_read(file):
 def test_parts_of_other_sizes(file):
     with pytest.raises(SessionError, match="other sizes"):
         read_parts(file, PARTS | {"pages": torch.zeros(4, 16, dtype=torch.uint8)}, FINGERPRINT)
+
+
+def test_the_first_error_ends_the_copying(file):
+    parts = PARTS | {f"part {number}": torch.zeros(8, dtype=torch.uint8) for number in range(40)}
+    write_parts(file, parts, FINGERPRINT)
+    taken = []
+
+    def fail(name, part, _):
+        taken.append(name)
+        time.sleep(0.01)
+        raise SessionError("its state is odd.")
+
+    with pytest.raises(SessionError, match="odd"):
+        read(file, forms_of(parts), fail, FINGERPRINT, digest(PARTS["tokens"]), COPIES)
+    assert len(taken) < 10
+
+
+def test_too_many_parts_are_not_written(tmp_path):
+    parts = PARTS | {f"{number} {'x' * 4000}": torch.zeros(1, dtype=torch.uint8) for number in range(300)}
+    with pytest.raises(SessionError, match="303 parts, more than a file can list"):
+        write_parts(tmp_path / "a.session", parts, FINGERPRINT)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_of_who_fills_or_takes_a_part_ends_it(file):

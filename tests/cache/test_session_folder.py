@@ -1,8 +1,10 @@
 """The folder of sessions: names that are no paths, whose files are whose, and what is deleted."""
 
+import errno
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -111,11 +113,11 @@ def test_what_is_used_stays_longer(folder):
 
 
 PROMISES = """
-import sys, time
+import sys
 from pathlib import Path
 from kimi_vllm.cache.session_folder import Promise
 
-promise = Promise(Path(sys.argv[1]))
+promise = Promise([Path(path) for path in sys.argv[1:]])
 print("promised", flush=True)
 if sys.stdin.readline():
     promise.keep()
@@ -124,20 +126,30 @@ if sys.stdin.readline():
 """
 
 
-@pytest.mark.parametrize("end", ["kept", "killed"])
-def test_a_promise_of_another_process_holds_until_it_is_kept_or_the_process_is_gone(end, tmp_path):
-    path = file_of(tmp_path, "a", None, 0, 1)
-    assert not promised(path)
-    command = [sys.executable, "-c", PROMISES, str(path)]
+@contextmanager
+def promise_of_another_process(*paths):
+    command = [sys.executable, "-c", PROMISES, *map(str, paths)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     ) as other:
-        assert other.stdout.readline() == "promised\n"
-        assert promised(path)
-        assert not promised(file_of(tmp_path, "b", None, 0, 1))
-        mine = Promise(path)  # of the same session: the other's holds
+        try:
+            assert other.stdout.readline() == "promised\n"
+            yield other
+        finally:
+            other.kill()
+            other.wait()
+
+
+@pytest.mark.parametrize("end", ["kept", "killed"])
+def test_a_promise_of_another_process_holds_until_it_is_kept_or_the_process_is_gone(end, tmp_path):
+    path = file_of(tmp_path, "a", None, 0, 1)
+    assert not promised([path])
+    with promise_of_another_process(path) as other:
+        assert promised([path])
+        assert not promised([file_of(tmp_path, "b", None, 0, 1)])
+        mine = Promise([path])  # of the same session: the other's holds, and stays
         mine.keep()
-        assert promised(path)
+        assert promised([path])
         assert remove_scratch(tmp_path) == 0
         assert sessions(tmp_path) == []
         if end == "kept":
@@ -149,11 +161,69 @@ def test_a_promise_of_another_process_holds_until_it_is_kept_or_the_process_is_g
             other.kill()
             other.wait()
             assert remove_scratch(tmp_path) == 1
-        assert not promised(path)
+        assert not promised([path])
+        if end == "killed":
+            Promise([path])  # which takes over what was left
 
 
-def test_where_no_promise_can_be_made_nobody_waits(tmp_path):
-    path = file_of(tmp_path / "gone", "a", None, 0, 1)
-    promise = Promise(path)
-    assert not promised(path)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_promise_ends_when_all_ranks_have_replaced_their_files(before, tmp_path):
+    """Whoever made it may be idle, and say nothing more."""
+    paths = [file_of(tmp_path, "a", None, rank, 2) for rank in range(2)]
+    for path in paths if before else ():
+        path.write_bytes(b"old")
+    with promise_of_another_process(*paths):
+        for path in paths:
+            assert promised(paths)
+            (tmp_path / "new").write_bytes(b"new")
+            (tmp_path / "new").rename(path)
+        assert not promised(paths)
+
+
+def test_what_is_left_of_a_killed_process_is_promised_again(tmp_path):
+    path = file_of(tmp_path, "a", None, 0, 1)
+    with promise_of_another_process(path):
+        pass
+    mine = Promise([path])
+    assert promised([path])
+    mine.keep()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["gone", "a fifo", "a link", "no locks"])
+def test_where_no_promise_can_be_made_nobody_waits(what, tmp_path, monkeypatch):
+    folder = tmp_path / "gone" if what == "gone" else tmp_path
+    path = file_of(folder, "a", None, 0, 1)
+    place = path.with_name(f".{path.name}.promise")
+    if what == "a fifo":
+        os.mkfifo(place)  # which to open would wait for a writer
+    if what == "a link":
+        place.symlink_to(tmp_path / "elsewhere")
+    if what == "no locks":
+        monkeypatch.setattr("fcntl.flock", _no_locks)
+    promise = Promise([path])
+    assert not promised([path])
     promise.keep()
+    assert not (tmp_path / "elsewhere").exists()
+    if what == "no locks":
+        assert not place.exists()
+
+
+def test_a_folder_that_is_taken_away_is_nobody_s_end(tmp_path):
+    folder = tmp_path / "sessions"
+    folder.mkdir()
+    promise = Promise([file_of(folder, "a", None, 0, 1)])
+    folder.rename(tmp_path / "old")
+    folder.write_text("no folder")
+    promise.keep()
+    promise.keep()
+
+
+def test_scratch_that_cannot_be_locked_stays(tmp_path, monkeypatch):
+    (tmp_path / ".kimi-vllm-a.part").touch()
+    monkeypatch.setattr("fcntl.flock", _no_locks)
+    assert remove_scratch(tmp_path) == 0
+
+
+def _no_locks(*args):
+    raise OSError(errno.ENOLCK, "No locks available")

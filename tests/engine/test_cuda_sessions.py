@@ -135,6 +135,41 @@ def test_a_broken_part_is_a_miss(tmp_path, log):
         check_cold(running, done)
 
 
+@pytest.mark.parametrize("way", ["out", "in"])
+def test_copies_wait_for_the_steps_before_them(way):
+    """The GPU is still busy with what the copy must see, or must not disturb."""
+    from kimi_vllm.cache.session_copies import Copies, behind_steps
+
+    device = torch.device("cuda")
+    copies, count = Copies(1, 2**20, device), 2**18
+    memory = torch.zeros(count, device=device)
+    seen = torch.zeros(count, device=device)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(500_000_000)  # cycles, a quarter of a second
+    if way == "out":
+        memory.fill_(1)
+    else:
+        seen.copy_(memory)
+    step = behind_steps(device)
+
+    def copy(name, buffer):
+        room = buffer.room((count,), torch.float32)
+        if way == "in":
+            room.fill_(2)
+        with buffer.after(step):
+            if way == "out":
+                room.copy_(memory, non_blocking=True)
+            else:
+                memory.copy_(room, non_blocking=True)
+        if way == "out":
+            assert room.eq(1).all()
+
+    copies.each(["all"], copy)
+    torch.cuda.synchronize()
+    assert way == "out" or (seen.eq(0).all() and memory.eq(2).all())
+    copies.shutdown()
+
+
 def test_buffers_are_pinned_and_streams_their_own():
     from kimi_vllm.cache.session_copies import Copies, behind_steps
 

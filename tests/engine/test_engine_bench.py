@@ -47,6 +47,6 @@ def test_every_measurement_leaves_a_row(tmp_path):
     assert ours["prefill", 128]["context"] == "real"
     assert ours["prefill", 128]["tokens_per_s"] > 0
     resumed = ours["resume", 512]
-    assert (resumed["sessions_resumed"], resumed["sessions_missed"]) == (8, 0)
+    assert (resumed["sessions_resumed"], resumed["sessions_missed"]) == (11, 0)
     assert resumed["running_decoders"] == 4
     assert resumed["resumed"]["count"] == resumed["resumed_uncached"]["count"] == 3

@@ -8,9 +8,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.engine import RECALL, check_cold, engine, random_prompts
+from support.engine import RECALL, check_cold, completion, engine, random_prompts
 from support.limits import largest_file
 from support.sessions import ANSWER, LENGTHS, ask, complete, counts, flip, options, parameters, save, settle
+
+from kimi_vllm.cache.pool import StatePool
+from kimi_vllm.cache.session_copies import Copies
+from kimi_vllm.cache.session_folder import Promise, promised
 
 pytestmark = pytest.mark.engine
 
@@ -81,11 +85,18 @@ def test_a_salt_has_sessions_of_its_own(tmp_path):
         assert [hit.cached, other.cached, none.cached] == [70 + ANSWER - 1, 0, 0]
 
 
-@pytest.mark.parametrize("how", ["weights", "block_size", "dtype"])
+@pytest.mark.parametrize("how", ["weights", "linear", "block_size", "dtype"])
 def test_another_model_or_cut_is_a_miss(saved, tmp_path, how):
+    """Weights of linear layers are not among the parameters any more, once a CPU's kernels have arranged them."""
     folder, names, prompts = saved
     model, more = RECALL, {}
-    if how == "weights":
+    if how == "linear":
+        model = shutil.copytree(RECALL, tmp_path / "other")
+        weights = load_file(model / "model.safetensors")
+        name = next(name for name in weights if name.endswith("o_proj.weight"))
+        weights[name] = weights[name] * 1.01
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+    elif how == "weights":
         model = shutil.copytree(RECALL, tmp_path / "other")
         weights = load_file(model / "model.safetensors")
         name = next(name for name in weights if "norm" in name)
@@ -115,6 +126,67 @@ def test_a_folder_that_is_full(tmp_path, log):
         ask(running, [prompt], ["a"], "save")
         assert counts(running)["sessions_saved"] == 1
         assert [path.name for path in tmp_path.iterdir()] == ["a.session"]
+
+
+@pytest.mark.parametrize("what", ["gather", "scatter"])
+def test_a_copy_that_fails_costs_its_session_only(what, saved, tmp_path, log, monkeypatch):
+    """As where a GPU has no memory left for it."""
+    folder, names, prompts = saved
+    other = random_prompts([60], 100)[0]
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with engine(RECALL, **options(folder if what == "scatter" else tmp_path)) as running:
+        plain = running.complete([other], max_tokens=30)
+        monkeypatch.setattr(StatePool, what, fail)
+        wanted = {"load": names[-1]} if what == "scatter" else {"save": "a"}
+        sampling = [parameters(8, **wanted), parameters(30)]
+        done = [completion(output) for output in complete(running, [prompts[-1], other], sampling)]
+        assert done[1].tokens == plain[0].tokens
+        assert done[0].cached == 0
+        assert "cannot be copied: OutOfMemoryError: CUDA out of memory." in log.text
+        assert counts(running)["sessions_missed" if what == "scatter" else "sessions_unsaved"] == 1
+        check_cold(running, done[:1])
+
+
+def test_the_last_of_two_sessions_of_a_name_is_waited_for(tmp_path, monkeypatch):
+    """The first one to be written is not what a request waits for that comes behind both."""
+    each = Copies.each
+
+    def late(copies, parts, copy):
+        time.sleep(0.2)
+        each(copies, parts, copy)
+
+    monkeypatch.setattr(Copies, "each", late)
+    prompts = random_prompts([70, 80], 100)
+    from vllm import TokensPrompt
+
+    with engine(RECALL, **options(tmp_path)) as running:
+        inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        outputs = running.llm.generate(inputs, [parameters(3, save="s"), parameters(4, save="s")], use_tqdm=False)
+        onward = prompts[1] + list(outputs[1].outputs[0].token_ids) + [7, 8]
+        running.llm.reset_prefix_cache()
+        [done] = ask(running, [onward], ["s"], "load", max_tokens=3)
+        assert done.cached >= len(onward) - 3
+        assert counts(running)["sessions_missed"] == 0
+
+
+def test_a_process_that_never_writes_what_it_promised_is_not_waited_for_forever(saved, tmp_path, monkeypatch):
+    folder, names, prompts = saved
+    shutil.copy(folder / f"{names[5]}.session", tmp_path)
+    path = tmp_path / f"{names[5]}.session"
+    monkeypatch.setattr("kimi_vllm.cache.sessions._PATIENCE_S", 0.5)
+    looks = []
+    monkeypatch.setattr("kimi_vllm.cache.sessions.promised", lambda paths: looks.append(paths) or promised(paths))
+    promise = Promise([path])
+    with engine(RECALL, **options(tmp_path)) as running:
+        done = ask(running, [prompts[5]], [names[5]], "load", max_tokens=8)
+        assert done[0].cached  # it had what was there before
+        assert 3 < len(looks) < 60
+        assert running.scheduler.connector._waiting == {}
+        check_cold(running, done)
+    promise.keep()
 
 
 def test_an_aborted_load_and_an_aborted_save_leave_nothing(saved):

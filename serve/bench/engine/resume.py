@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ def resume(engine: BenchEngine, plan: Plan, prompt: int) -> dict[str, Any]:
     onward = [*tokens, tokens[0], tokens[1]]
     computed = [_first(engine, lambda: engine.add_tokens(tokens, 1)) for _ in range(TIMES + 1)][1:]
 
-    saving = time.perf_counter()
+    before = Counter(engine.scheduler.connector.counts)
     _first(engine, lambda: engine.add_tokens(tokens, 1, save="bench"))
+    saving = time.perf_counter()
     saved_s = _settle(engine) - saving
     [path] = folder.glob("bench.session")
     times: dict[str, list[float]] = {"resumed": [], "resumed_uncached": []}
@@ -35,8 +37,8 @@ def resume(engine: BenchEngine, plan: Plan, prompt: int) -> dict[str, Any]:
                 _forget(path)
             seconds.append(_first(engine, lambda: engine.add_tokens(onward, 1, load="bench")))
         del seconds[0]
-    resumed, missed = (engine.scheduler.connector.counts[f"sessions_{name}"] for name in ("resumed", "missed"))
     beside = _beside(engine, plan, onward)
+    counts = Counter(engine.scheduler.connector.counts) - before
     size = path.stat().st_size
     path.unlink()
     return {
@@ -45,8 +47,8 @@ def resume(engine: BenchEngine, plan: Plan, prompt: int) -> dict[str, Any]:
         "computed": summary_ms(computed),
         **{name: summary_ms(seconds) for name, seconds in times.items()},
         "saved_s": round(saved_s, 4),
-        "sessions_resumed": resumed,
-        "sessions_missed": missed,
+        "sessions_resumed": counts["sessions_resumed"],
+        "sessions_missed": counts["sessions_missed"],
         **beside,
     }
 
