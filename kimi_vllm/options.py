@@ -53,7 +53,7 @@ class KimiOptions(BaseModel):
         default=None,
         min_length=1,
         description="An existing folder for [named sessions](sessions.md): a request saves its state and KV cache, and "
-        "a later one, after a restart too, goes on where it ended. On CPUs only.",
+        "a later one, after a restart too, goes on where it ended. On CPUs and on one GPU.",
     )
     session_gib: float = Field(
         default=0,

@@ -198,10 +198,9 @@ def promised(paths: Sequence[Path]) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        replaced = [int(word) for word in os.pread(handle, 2**16, 0).split()]
-        found = [_inode(path) for path in paths]
+        replaced, found = os.pread(handle, 2**16, 0).decode().split(), [_inode(path) for path in paths]
         return len(replaced) != len(found) or any(
-            not now or now == then for now, then in zip(found, replaced, strict=True)
+            not now or str(now) == then for now, then in zip(found, replaced, strict=True)
         )
     except OSError:
         return False
