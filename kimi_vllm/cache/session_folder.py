@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO
 
-_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 _FILE = re.compile(rf"(?P<name>{_NAME})(@(?P<tenant>[0-9a-f]{{32}}))?(~(?P<rank>\d+)of(?P<ranks>\d+))?\.session")
 _SCRATCH = ".kimi-vllm-", ".part"
 _PROMISE, _TRIES = ".promise", 5
@@ -62,7 +62,7 @@ def check_name(name: object) -> str:
         SessionError: It is something else, such as a path.
     """
     if not isinstance(name, str) or not re.fullmatch(_NAME, name):
-        raise SessionError("this is no name of a session: 1 to 128 of A-Z a-z 0-9 . _ -, not . first.")
+        raise SessionError("this is no name of a session: 1 to 128 of A-Z a-z 0-9 . _ -, not . or - first.")
     return name
 
 

@@ -74,7 +74,8 @@ def show(name: Name, folder: Folder, tenant: Tenant = "", as_json: AsJson = Fals
         fingerprint, files = one.pop("fingerprint"), "\n".join(one.pop("files"))
         table = Table("", escape(one.pop("name")))
         for key, value in (one | {"files": files} | fingerprint).items():
-            table.add_row(key, escape(str(value)))
+            if value is not None:  # as the tokens of a broken file
+                table.add_row(key, escape(str(value)))
         Console().print(table)
 
 

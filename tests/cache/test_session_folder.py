@@ -23,12 +23,14 @@ from kimi_vllm.cache.session_folder import (
 )
 
 
-@pytest.mark.parametrize("name", ["a", "chat-7_b.v2", "A" * 128, "0", "-", "a..b"])
+@pytest.mark.parametrize("name", ["a", "chat-7_b.v2", "A" * 128, "0", "_", "a-", "a..b"])
 def test_names(name):
     assert check_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".a", "a/b", "../a", "/etc/passwd", "a\\b", "a b", "a\n", "ä", "a\0"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".a", "-", "-rf", "a/b", "../a", "/etc/passwd", "a\\b", "a b", "a\n", "ä", "a\0"]
+)
 def test_what_is_no_name(name):
     with pytest.raises(SessionError, match="is no name of a session: 1 to 128 of"):
         check_name(name)
