@@ -46,6 +46,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.timeout(120 + 90 * KILLS)
 def test_no_kill_makes_an_answer_wrong_or_leaves_a_file(tmp_path):
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
