@@ -107,7 +107,10 @@ class _StateScheduling:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step, and attach the copies to make before it."""
         with paced(self, self._short_step):
-            return self._schedule(*args, **kwargs)
+            output = self._schedule(*args, **kwargs)
+        if not output.total_num_scheduled_tokens and not self.running and isinstance(self.connector, SessionConnector):
+            self.connector.rest()
+        return output
 
     def _schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         # With steps in flight, more may be computed than is known.

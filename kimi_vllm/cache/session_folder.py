@@ -175,6 +175,11 @@ class Promise:
             if handle >= 0:
                 os.close(handle)
 
+    def renew(self) -> None:
+        """Another session of this name follows: files that are replaced before it do not end the promise any more."""
+        if self._handle >= 0:
+            os.ftruncate(self._handle, 0)
+
     def keep(self) -> None:
         """The session is there, or will not come."""
         if self._handle < 0:

@@ -75,7 +75,9 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         # Requests that ended, to the files that are being written; and what others are told of these.
         self._saving: dict[str, Path] = {}
         self._promises: dict[Path, Promise] = {}
-        # Since when requests wait for a session, and what was last found of it.
+        # Requests whose sessions are being loaded, to their files.
+        self._loading: dict[str, Path] = {}
+        # Since when requests wait for another process to write a session, and what was last found of it.
         self._waiting: dict[str, float] = {}
         self._awaited: dict[Path, tuple[float, bool]] = {}
         self._unsaved: set[str] = set()
@@ -117,7 +119,6 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
                 if count >= request.num_tokens:
                     raise SessionError("its tokens are the whole prompt: the next token comes of one more.")
                 self._matched[request.request_id] = tokens
-                mark_used(path)
         except SessionError as error:
             self._missed[request.request_id] = str(error)
             self.counts["sessions_missed"] += 1
@@ -132,6 +133,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             return
         asked, tokens = str(_asked(request, "load")), self._matched[request.request_id]
         ids, first = blocks.get_block_ids(), (len(tokens) - num_external_tokens) // self._block_size
+        self._loading[request.request_id] = self._file(asked, request)
         self._planned.loads.append(
             Job(
                 request.request_id,
@@ -187,7 +189,9 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             Job(name, session, request.cache_salt, digest(tokens), count, slot, pages, 0, tokens)
         )
         path = self._saving[name] = self._file(session, request)
-        if path not in self._promises:
+        if path in self._promises:
+            self._promises[path].renew()
+        else:
             self._promises[path] = Promise(self._ranks(session, request))
         return {"save": session, "tokens": count}
 
@@ -211,11 +215,21 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         if connector_output.finished_sending and self._most:
             self._writer.submit(self._trim)
         for name in connector_output.finished_recving or ():
-            failed = name in connector_output.failed_recving
+            failed, path = name in connector_output.failed_recving, self._loading.pop(name)
+            if not failed:
+                mark_used(path)
             self.counts["sessions_missed" if failed else "sessions_resumed"] += 1
             reason = self._failed.pop(name, "it could not be loaded.")
             if failed and name in self._matched:  # and not aborted meanwhile
                 self._missed[name] = reason
+
+    def rest(self) -> None:
+        """Sleep where a step has nothing to do: no request runs, and some wait for another process.
+
+        vLLM makes a thousand empty steps a second then, which would take a core from that process.
+        """
+        if self._waiting and not (self._loading or self._saving):
+            time.sleep(_ASK_EVERY_S)
 
     def shutdown(self) -> None:
         """Finish writing; workers have."""

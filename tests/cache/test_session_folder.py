@@ -182,6 +182,16 @@ def test_a_promise_ends_when_all_ranks_have_replaced_their_files(before, tmp_pat
         assert not promised(paths)
 
 
+def test_a_promise_of_several_sessions_ends_with_the_last(tmp_path):
+    path = file_of(tmp_path, "a", None, 0, 1)
+    promise = Promise([path])
+    promise.renew()
+    path.write_bytes(b"the first")
+    assert promised([path])
+    promise.keep()
+    assert not promised([path])
+
+
 def test_what_is_left_of_a_killed_process_is_promised_again(tmp_path):
     path = file_of(tmp_path, "a", None, 0, 1)
     with promise_of_another_process(path):

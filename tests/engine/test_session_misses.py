@@ -179,11 +179,16 @@ def test_a_process_that_never_writes_what_it_promised_is_not_waited_for_forever(
     monkeypatch.setattr("kimi_vllm.cache.sessions._PATIENCE_S", 0.5)
     looks = []
     monkeypatch.setattr("kimi_vllm.cache.sessions.promised", lambda paths: looks.append(paths) or promised(paths))
-    promise = Promise([path])
+    promise, steps = Promise([path]), []
     with engine(RECALL, **options(tmp_path)) as running:
+        schedule = running.scheduler.schedule
+        monkeypatch.setattr(
+            running.scheduler, "schedule", lambda *args, **named: steps.append(0) or schedule(*args, **named)
+        )
         done = ask(running, [prompts[5]], [names[5]], "load", max_tokens=8)
         assert done[0].cached  # it had what was there before
         assert 3 < len(looks) < 60
+        assert len(steps) < 80, "it takes a core from the process that it waits for"
         assert running.scheduler.connector._waiting == {}
         check_cold(running, done)
     promise.keep()
