@@ -177,9 +177,8 @@ def test_a_process_that_never_writes_what_it_promised_is_not_waited_for_forever(
     shutil.copy(folder / f"{names[5]}.session", tmp_path)
     path = tmp_path / f"{names[5]}.session"
     monkeypatch.setattr("kimi_vllm.cache.sessions._PATIENCE_S", 0.5)
-    looks = []
-    monkeypatch.setattr("kimi_vllm.cache.sessions.promised", lambda paths: looks.append(paths) or promised(paths))
-    promise, steps = Promise([path]), []
+    promise, looks, steps = Promise([path]), [], []
+    monkeypatch.setattr("kimi_vllm.cache.sessions.promised", lambda paths: looks.append(len(steps)) or promised(paths))
     with engine(RECALL, **options(tmp_path)) as running:
         schedule = running.scheduler.schedule
         monkeypatch.setattr(
@@ -187,8 +186,8 @@ def test_a_process_that_never_writes_what_it_promised_is_not_waited_for_forever(
         )
         done = ask(running, [prompts[5]], [names[5]], "load", max_tokens=8)
         assert done[0].cached  # it had what was there before
-        assert 3 < len(looks) < 60
-        assert len(steps) < 80, "it takes a core from the process that it waits for"
+        # Not a thousand steps a second, which would take a core from the process that it waits for.
+        assert looks[-1] - looks[0] <= 2 * len(looks)
         assert running.scheduler.connector._waiting == {}
         check_cold(running, done)
     promise.keep()
