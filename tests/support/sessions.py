@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support.engine import RECALL, Completion, Engine, completion, engine
+from support.engine import RECALL, Completion, Engine, check_cold, completion, engine, random_prompts
 
 LENGTHS = [5, 24, 25, 63, 64, 65, 88, 127, 128, 129, 200, 300]
 """With answers of 40, files end at these and 39: at and between multiples of 64."""
@@ -81,6 +81,25 @@ def save(
         done = ask(running, prompts, names, "save", salt=salt)
     tail = random.Random(8)
     return [one.prompt + one.tokens + [tail.randrange(3, 100) for _ in range(tail.choice((1, 2, 70)))] for one in done]
+
+
+def near(one: Completion, other: Completion) -> bool:
+    """The same next token, about as likely: rounding depends on the steps in which a prompt is computed."""
+    return one.tokens[0] == other.tokens[0] and abs(one.logprobs[0] - other.logprobs[0]) < 0.2
+
+
+def check_stops(running: Engine) -> None:
+    """Sessions of answers that a token has ended go on behind that token, which a step in flight has computed."""
+    prompts, names = random_prompts([30, 63, 64, 100], 100), ["a", "b", "c", "d"]
+    whole = ask(running, prompts, names, "save")
+    for at in range(3, 8):
+        sampling = [parameters(stop=one.tokens[at], save=name) for one, name in zip(whole, names, strict=True)]
+        stopped = [completion(output) for output in complete(running, prompts, sampling)]
+        running.llm.reset_prefix_cache()
+        done = ask(running, [one.prompt + one.tokens + [7, 8, 9] for one in stopped], names, "load")
+        assert [len(one.prompt) - one.cached for one in done] == [3] * 4
+        check_cold(running, done)
+    assert counts(running)["sessions_unsaved"] == counts(running)["sessions_missed"] == 0
 
 
 def counts(running: Engine) -> Any:
