@@ -22,16 +22,23 @@ _GAUGES = {
     "slots": "KDA states: of running requests, kept as checkpoints, and in host memory.",
     "blocks": "Blocks of memory: clean (hold nothing), loose (cached pages that no kept state needs), kept (cached "
     "pages that a kept state needs), page (in use), state (of requests, kept, or spare).",
+    "host_blocks": "Blocks of host memory: clean, page (cached pages that a kept state needs), state.",
 }
-_KINDS = {"slots": ("live", "checkpoint", "host"), "blocks": ("clean", "loose", "kept", "page", "state")}
+_KINDS = {
+    "slots": ("live", "checkpoint", "host"),
+    "blocks": ("clean", "loose", "kept", "page", "state"),
+    "host_blocks": ("clean", "page", "state"),
+}
 _COUNTERS = {
     "hit_tokens": "Prompt tokens that were skipped because a request resumed from a checkpoint.",
     "miss_tokens": "Prompt tokens that were computed.",
     "evictions": "Checkpoints that were evicted to free their blocks.",
-    "page_evictions": "Cached pages that were evicted to free their blocks.",
+    "page_evictions": "Cached pages that were given up to free their blocks, on the device or in host memory.",
     "value_lost": "Blocks of tokens to compute again, of all checkpoints that were given up.",
     "swaps_out": "States copied to host memory.",
     "swaps_in": "States copied back from host memory.",
+    "page_swaps_out": "Pages copied to host memory.",
+    "page_swaps_in": "Pages copied back from host memory.",
     "swap_bytes": "Bytes copied to and from host memory, on a worker of the first pipeline stage.",
     "sessions_resumed": "Requests that went on from a saved session.",
     "sessions_missed": "Requests that named a session and computed their prompt.",

@@ -12,6 +12,7 @@ from kimi_vllm.metrics import StateCacheMetrics
 GAUGES = [("slots", kind) for kind in ("live", "checkpoint", "host")] + [
     ("blocks", kind) for kind in ("clean", "loose", "kept", "page", "state")
 ]
+GAUGES += [("host_blocks", kind) for kind in ("clean", "page", "state")]
 
 
 @pytest.fixture

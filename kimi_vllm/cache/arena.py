@@ -10,10 +10,14 @@ Every block but the null block is exactly one of
 
 All but pages and the states in use count as free, for all of it can be made clean: slots that hold nothing first, then
 loose pages, then kept states in the order of their `EvictionQueue`, each with the pages that only it needs.
+
+Blocks in host memory have ids behind these. They are clean, a host slot's, or *spilled*: a page that a kept state
+needs, and that gave up its place on the device. vLLM finds it by its hash like any other, and it gets a block again
+when a request begins with it.
 """
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from inspect import signature
 from typing import Any, Protocol, Self
@@ -37,6 +41,7 @@ class Kind(IntEnum):
     LOOSE = 2
     KEPT = 3
     STATE = 4
+    SPILLED = 5
 
 
 class States(Protocol):
@@ -55,33 +60,47 @@ class States(Protocol):
     def drop_spare(self) -> bool:
         """Give back the blocks of a slot that holds nothing; False if there is none."""
 
+    @property
+    def host_backing(self) -> dict[int, list[int]]:
+        """The blocks of every host slot that has any."""
+
     def evict(self) -> bool:
         """Make the least valuable kept state a slot that holds nothing; False if there is none."""
 
     def evict_from_host(self) -> bool:
         """Forget the least valuable state in host memory, and so the pages it needs; False if there is none."""
 
+    def move_page(self, source: int, target: int) -> None:
+        """Have a page copied from one block to another before the next step, in order with what is done to slots."""
+
     def covered(self) -> Iterator[Any]:
         """Keys of the pages that kept states need, once for the device and once for the host."""
 
 
 class ArenaPool(BlockPool):
-    """vLLM's pool, that shares its blocks with states.
+    """vLLM's pool, that shares its blocks with states, and has blocks in host memory behind them.
 
-    Of several cached copies of a page that a kept state needs, one is kept or in use; the others are loose.
+    Of several cached copies of a page that a kept state needs, one is kept, spilled or in use; the others are loose.
+
+    Args:
+        num_host_blocks: Blocks in host memory.
+        args, options: `BlockPool`'s.
 
     Attributes:
         states: The slots; set before the first request.
         page_group: Index of the cache group whose pages these are; likewise.
-        page_evictions: Cached pages that were made clean for others.
+        page_evictions: Cached pages that were lost for others' sake.
     """
 
     states: States
     page_group: int
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, num_host_blocks: int = 0, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._kinds = bytearray([Kind.CLEAN]) * self.num_gpu_blocks
+        every = self.num_gpu_blocks + num_host_blocks
+        self.blocks += [KVCacheBlock(block_id, pool=self) for block_id in range(self.num_gpu_blocks, every)]
+        self._host = list(range(every - 1, self.num_gpu_blocks - 1, -1))
+        self._kinds = bytearray([Kind.CLEAN]) * every
         self._kinds[self.null_block.block_id] = Kind.PAGE
         self._loose, self._kept = FreeKVCacheBlockQueue([]), FreeKVCacheBlockQueue([])
         self._needed: Counter[Any] = Counter()
@@ -91,10 +110,10 @@ class ArenaPool(BlockPool):
         self.page_evictions = 0
 
     @classmethod
-    def like(cls, pool: BlockPool, page_group: int) -> Self:
+    def like(cls, pool: BlockPool, page_group: int, num_host_blocks: int = 0) -> Self:
         """A fresh pool with the options of another, which this release of vLLM keeps under their names."""
         names = [name for name in signature(BlockPool.__init__).parameters if name != "self"]
-        arena = cls(**{name: getattr(pool, name) for name in names})
+        arena = cls(**{name: getattr(pool, name) for name in names}, num_host_blocks=num_host_blocks)
         arena.page_group = page_group
         return arena
 
@@ -119,12 +138,13 @@ class ArenaPool(BlockPool):
         return blocks
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
-        """Add a reference to each cached page."""
+        """Add a reference to each cached page. Spilled ones have one until `load_pages`, which is next."""
         for block in blocks:
             if block.is_null:
                 continue
             if block.ref_cnt == 0:
-                self._queue(block).remove(block)
+                if self._kinds[block.block_id] != Kind.SPILLED:
+                    self._queue(block).remove(block)
                 self._kinds[block.block_id] = Kind.PAGE
             block.ref_cnt += 1
             if self.metrics_collector:
@@ -159,6 +179,8 @@ class ArenaPool(BlockPool):
             super().evict_blocks({block_id})
             if self._kinds[block_id] in (Kind.LOOSE, Kind.KEPT):
                 self._move(block, Kind.CLEAN)
+            elif self._kinds[block_id] == Kind.SPILLED:
+                self.give_host([block_id])
             if key is not None and get_block_hash(key) in self._needed:
                 copies = self._copies(key)
                 if copies and not any(self._holds(copy) for copy in copies):
@@ -171,6 +193,7 @@ class ArenaPool(BlockPool):
         for queue in (self._loose, self._kept):
             for block in queue.get_all_free_blocks():
                 self._move(block, Kind.CLEAN)
+        self.give_host([block_id for block_id, kind in enumerate(self._kinds) if kind == Kind.SPILLED])
         return True
 
     # What the scheduler calls.
@@ -199,6 +222,37 @@ class ArenaPool(BlockPool):
         """Take back the blocks of a slot that holds nothing."""
         self.free_blocks([self.blocks[block_id] for block_id in ids])
 
+    def take_host(self, count: int) -> list[int] | None:
+        """So many blocks in host memory for a host slot; None if there are fewer."""
+        if len(self._host) < count:
+            return None
+        ids = [self._host.pop() for _ in range(count)]
+        for block_id in ids:
+            self._kinds[block_id] = Kind.STATE
+        return ids
+
+    def give_host(self, ids: Iterable[int]) -> None:
+        """Take back blocks in host memory."""
+        for block_id in ids:
+            self._kinds[block_id] = Kind.CLEAN
+            self._host.append(block_id)
+
+    def load_pages(self, table: list[KVCacheBlock]) -> None:
+        """Put blocks on the device in the place of a table's spilled pages, which were touched."""
+        spilled = [index for index, block in enumerate(table) if block.block_id >= self.num_gpu_blocks]
+        if not spilled:
+            return
+        blocks = self.get_new_blocks(len(spilled))
+        loaded = {block.block_id for block in blocks}
+        # They are not to be cleared, though one may have been handed out before in this very step.
+        self._given = [block_id for block_id in self._given if block_id not in loaded]
+        for index, block in zip(spilled, blocks, strict=True):
+            page, table[index] = table[index], block
+            page.ref_cnt = 0
+            self.move_block_hashes(page, block)
+            self.states.move_page(page.block_id, block.block_id)
+            self.give_host([page.block_id])
+
     def cover(self, change: int, lineage: Lineage, start: int, stop: int) -> None:
         """Pages of a lineage are needed by a kept state from now on (`change` 1), or not any more (-1)."""
         self._told.append((change, lineage, start, stop))
@@ -210,6 +264,12 @@ class ArenaPool(BlockPool):
         counts = {name: int(queue.num_free_blocks) for name, queue in queues.items()}
         counts["state"] = len(self.states.backing) * self.states.state_blocks
         return counts | {"page": self.num_gpu_blocks - 1 - sum(counts.values())}
+
+    def host_counts(self) -> dict[str, int]:
+        """How many blocks in host memory there are of each kind."""
+        self._settle()
+        counts = {"clean": len(self._host), "state": len(self.states.host_backing) * self.states.state_blocks}
+        return counts | {"page": len(self.blocks) - self.num_gpu_blocks - sum(counts.values())}
 
     # Inside.
 
@@ -227,13 +287,16 @@ class ArenaPool(BlockPool):
         return [] if found is None else list(found.values()) if isinstance(found, dict) else [found]
 
     def _holds(self, block: KVCacheBlock) -> bool:
-        return self._kinds[block.block_id] in (Kind.PAGE, Kind.KEPT)
+        return self._kinds[block.block_id] in (Kind.PAGE, Kind.KEPT, Kind.SPILLED)
 
     def _park(self, block: KVCacheBlock) -> None:
         if self._told:
             self._settle()
         kind, queue = Kind.LOOSE, self._loose
         if get_block_hash(block.block_hash) in self._needed:
+            for copy in self._copies(block.block_hash):
+                if self._kinds[copy.block_id] == Kind.SPILLED:
+                    self._lose(copy)
             copies = self._copies(block.block_hash)
             if len(copies) < 2 or not any(copy is not block and self._holds(copy) for copy in copies):
                 kind, queue = Kind.KEPT, self._kept
@@ -256,6 +319,9 @@ class ArenaPool(BlockPool):
                 for block in self._copies(make_block_hash_with_group_id(key, self.page_group)):
                     if self._kinds[block.block_id] == Kind.KEPT:
                         self._move(block, Kind.LOOSE)
+                    elif self._kinds[block.block_id] == Kind.SPILLED:
+                        self._lose(block)
+                        self.page_evictions += 1
 
     def _make_clean(self, count: int) -> None:
         self._settle()
@@ -264,80 +330,45 @@ class ArenaPool(BlockPool):
                 continue
             if self._loose.num_free_blocks:
                 self._evict_page(self._loose)
-            elif not self.states.evict() and not self.states.evict_from_host():
+            elif not self.states.evict() and not self._spill() and not self.states.evict_from_host():
                 # Needed by states in use alone, whose requests have lost their own copies from the cache.
                 self._evict_page(self._kept)
             self._settle()
 
+    def _spill(self) -> bool:
+        """Move the page that has been kept longest to host memory; False if there is none, or no room."""
+        if not self._host or not self._kept.num_free_blocks:
+            return False
+        block = self._kept.popleft()
+        if len(self._copies(block.block_hash)) == 1:  # others are in use, for none are loose
+            page = self.blocks[self._host.pop()]
+            self.move_block_hashes(block, page)
+            self._kinds[page.block_id] = Kind.SPILLED
+            self.states.move_page(block.block_id, page.block_id)
+        self._clean(block)
+        return True
+
+    def _lose(self, page: KVCacheBlock) -> None:
+        """Forget a spilled page."""
+        self._maybe_evict_cached_block(page)
+        self.give_host([page.block_id])
+
     def _evict_page(self, queue: FreeKVCacheBlockQueue) -> None:
-        block = queue.popleft()
+        self._clean(queue.popleft())
+        self.page_evictions += 1
+
+    def _clean(self, block: KVCacheBlock) -> None:
+        """Let others have the place of a page that is in no queue."""
         self._maybe_evict_cached_block(block)
         self._kinds[block.block_id] = Kind.CLEAN
         self.free_block_queue.prepend_n([block])
-        self.page_evictions += 1
-
-    def check(self, tables: Iterable[Sequence[KVCacheBlock]]) -> None:
-        """Verify that every block has one kind and one owner; raises AssertionError.
-
-        Args:
-            tables: The pages of all requests, and of those whose blocks are still to be freed.
-        """
-        self._settle()
-        owner: dict[int, Kind] = {self.null_block.block_id: Kind.PAGE}
-
-        def own(ids: Collection[int], kind: Kind) -> None:
-            others = len(owner)
-            owner.update(dict.fromkeys(ids, kind))
-            assert len(owner) == others + len(ids), f"a block is {kind.name} and something else, among {sorted(ids)}"
-
-        for kind, queue in (
-            (Kind.CLEAN, self.free_block_queue),
-            (Kind.LOOSE, self._loose),
-            (Kind.KEPT, self._kept),
-        ):
-            members = queue.get_all_free_blocks()
-            assert len(members) == queue.num_free_blocks, f"{kind.name}: {len(members)} blocks are not counted"
-            own([block.block_id for block in members], kind)
-            for block in members:
-                assert block.ref_cnt == 0, f"block {block.block_id} is {kind.name} and referenced"
-                assert (block.block_hash is None) == (kind == Kind.CLEAN), f"{kind.name}: block {block.block_id}"
-        references = Counter(block.block_id for table in tables for block in table if not block.is_null)
-        own(references.keys(), Kind.PAGE)
-        for block_id, count in references.items():
-            assert self.blocks[block_id].ref_cnt == count, f"page {block_id} has {count} references"
-        for slot, ids in self.states.backing.items():
-            assert len(ids) == self.states.state_blocks, f"slot {slot} has {len(ids)} blocks"
-            own(ids, Kind.STATE)
-            for block_id in ids:
-                block = self.blocks[block_id]
-                assert (block.ref_cnt, block.block_hash) == (1, None), f"block {block_id} is slot {slot}'s and a page"
-        lost = set(range(self.num_gpu_blocks)) - owner.keys()
-        assert not lost, f"nobody owns the blocks {sorted(lost)}"
-        wrong = [block_id for block_id, kind in enumerate(self._kinds) if owner[block_id] != kind]
-        assert not wrong, f"blocks {wrong} are not what they are taken for"
-        assert self._needed == Counter(self.states.covered()), "pages are kept for other states than there are"
-        self._check_cached(owner)
-
-    def _check_cached(self, owner: dict[int, Kind]) -> None:
-        cached: dict[Any, list[Kind]] = {}
-        for block_id, kind in owner.items():
-            block = self.blocks[block_id]
-            if kind not in (Kind.CLEAN, Kind.STATE) and block.block_hash is not None:
-                cached.setdefault(block.block_hash, []).append(kind)
-                assert block in self._copies(block.block_hash), f"cached block {block.block_id} cannot be found"
-        for key, kinds in cached.items():
-            kept = kinds.count(Kind.KEPT)
-            if get_block_hash(key) in self._needed:
-                assert kept == 1 or (kept == 0 and Kind.PAGE in kinds), f"{kept} copies kept of a page that is needed"
-            else:
-                assert not kept, "a page is kept that no state needs"
 
 
-def install(kv_cache_manager: Any, page_group: int) -> ArenaPool:
+def install(kv_cache_manager: Any, page_group: int, num_host_blocks: int) -> ArenaPool:
     """Put an `ArenaPool` where vLLM's coordinator and managers have their pool, before the first request."""
     coordinator = kv_cache_manager.coordinator
     old = coordinator.block_pool
-    arena = ArenaPool.like(old, page_group)
+    arena = ArenaPool.like(old, page_group, num_host_blocks)
     coordinator.block_pool = kv_cache_manager.block_pool = arena
     for manager in coordinator.single_type_managers:
         if manager.block_pool is old:

@@ -9,7 +9,7 @@ Pure: slots and pages are integers. No vLLM, no torch.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from kimi_vllm.cache.exchange import Operation
 
@@ -79,11 +79,14 @@ def spread(reported: Iterable[int], steps: Sequence[Step]) -> Spread:
         if number == 0:
             hit = {name for name, access in step.accesses.items() if not slots.isdisjoint(access.written)}
         else:
-            for slot, what in step.operations:
-                if isinstance(what, int):
-                    (slots.add if slot in slots else slots.discard)(what)
+            for source, target in step.operations:
+                if isinstance(source, list):
+                    for one, other in zip(source, cast("list[int]", target), strict=True):
+                        (pages.add if one in pages else pages.discard)(other)
+                elif isinstance(target, int):
+                    (slots.add if source in slots else slots.discard)(target)
                 else:
-                    slots.discard(slot)  # other blocks, to be written before they are read
+                    slots.discard(source)  # other blocks, to be written before they are read
             hit = {name for name, access in step.accesses.items() if access.read in slots}
         infected = _infected(hit, touched, pages)
         if number == 0:

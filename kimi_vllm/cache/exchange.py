@@ -3,9 +3,10 @@
 Each item is an attribute of an object that vLLM passes on, pickled where the two ends are different processes.
 """
 
-Operation = tuple[int, int | list[int]]
+Operation = tuple[int, int | list[int]] | tuple[list[int], list[int]]
 """``(slot, [blocks])``: the slot has these blocks from now on, and nothing in it is read before it is written.
-``(source, target)``: copy a state. Ids from the number of slots on are host slots."""
+``(source, target)``: copy a state. ``([sources], [targets])``: copy pages. Ids from the number of slots on are host
+slots, and ids from the number of blocks on are blocks in host memory."""
 
 OPERATIONS = "kimi_operations"
 """On a `SchedulerOutput`: list of `Operation`, to be done in order, and on the stream of the steps, before the step.

@@ -85,17 +85,17 @@ class StateHome:
         layouts = [layout for stage in stages if (layout := _layout(geometry, vllm_config, stage, options)) is not None]
         layout = _layout(geometry, vllm_config, stages[rank], options)
         assert layout is not None  # the model asks for a home where a stage has both kinds of layers
-        largest = max(each.blocks * each.block_bytes for each in layouts)
-        num_host_slots = int(options.host_memory_gib * 2**30 // largest)
+        largest = max(each.block_bytes for each in layouts)
+        num_host_blocks = int(options.host_memory_gib * 2**30 // largest)
         state_blocks = max(each.blocks for each in layouts)
         self.spec_values: dict[str, Any] = {
             "state_blocks": state_blocks,
-            "num_host_slots": num_host_slots,
+            "num_host_blocks": num_host_blocks,
             "checkpoint_interval": options.checkpoint_interval,
             "eviction": options.eviction,
             "window": window_of(vllm_config),
         }
-        self.pool = StatePool(layout, state_blocks, device, num_host_slots)
+        self.pool = StatePool(layout, state_blocks, device, num_host_blocks)
         self.metadata_name = self.member_name(next(layer for layer in stages[rank] if not geometry.kda[layer]))
         self._num_claimed = 0
 

@@ -42,14 +42,14 @@ class KDAStateSpec(AttentionSpec):
 
     Attributes:
         state_blocks: Blocks of a slot, on the pipeline stage that needs the most.
-        num_host_slots: States that fit into host memory on every rank.
+        num_host_blocks: Blocks that fit into host memory on every rank.
         checkpoint_interval, eviction: See `KimiOptions`.
         window: See `window.window_of`.
     """
 
     dcp_sharded: bool = False
     state_blocks: int = 0
-    num_host_slots: int = 0
+    num_host_blocks: int = 0
     checkpoint_interval: int = 0
     eviction: Eviction = "value"
     window: int = 0
@@ -98,7 +98,7 @@ class KDAStateManager(SingleTypeKVCacheManager):
             kv_cache_spec.state_blocks,
             block_pool.hash_block_size,
             self.block_size,
-            kv_cache_spec.num_host_slots,
+            kv_cache_spec.num_host_blocks,
             kv_cache_spec.eviction,
         )
         self._null_block = self.block_pool.null_block
@@ -113,9 +113,14 @@ class KDAStateManager(SingleTypeKVCacheManager):
         self._unsettled: set[int] = set()
         self.scheduling = True
 
-    def share(self, arena: ArenaPool) -> None:
-        """States come out of this pool, which the pages come out of. Before the first request."""
+    def share(self, arena: ArenaPool, pages: SingleTypeKVCacheManager) -> None:
+        """States come out of this pool, which the pages of this manager come out of. Before the first request.
+
+        A hit's pages are referenced before the states and pages that it needs evict anything.
+        """
+        assert pages.kv_cache_group_id < self.kv_cache_group_id
         self.block_pool.share(arena)
+        self._arena, self._page_tables = arena, pages.req_to_blocks
 
     def expect(self, num_tokens: int, step_tokens: int) -> None:
         """Say, before a step is scheduled, what running requests are about to need.
@@ -192,13 +197,15 @@ class KDAStateManager(SingleTypeKVCacheManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Start a request's table with a prefix hit, and reference the checkpoint that it resumes from."""
+        """Start a request's table with a prefix hit, reference the checkpoint that it resumes from, and load pages."""
         table = self.req_to_blocks[request_id]
         table.extend(new_computed_blocks)
         if table and self.block_pool.is_on_host(table[-1]):
             table[-1] = self.block_pool.load(table[-1], self.kv_cache_group_id)
         else:
             self.block_pool.touch(block for block in new_computed_blocks if not block.is_null)
+        if table:
+            self._arena.load_pages(self._page_tables[request_id])
         self._resuming = request_id if table else None
         self.num_cached_block[request_id] = len(new_computed_blocks)
         self._num_retired[request_id] = max(0, len(new_computed_blocks) - 1)  # all before the checkpoint are null

@@ -1,10 +1,13 @@
 """All states of one worker, in the memory of vLLM's KV cache."""
 
 from collections.abc import Iterable, Sequence
+from weakref import finalize
 
 import torch
 from torch import Tensor
+from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
+from kimi_vllm.cache.exchange import Operation
 from kimi_vllm.cache.layout import StateLayout, num_slots
 from kimi_vllm.kernels.contract import Pools
 
@@ -18,10 +21,11 @@ class StatePool:
         layout: How a state lies in blocks.
         state_blocks: Blocks of a slot; more than the layout's where another pipeline stage needs more.
         device: Where the kernels run.
-        num_host_slots: Slots in host memory, pinned unless the device is the CPU.
+        num_host_blocks: Blocks in host memory, pinned unless the device is the CPU.
 
     Attributes:
         memory: ``[B, block_bytes]`` uint8: vLLM's blocks. One that nobody uses until `bind`.
+        host: The same in host memory; their ids go on where those of `memory` end.
         pages: ``[S, P]`` int32; the blocks of each slot. Row 0 is the null slot's.
         nonfinite: ``[S, F]`` int32, set by the kernels of all layers where a state or an output is not finite.
         base: ``[S]`` int64, with speculative decoding: the state in a slot is that after so many tokens of its
@@ -36,14 +40,17 @@ class StatePool:
     layers: list[Pools]
 
     def __init__(
-        self, layout: StateLayout, state_blocks: int, device: torch.device | str, num_host_slots: int = 0
+        self, layout: StateLayout, state_blocks: int, device: torch.device | str, num_host_blocks: int = 0
     ) -> None:
         self.layout, self.state_blocks, self.device = layout, state_blocks, torch.device(device)
-        self.num_host_slots = num_host_slots
-        at_host = {"device": "cpu", "pin_memory": self.device.type != "cpu"}
-        shape = (num_host_slots, layout.blocks, layout.block_bytes)
-        self.host = torch.empty(shape, dtype=torch.uint8, **at_host)  # type: ignore[call-overload]
-        self._host_base = torch.empty(num_host_slots, dtype=torch.int64, **at_host)  # type: ignore[call-overload]
+        self.host = torch.empty((num_host_blocks, layout.block_bytes), dtype=torch.uint8)
+        self._host_pages: dict[int, list[int]] = {}
+        on_gpu = self.device.type != "cpu"
+        self._host_base = torch.empty(num_host_blocks // state_blocks, dtype=torch.int64, pin_memory=on_gpu)
+        if on_gpu and num_host_blocks:
+            pin_tensor(self.host)
+            unpin = torch.cuda.cudart().cudaHostUnregister
+            finalize(self, unpin, self.host.data_ptr()).atexit = False
         self.release()
 
     @property
@@ -104,20 +111,24 @@ class StatePool:
         words = rows.view(torch.int64)
         self.memory.view(torch.int64)[blocks, : words.shape[1]] = words
 
-    def apply(self, operations: Iterable[tuple[int, int | list[int]]]) -> None:
+    def apply(self, operations: Iterable[Operation]) -> None:
         """Do what the scheduler planned before a step, in order with the steps on the device.
 
         Args:
             operations: See `exchange.OPERATIONS`.
         """
         given: dict[int, list[int]] = {}
-        for slot, what in operations:
-            if isinstance(what, list):
-                given[slot] = what
+        for source, target in operations:
+            if isinstance(source, int) and isinstance(target, list):
+                (given if source < self.num_slots else self._host_pages)[source] = target
                 continue
             self._give(given)
             given = {}
-            self._copy(slot, what)
+            if isinstance(source, int) and isinstance(target, int):
+                self._copy(source, target)
+            elif isinstance(source, list) and isinstance(target, list):
+                for one, other in zip(source, target, strict=True):
+                    self._block(other).copy_(self._block(one), non_blocking=True)
         self._give(given)
 
     def clear(self, blocks: Sequence[int]) -> None:
@@ -140,11 +151,22 @@ class StatePool:
         kept, after = self._base(target)
         if self.layout.cut.window:
             kept[after : after + 1].copy_(base[before : before + 1], non_blocking=True)
-        state = self.host[before] if source >= self.num_slots else self.memory[self.blocks(source)]
-        if target >= self.num_slots:
-            self.host[after].copy_(state, non_blocking=True)
+        # Gathered on the device, where which blocks these are is known; host memory is copied from and to as it lies.
+        if source < self.num_slots:
+            state = self.memory[self.blocks(source)]
         else:
-            self.memory[self.blocks(target)] = state.to(self.device, non_blocking=True)
+            state = torch.empty((self.layout.blocks, self.layout.block_bytes), dtype=torch.uint8, device=self.device)
+            for part, block in zip(state, self._host_pages[source], strict=False):  # another stage's state may be more
+                part.copy_(self._block(block), non_blocking=True)
+        if target < self.num_slots:
+            self.memory[self.blocks(target)] = state
+        else:
+            for part, block in zip(state, self._host_pages[target], strict=False):
+                self._block(block).copy_(part, non_blocking=True)
+
+    def _block(self, block: int) -> Tensor:
+        """A block on the device or in host memory."""
+        return self.memory[block] if block < len(self.memory) else self.host[block - len(self.memory)]
 
     def _base(self, slot: int) -> tuple[Tensor, int]:
         """Where the base of a slot is kept, on the device or on the host, and at which index."""

@@ -25,6 +25,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from kimi_vllm.cache.arena import install
+from kimi_vllm.cache.arena_check import check_arena
 from kimi_vllm.cache.capacity import Capacity
 from kimi_vllm.cache.contagion import Access, Step, spread
 from kimi_vllm.cache.drafting import Drafting, both_lengths
@@ -67,10 +68,9 @@ class _StateScheduling:
         self._states: KDAStateManager = next(m for m in managers if isinstance(m, KDAStateManager))
         self._page_managers = [m for m in managers if m is not self._states]
         [pages] = self._page_managers
-        # A hit's pages are referenced, and new ones taken, before the states that it needs evict anything.
-        assert pages.kv_cache_group_id < self._states.kv_cache_group_id
-        self.arena = install(self.kv_cache_manager, pages.kv_cache_group_id)
-        self._states.share(self.arena)
+        num_host_blocks = self._states.block_pool.num_host_blocks
+        self.arena = install(self.kv_cache_manager, pages.kv_cache_group_id, num_host_blocks)
+        self._states.share(self.arena, pages)
         self._states.scheduling = False
         options = KimiOptions.of(self.vllm_config)
         self._drafting = None
@@ -90,7 +90,7 @@ class _StateScheduling:
         spec = self._states.kv_cache_spec
         # A page is one MLA layer's, a block all of theirs.
         layers = self.kv_cache_config.kv_cache_groups[self._states.kv_cache_group_id].layer_names
-        self._state_bytes = spec.state_blocks * spec.page_size_bytes * len(layers)
+        self._block_bytes = spec.page_size_bytes * len(layers)
         capacity = Capacity(self.arena.num_gpu_blocks, spec.block_size, spec.state_blocks)
         scheduled, model = self.vllm_config.scheduler_config, self.vllm_config.model_config
         logger.info("%s", capacity.table(scheduled.max_num_seqs, model.max_model_len))
@@ -192,7 +192,8 @@ class _StateScheduling:
             return None
         pool = self._states.block_pool
         now = self._counts + pool.counts
-        now["swap_bytes"] = (now["swaps_out"] + now["swaps_in"]) * self._state_bytes
+        blocks = (now["swaps_out"] + now["swaps_in"]) * pool.state_blocks
+        now["swap_bytes"] = (blocks + now["page_swaps_out"] + now["page_swaps_in"]) * self._block_bytes
         now["page_evictions"] = self.arena.page_evictions
         now["value_lost"] += pool.host.value_lost
         if isinstance(self.connector, SessionConnector):
@@ -204,6 +205,7 @@ class _StateScheduling:
             "slots_checkpoint": pool.slots.num_idle,
             "slots_host": pool.host.num_idle,
         } | {f"blocks_{kind}": count for kind, count in self.arena.counts().items()}
+        gauges |= {f"host_blocks_{kind}": count for kind, count in self.arena.host_counts().items()}
         stats.running_lora_adapters = {STATS + name: value for name, value in (gauges | changes | hits).items()}
         return stats
 
@@ -216,7 +218,7 @@ class _StateScheduling:
         states = list(self._states.req_to_blocks.values())
         states += [[block for block in blocks if block.pool is pool] for blocks in waiting]
         pool.check(states)
-        self.arena.check(pages)
+        check_arena(self.arena, pages)
         assert sum(self.arena.counts().values()) == self.arena.num_gpu_blocks - 1
 
     def _show_slot(self, name: str, block_ids: Any, num_computed: int) -> None:

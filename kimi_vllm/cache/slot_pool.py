@@ -27,14 +27,15 @@ class SlotPool:
         state_blocks: Blocks of a slot.
         hash_block_size: Tokens per block hash.
         block_size: Tokens per block of a lineage.
-        num_host_slots: States that host memory has room for.
+        num_host_blocks: Blocks that host memory has room for.
         eviction: See `EvictionQueue`.
 
     Attributes:
         slots, host: Who has which slot, on the device and on the host; from `share` on.
         operations: What the workers do, in order, before their next step (see `exchange.OPERATIONS`).
-        counts: Numbers of evictions, swaps_out and swaps_in so far, and value_lost: blocks of tokens to compute again
-            where states were given up, from the device without room on the host, or from the host.
+        counts: Numbers of evictions, of states and pages to the host (swaps_out, page_swaps_out) and back (swaps_in,
+            page_swaps_in) so far; and value_lost: blocks of tokens to compute again where states were given up, from
+            the device without room on the host, or from the host.
     """
 
     slots: SlotAllocator
@@ -46,10 +47,11 @@ class SlotPool:
         state_blocks: int,
         hash_block_size: int,
         block_size: int,
-        num_host_slots: int = 0,
+        num_host_blocks: int = 0,
         eviction: Eviction = "value",
     ) -> None:
-        self.num_slots, self.state_blocks = num_slots, state_blocks
+        self.num_slots, self.state_blocks, self.num_host_blocks = num_slots, state_blocks, num_host_blocks
+        num_host_slots = num_host_blocks // state_blocks
         self.hash_block_size, self.block_size = hash_block_size, block_size
         self._eviction = eviction
         handles = [KVCacheBlock(slot, pool=self) for slot in range(num_slots + num_host_slots)]  # type: ignore[arg-type]
@@ -61,10 +63,10 @@ class SlotPool:
 
     def share(self, arena: ArenaPool) -> None:
         """Take blocks from this pool from now on."""
-        # Pages stay for a state that goes to host memory.
+        # For a state that goes to host memory they stay, and follow when their place is needed.
         frees_pages = not self.host_blocks
         self.slots = SlotAllocator(self.num_slots, self.state_blocks, arena, self._eviction, frees_pages=frees_pages)
-        self.host = HostTier(len(self.host_blocks), self._eviction, arena.cover)
+        self.host = HostTier(len(self.host_blocks), self.state_blocks, arena, self._eviction, arena.cover)
         self._arena = arena
         arena.states = self
 
@@ -79,6 +81,16 @@ class SlotPool:
     def backing(self) -> dict[int, list[int]]:
         """The blocks of every slot that has any."""
         return self.slots.backing
+
+    @property
+    def host_backing(self) -> dict[int, list[int]]:
+        """The blocks of every host slot that has any."""
+        return self.host.backing
+
+    def move_page(self, source: int, target: int) -> None:
+        """Have a page copied from one block to another before the next step, in order with what is done to slots."""
+        self.operations.append(([source], [target]))
+        self.counts["page_swaps_out" if target >= self._arena.num_gpu_blocks else "page_swaps_in"] += 1
 
     def covered(self) -> Iterator[Any]:
         """Keys of the pages that kept states need, once for the device and once for the host."""
@@ -96,6 +108,7 @@ class SlotPool:
         lineage, length = self.slots.origin(slot)
         # Stored before it is forgotten: its pages are needed all the time.
         if (host_slot := self.host.store(lineage, length)) is not None:
+            self.operations.append((self.num_slots + host_slot, self.host.backing[host_slot]))
             self.operations.append((slot, self.num_slots + host_slot))
             self.counts["swaps_out"] += 1
         elif self.host.find(lineage[length - 1]) is None:

@@ -66,7 +66,7 @@ def test_the_state_that_saves_least_for_its_blocks_goes_first():
 
 
 def test_pages_of_a_state_on_the_host_stay_and_go_with_it():
-    traffic = Traffic(12, host=1)
+    traffic = Traffic(12, host=STATE)
     traffic.finish(traffic.start([1] * 8))
     assert traffic.slots.evict()
     traffic.check()
@@ -81,7 +81,7 @@ def test_pages_of_a_state_on_the_host_stay_and_go_with_it():
 
 
 def test_a_state_that_is_loaded_finds_its_pages():
-    traffic = Traffic(20, host=2)
+    traffic = Traffic(20, host=2 * STATE)
     traffic.finish(traffic.start([1] * 8))
     traffic.slots.evict()
     again = traffic.start([1] * 8 + [2] * 4)
@@ -91,6 +91,92 @@ def test_a_state_that_is_loaded_finds_its_pages():
     traffic.finish(again)
     assert traffic.kind([1] * 8 + [2] * 4) == [Kind.KEPT] * 3
     traffic.check()
+
+
+def test_pages_follow_their_state_to_the_host_and_come_back_with_it():
+    traffic = Traffic(20, host=STATE + 3)
+    arena, counts = traffic.arena, traffic.slots.counts
+    traffic.finish(traffic.start([1] * 12))
+    where = [page.block_id for page in traffic.pages([1] * 12)]
+    held = arena.get_new_blocks(19)
+    traffic.check(held)
+    assert counts == {"evictions": 1, "swaps_out": 1, "page_swaps_out": 2}
+    assert traffic.kind([1] * 12) == [Kind.KEPT, Kind.SPILLED, Kind.SPILLED]
+    held += arena.get_new_blocks(1)
+    assert traffic.kind([1] * 12) == [Kind.SPILLED] * 3
+    assert (arena.host_counts()["page"], arena.page_evictions) == (3, 0)
+    spilled = [page.block_id for page in traffic.pages([1] * 12)]
+    moves = [move for move in traffic.slots.take_operations() if isinstance(move[0], list)]
+    assert moves == [([one], [other]) for one, other in zip(where[::-1], spilled[::-1], strict=True)]
+
+    arena.free_blocks(held)
+    arena.take_new_pages()
+    again = traffic.start([1] * 12 + [2] * 4)
+    traffic.check()
+    assert counts["page_swaps_in"] == 3
+    assert arena.host_counts()["page"] == 0
+    *_, state, first, second, third, _ = traffic.slots.take_operations()
+    assert state[1] == again.states[0].block_id, "the state first, for it must not be evicted"
+    assert [first, second, third] == [
+        ([one], [page.block_id]) for one, page in zip(spilled, again.pages[:3], strict=True)
+    ]
+    assert arena.take_new_pages() == [again.pages[3].block_id], "what was loaded is not cleared"
+    assert not [event for event in arena.take_events() if isinstance(event, BlockRemoved)]
+
+
+def test_a_block_that_is_loaded_is_not_cleared_for_whoever_had_it_in_the_same_step():
+    traffic = Traffic(20, host=STATE + 2)
+    traffic.finish(traffic.start([1] * 8))
+    traffic.arena.free_blocks(traffic.arena.get_new_blocks(20))  # a request that is preempted before the step is sent
+    again = traffic.start([1] * 8)
+    assert traffic.slots.counts["page_swaps_in"] == 2
+    assert not {page.block_id for page in again.pages} & {*traffic.arena.take_new_pages()}
+
+
+def test_a_full_host_gives_up_the_state_that_saves_least_and_its_pages():
+    traffic = Traffic(20, host=2 * STATE + 3)
+    for tokens in ([1] * 8, [2] * 4):
+        traffic.finish(traffic.start(tokens))
+    held = traffic.arena.get_new_blocks(20)
+    assert traffic.arena.host_counts()["page"] == 3
+    traffic.arena.free_blocks(held)
+    traffic.finish(traffic.start([3] * 12))
+    held = traffic.arena.get_new_blocks(20)
+    assert traffic.kind([2] * 4) == [None], "a block for 3 + 1"
+    assert traffic.kind([1] * 8) == [None] * 2, "two for 3 + 2"
+    assert traffic.kind([3] * 12) == [Kind.SPILLED] * 3
+    assert traffic.slots.host.value_lost == 3
+    removed = [event for event in traffic.arena.take_events() if isinstance(event, BlockRemoved)]
+    assert sum(len(event.block_hashes) for event in removed) == 3
+    traffic.check(held)
+
+
+def test_a_page_that_is_computed_again_is_kept_instead_of_the_spilled_one():
+    traffic = Traffic(20, host=STATE + 2)
+    traffic.finish(traffic.start([1] * 8))
+    traffic.arena.free_blocks(traffic.arena.get_new_blocks(20))
+    assert traffic.kind([1] * 8) == [Kind.SPILLED] * 2
+    other = traffic.start([1] * 8, cold=True)
+    traffic.check()
+    traffic.finish(other)
+    traffic.check()
+    assert traffic.arena.host_counts()["page"] == 0
+    assert traffic.kind([1] * 8) == [Kind.KEPT] * 2
+
+
+def test_a_spilled_page_is_taken_out_of_the_cache():
+    traffic = Traffic(20, host=STATE + 2)
+    traffic.finish(traffic.start([1] * 8))
+    traffic.arena.free_blocks(traffic.arena.get_new_blocks(20))
+    traffic.arena.evict_blocks({page.block_id for page in traffic.pages([1] * 8)})
+    traffic.check()
+    assert traffic.kind([1] * 8) == [None] * 2
+    traffic.finish(traffic.start([2] * 8))
+    traffic.arena.free_blocks(traffic.arena.get_new_blocks(20))
+    assert traffic.arena.reset_prefix_cache()
+    assert traffic.slots.reset_prefix_cache()
+    traffic.check()
+    assert traffic.arena.host_counts()["page"] == 0
 
 
 def copies(traffic):
@@ -188,7 +274,7 @@ acts = st.sampled_from(
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     size=st.integers(10, 40),
-    host=st.sampled_from([0, 0, 1, 3]),
+    host=st.sampled_from([0, 0, STATE, STATE + 2, 3 * STATE + 7]),
     eviction=st.sampled_from(["value", "lru"]),
     history=st.lists(st.tuples(acts, texts, st.integers(0, 30)), min_size=5, max_size=40),
 )
@@ -205,9 +291,9 @@ def test_random_histories_lose_no_block(size, host, eviction, history):
         elif act == "pages":
             arena.free_blocks(arena.get_new_blocks(number % (arena.get_num_free_blocks() + 1)))
         elif act == "withdraw":
-            slots.withdraw_slots([1 + number % (slots.num_slots + host - 1)])
+            slots.withdraw_slots([1 + number % (slots.num_slots + host // STATE - 1)])
         elif act == "uncache":
-            arena.evict_blocks({1 + number % size, 1 + (number + len(text)) % size})
+            arena.evict_blocks({1 + number % size, 1 + (number + len(text)) % (size + host)})
         elif act == "reset" and not number % 5:
             assert arena.reset_prefix_cache() == slots.reset_prefix_cache() == (not traffic.running)
         traffic.check()

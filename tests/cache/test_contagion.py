@@ -45,6 +45,18 @@ def test_a_slot_that_gets_other_blocks_is_no_longer_sick():
     assert spread({1, 2}, steps).slots == {1}
 
 
+def test_sick_pages_are_followed_to_the_host_and_back():
+    steps = [
+        Step([], {"sick": access(0, 1, writes=[10, 11]), "sound": access(0, 2, writes=[12])}),
+        Step([([10, 11, 12], [30, 31, 32])], {"other": access(2, 3, writes=[10])}),
+        # 30 is loaded, 31 is overwritten by a page that is not sick, and what lay at 32 never was.
+        Step([([30], [15]), ([12], [31])], {"heir": access(2, 4, reads=[15], writes=[16])}),
+    ]
+    found = spread({1}, steps)
+    assert found.victims.keys() == {"heir"}
+    assert found.pages == {11, 15, 16, 30}
+
+
 def test_sick_pages_are_followed_too():
     """A prefix hit takes a state and pages, and another request may have written the pages."""
     steps = [

@@ -173,15 +173,30 @@ def test_a_random_history_evicts_in_the_order_of_values_then_of_age():
                 age = max(age, sum(model.pop(expected)[:2]))
 
 
+class HostBlocks:
+    def __init__(self, count):
+        self.free = [*range(count)]
+
+    def take_host(self, count):
+        return [self.free.pop() for _ in range(count)] if len(self.free) >= count else None
+
+    def give_host(self, ids):
+        self.free += ids
+
+
+def host_tier(num_slots):
+    return HostTier(num_slots, 2, HostBlocks(2 * num_slots + 1))
+
+
 def test_a_state_on_the_host_keeps_the_keys_of_its_own_prefix_only():
-    tier, request = HostTier(2), [*CHAIN]
+    tier, request = host_tier(2), [*CHAIN]
     slot = tier.store(request, 3)
     request += ["answer"] * 1000
     assert tier.claim(slot) == (CHAIN[:3], 3)
 
 
 def test_host_tier_keeps_what_is_worth_most_and_finds_it():
-    tier = HostTier(2)
+    tier = host_tier(2)
     first = tier.store(CHAIN, 3)
     second = tier.store(list("xy"), 2)
     assert {first, second} == {0, 1}
@@ -193,7 +208,7 @@ def test_host_tier_keeps_what_is_worth_most_and_finds_it():
 
 
 def test_a_slot_that_is_being_loaded_is_not_given_away():
-    tier = HostTier(1)
+    tier = host_tier(1)
     slot = tier.store(CHAIN, 3)
     assert tier.claim(slot) == (CHAIN[:3], 3)
     assert tier.store(list("xyz"), 3) is None
@@ -204,8 +219,21 @@ def test_a_slot_that_is_being_loaded_is_not_given_away():
     tier.check()
 
 
+def test_a_state_finds_no_room_where_pages_are():
+    blocks = HostBlocks(5)
+    tier = HostTier(2, 2, blocks)
+    assert tier.store(CHAIN, 3) is not None
+    blocks.take_host(2)
+    assert tier.store(list("xy"), 2) is not None, "in the place of the other"
+    assert tier.find(CHAIN[2]) is None
+    tier.clear()
+    blocks.take_host(2)
+    assert tier.store(CHAIN, 3) is None
+    tier.check()
+
+
 def test_no_host_memory_stores_nothing():
-    tier = HostTier(0)
+    tier = host_tier(0)
     assert tier.store(CHAIN, 3) is None
     tier.check()
 

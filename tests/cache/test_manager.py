@@ -1,5 +1,6 @@
 """The scheduler's side without an engine: tables, hits, deferral, and the step that never happened."""
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from vllm.v1.core.block_pool import BlockPool
 
 from kimi_vllm.cache.arena import ArenaPool
+from kimi_vllm.cache.arena_check import check_arena
 from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 
 BLOCK = 4
@@ -22,12 +24,12 @@ def make_manager(states=9, caching=True, interval=0, host=0):
         head_size=8,
         dtype=torch.float32,
         state_blocks=STATE,
-        num_host_slots=host,
+        num_host_blocks=host * STATE,
         checkpoint_interval=interval,
     )
-    pool = ArenaPool.like(BlockPool(1 + states * STATE, caching, BLOCK), page_group=0)
+    pool = ArenaPool.like(BlockPool(1 + states * STATE, caching, BLOCK), 0, host * STATE)
     manager = KDAStateManager(spec, pool, enable_caching=caching, kv_cache_group_id=1, scheduler_block_size=BLOCK)
-    manager.share(pool)
+    manager.share(pool, SimpleNamespace(kv_cache_group_id=0, req_to_blocks=defaultdict(list)))
     return manager
 
 
@@ -37,7 +39,7 @@ def free_blocks(manager):
 
 def check(manager):
     manager.block_pool.check(manager.req_to_blocks.values())
-    manager.block_pool._arena.check([])
+    check_arena(manager.block_pool._arena, [])
 
 
 class Request(SimpleNamespace):
@@ -237,6 +239,11 @@ def copies(operations):
     return [(source, target) for source, target in operations if isinstance(target, int)]
 
 
+def given(operations, manager):
+    """Which slots on the device get which blocks."""
+    return [(slot, what) for slot, what in operations if isinstance(what, list) and slot < manager.block_pool.num_slots]
+
+
 def test_an_evicted_state_goes_to_host_memory_and_comes_back_before_the_step_that_reads_it():
     manager = make_manager(states=2, host=2)
     first, second = Request("a", [1] * 5), Request("b", [2] * 5)
@@ -251,8 +258,8 @@ def test_an_evicted_state_goes_to_host_memory_and_comes_back_before_the_step_tha
     operations = manager.block_pool.take_operations()
     [(source, host_id)] = copies(operations)
     assert source == slot
-    assert {slot for slot, what in operations if isinstance(what, list)} == {1, 2}
-    assert operations.index((source, host_id)) == 2, "it has a place of its own, is written, and saved before the next"
+    assert {slot for slot, _ in given(operations, manager)} == {1, 2}
+    assert operations.index((source, host_id)) == 3, "it has a place of its own, is written, and saved before the next"
     assert manager.block_pool.take_operations() == []
 
     blocks, tokens = hit_of(manager, Request("d", [1] * 5))
@@ -282,16 +289,16 @@ def test_a_state_is_saved_before_its_blocks_are_anybody_elses():
         assert schedule(manager, Request(name, [ord(name)] * 5), 0, 4)
         settle(manager)
         manager.free(name)
-    given = dict(manager.block_pool.take_operations())
+    backing = dict(manager.block_pool.take_operations())
     arena = manager.block_pool._arena
     pages = [page.block_id for page in arena.get_new_blocks(STATE)]
     assert schedule(manager, Request("c", [3] * 5), 0, 4)
     operations = manager.block_pool.take_operations()
     saved = [source for source, _ in copies(operations)]
-    assert pages == sorted(given[saved[0]], key=pages.index), "pages lie where the first was"
+    assert pages == sorted(backing[saved[0]], key=pages.index), "pages lie where the first was"
     [live] = table(manager, "c")
-    assert (live, given[saved[1]]) in operations or live == saved[1]
-    assert [position for position, (slot, what) in enumerate(operations) if isinstance(what, int)] == [0, 1]
+    assert (live, backing[saved[1]]) in operations or live == saved[1]
+    assert [position for position, (_, what) in enumerate(operations) if isinstance(what, int)] == [1, 3]
 
 
 def test_a_hit_in_host_memory_needs_blocks_to_be_loaded_into():

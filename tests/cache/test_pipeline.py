@@ -36,7 +36,7 @@ def stage_specs(config, geometry, stage, stages, host_memory_gib):
     for layer in mla:
         specs[f"model.layers.{layer}.self_attn.attn"] = attention_spec(config, 64)
         specs[f"model.layers.{layer}.kda_state"] = home.member(worker, layer, attention).get_kv_cache_spec(worker)
-    assert home.pool.num_host_slots == specs[f"model.layers.{mla[0]}.kda_state"].num_host_slots
+    assert len(home.pool.host) == specs[f"model.layers.{mla[0]}.kda_state"].num_host_blocks
     return specs
 
 

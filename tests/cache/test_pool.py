@@ -13,9 +13,9 @@ LAYOUT = StateLayout(CUT, LAYERS)
 B = 30
 
 
-def bound(num_host_slots=0):
+def bound(num_host_blocks=0):
     """A pool, and the memory that vLLM has bound to it, NaN all over."""
-    pool = StatePool(LAYOUT, LAYOUT.blocks, "cpu", num_host_slots)
+    pool = StatePool(LAYOUT, LAYOUT.blocks, "cpu", num_host_blocks)
     storage = torch.full((B * CUT.block_bytes // 4,), torch.nan)
     pool.bind(storage.view(B, -1)[:, :100])  # one layer's part of each block
     return pool, storage
@@ -41,7 +41,7 @@ def test_states_lie_in_the_memory_of_the_view():
 
 
 def test_operations_are_done_in_their_order():
-    pool, _ = bound(num_host_slots=2)
+    pool, storage = bound(num_host_blocks=2 * LAYOUT.blocks + 3)
     P, S = LAYOUT.blocks, pool.num_slots
     low, high = list(range(1, 1 + P)), list(range(20, 20 + P))
     pool.apply([(1, low)])
@@ -49,12 +49,18 @@ def test_operations_are_done_in_their_order():
     pool.layers[1].store(1, state, ring)
     pool.base[1] = 77
     # Out to the host, its blocks to another slot, and back into that one's place in memory.
-    pool.apply([(1, S + 1), (3, low), (2, high), (S + 1, 2), (2, 3)])
+    on_host = [B + block for block in range(2, 2 + P)][::-1]
+    pool.apply([(S + 1, on_host), (1, S + 1), (3, low), (2, high), (S + 1, 2), (2, 3)])
     for slot in (2, 3):
         assert torch.equal(pool.layers[1].load(slot)[0], state)
         assert torch.equal(pool.layers[1].load(slot)[1], ring)
         assert pool.base[slot] == 77
     assert pool.pages[3, :P].tolist() == low
+    # Two pages out to the host, others in their places there and here, and back elsewhere.
+    blocks = storage.view(B, -1)
+    blocks[8:12] = torch.arange(4.0)[:, None]
+    pool.apply([([8, 9], [B, B + 1]), ([B, 10], [9, B]), ([B, B + 1], [8, 29])])
+    assert [blocks[page].unique().tolist() for page in (8, 9, 10, 29)] == [[2.0], [0.0], [2.0], [1.0]]
 
 
 def test_clearing_touches_its_blocks_only():

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 from vllm.v1.core.block_pool import BlockPool
 
 from kimi_vllm.cache.arena import ArenaPool, Kind
+from kimi_vllm.cache.arena_check import check_arena
 from kimi_vllm.cache.slot_pool import SlotPool
 
 BLOCK, STATE, GROUP = 4, 3, 0
 
 
 def make_pool(num_blocks, host=0, caching=True, eviction="value"):
-    """An arena of so many blocks beside the null block, and the slots that share it."""
-    arena = ArenaPool.like(BlockPool(1 + num_blocks, caching, BLOCK, enable_kv_cache_events=True), GROUP)
+    """An arena of so many blocks beside the null block and so many in host memory, and the slots that share it."""
+    arena = ArenaPool.like(BlockPool(1 + num_blocks, caching, BLOCK, enable_kv_cache_events=True), GROUP, host)
     slots = SlotPool(1 + num_blocks // STATE, STATE, BLOCK, BLOCK, host, eviction)
     slots.share(arena)
     return arena, slots
@@ -35,11 +36,11 @@ class Traffic:
         self.arena, self.slots = make_pool(num_blocks, **options)
         self.running = []
 
-    def start(self, tokens, publish=True):
-        """Compute a prompt from its longest kept prefix; None if there is no room."""
+    def start(self, tokens, publish=True, cold=False):
+        """Compute a prompt, from its longest kept prefix unless it is to be cold; None if there is no room."""
         request = Request(tokens)
         hashes = request.block_hashes
-        length = self.slots.longest(hashes, len(hashes))
+        length = 0 if cold else self.slots.longest(hashes, len(hashes))
         found = [self.arena.get_cached_block(key, [GROUP]) for key in hashes[:length]]
         if not all(found):
             length, found = 0, []
@@ -56,6 +57,7 @@ class Traffic:
             else:
                 self.slots.touch([block])
                 request.states.append(block)
+            self.arena.load_pages(request.pages)
         request.pages += self.arena.get_new_blocks(len(hashes) - length)
         self.arena.cache_full_blocks(request, request.pages, length, len(hashes), BLOCK, GROUP)
         request.states.append(self.slots.take())
@@ -68,17 +70,22 @@ class Traffic:
         self.running.remove(request)
         self.arena.free_blocks([*reversed(request.pages), *request.states])
 
-    def check(self):
+    def check(self, held=()):
+        """Verify all counts; `held` are pages of nobody in `running`."""
         self.slots.check(request.states for request in self.running)
-        self.arena.check(request.pages for request in self.running)
+        check_arena(self.arena, [held, *(request.pages for request in self.running)])
         counts = self.arena.counts()
         assert sum(counts.values()) == self.arena.num_gpu_blocks - 1
         live = {block.block_id for request in self.running for block in request.states}
         used = counts["page"] + STATE * len(live)
         assert self.arena.get_num_free_blocks() == self.arena.num_gpu_blocks - 1 - used
 
+    def pages(self, tokens):
+        """The cached pages of a prompt, or None."""
+        self.arena.counts()  # settles what it was told of states
+        found = [self.arena.get_cached_block(key, [GROUP]) for key in Request(tokens).block_hashes]
+        return [page and page[0] for page in found]
+
     def kind(self, tokens):
         """Kinds of the cached pages of a prompt."""
-        self.arena.counts()  # settles what it was told of states
-        pages = [self.arena.get_cached_block(key, [GROUP]) for key in Request(tokens).block_hashes]
-        return [page and Kind(self.arena._kinds[page[0].block_id]) for page in pages]
+        return [page and Kind(self.arena._kinds[page.block_id]) for page in self.pages(tokens)]

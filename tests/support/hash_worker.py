@@ -87,9 +87,8 @@ class HashWorker:
 
     def __init__(self, state_group: int, block: int, window: int = 0, *, fresh_last: bool = False) -> None:
         self._state_group, self._block, self._window, self._fresh_last = state_group, block, window, fresh_last
-        # Blocks of slots on the device, states on the host; and in each block, hashes of tokens or a part of a state.
+        # Blocks of slots, on the device and on the host; and in each block, hashes of tokens or a part of a state.
         self._backing: dict[int, list[int]] = {}
-        self._host: dict[int, tuple[int, ...]] = {}
         self._memory: dict[int, list[int] | tuple[tuple[int, ...], int]] = {}
         self._bases: dict[int, int] = {}
         self._tables: dict[str, list[list[int]]] = {}
@@ -112,13 +111,18 @@ class HashWorker:
 
         All states are read before one is written; each layer writes all pages of a step before it reads one.
         """
-        for slot, what in getattr(output, OPERATIONS, ()):
-            if isinstance(what, int):
-                contents = self.slot(slot)
-                assert contents is not None, f"slot {slot} is copied, and holds no state"
-                self._store(what, contents, self._bases[slot])
+        for source, target in getattr(output, OPERATIONS, ()):
+            if isinstance(source, list):
+                for one, other in zip(source, target, strict=True):
+                    assert isinstance(self._memory.get(one), list), f"block {one} is copied, and is no page"
+                    self._memory[other] = list(self._memory[one])
+                    self.seen["pages copied"] += 1
+            elif isinstance(target, int):
+                contents = self.slot(source)
+                assert contents is not None, f"slot {source} is copied, and holds no state"
+                self._store(target, contents, self._bases[source])
             else:
-                self._backing[slot] = list(what)
+                self._backing[source] = list(target)
         for page in getattr(output, NEW_PAGES, ()):
             self.conversions["states to pages"] += isinstance(self._memory.get(page), tuple)
             self._memory[page] = []
@@ -156,8 +160,6 @@ class HashWorker:
 
     def slot(self, slot: int) -> tuple[int, ...] | None:
         """What a slot holds: a state, and those after each token that has a record. None if it is in pieces."""
-        if slot in self._host:
-            return self._host[slot]
         parts = [self._memory.get(block) for block in self._backing.get(slot, ())]
         contents = parts[0][0] if parts and isinstance(parts[0], tuple) else None
         return contents if parts == [(contents, part) for part in range(len(parts))] else None
@@ -177,12 +179,9 @@ class HashWorker:
 
     def _store(self, slot: int, contents: tuple[int, ...], base: int) -> None:
         self._bases[slot] = base
-        if slot in self._backing:
-            for part, block in enumerate(self._backing[slot]):
-                self.conversions["pages to states"] += isinstance(self._memory.get(block), list)
-                self._memory[block] = contents, part
-        else:
-            self._host[slot] = contents
+        for part, block in enumerate(self._backing[slot]):
+            self.conversions["pages to states"] += isinstance(self._memory.get(block), list)
+            self._memory[block] = contents, part
 
     def _follow(self, output: SchedulerOutput) -> dict[str, int]:
         """Take over the scheduler's news; returns how many tokens of each request are computed."""

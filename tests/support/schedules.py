@@ -32,14 +32,15 @@ def memory(concurrency: int, blocks: int, chunk: int) -> Memory:
 # A request of the longest kind is 5 pages, and 6 blocks for the state that it reads and the one that it writes.
 SCARCE: dict[str, tuple[Memory, dict[str, int]]] = {
     "blocks": (memory(3, 20, 97), {}),
-    "host": (memory(3, 20, 97), {"num_host_slots": 6}),
+    "host": (memory(3, 20, 97), {"num_host_blocks": 6 * STATE_BLOCKS}),
+    "host-pages": (memory(3, 15, 97), {"num_host_blocks": 50}),
     "few-blocks": (memory(4, 14, 150), {}),
-    "lru-host-priority": (memory(4, 14, 61), {"num_host_slots": 4, "checkpoint_interval": 128}),
+    "lru-host-priority": (memory(4, 14, 61), {"num_host_blocks": 4 * STATE_BLOCKS, "checkpoint_interval": 128}),
 }
 
 ROOMY: dict[str, tuple[Memory, dict[str, int]]] = {
     "room": (memory(6, 190, 600), {}),
-    "few-slots": (memory(6, 50, 600), {"num_host_slots": 4}),
+    "few-slots": (memory(6, 50, 600), {"num_host_blocks": 4 * STATE_BLOCKS}),
 }
 """What lets many run at once, and read what others have just written."""
 

@@ -58,7 +58,7 @@ def _statistics() -> Prepared:
 
 
 def _eviction() -> Prepared:
-    tier = HostTier(STATES)
+    tier = HostTier(STATES, 1, ArenaPool.like(BlockPool(1, True, BLOCK), 0, STATES))
     for number in range(STATES):
         tier.store(_keys(number, 256, SYSTEM_PROMPT), 65 + number % 192)
 
@@ -113,7 +113,8 @@ def _manager(interval: int = 0) -> KDAStateManager:
     )
     arena = ArenaPool.like(BlockPool(200, True, BLOCK), page_group=0)
     manager = KDAStateManager(spec, arena, enable_caching=True, kv_cache_group_id=1, scheduler_block_size=BLOCK)
-    manager.share(arena)
+    pages: Any = SimpleNamespace(kv_cache_group_id=0, req_to_blocks={})
+    manager.share(arena, pages)
     return manager
 
 
