@@ -128,7 +128,7 @@ class StatePool:
                 self._copy(source, target)
             elif isinstance(source, list) and isinstance(target, list):
                 for one, other in zip(source, target, strict=True):
-                    self._block(other).copy_(self._block(one), non_blocking=True)
+                    self.block(other).copy_(self.block(one), non_blocking=True)
         self._give(given)
 
     def clear(self, blocks: Sequence[int]) -> None:
@@ -157,14 +157,14 @@ class StatePool:
         else:
             state = torch.empty((self.layout.blocks, self.layout.block_bytes), dtype=torch.uint8, device=self.device)
             for part, block in zip(state, self._host_pages[source], strict=False):  # another stage's state may be more
-                part.copy_(self._block(block), non_blocking=True)
+                part.copy_(self.block(block), non_blocking=True)
         if target < self.num_slots:
             self.memory[self.blocks(target)] = state
         else:
             for part, block in zip(state, self._host_pages[target], strict=False):
-                self._block(block).copy_(part, non_blocking=True)
+                self.block(block).copy_(part, non_blocking=True)
 
-    def _block(self, block: int) -> Tensor:
+    def block(self, block: int) -> Tensor:
         """A block on the device or in host memory."""
         return self.memory[block] if block < len(self.memory) else self.host[block - len(self.memory)]
 

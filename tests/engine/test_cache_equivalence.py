@@ -35,6 +35,7 @@ def running() -> dict[object, Engine]:
         # Eight requests of 321 tokens and an answer take 48 pages and eight states; memory is for fewer.
         configurations["little memory", chunk] = options(chunk, states=9, pages=24)
         configurations["little memory, host", chunk] = options(chunk, 9, 24, {"host_memory_gib": HOST_GIB})
+        configurations["little memory, much host", chunk] = options(chunk, 9, 24, {"host_memory_gib": 0.1})
     with engines(RECALL, configurations) as started:
         yield started
 
@@ -172,3 +173,19 @@ def test_swapped_in_under_pressure(use, check):
     assert engine.counts["swaps_in"] > 0
     assert engine.counts["swaps_out"] > before > 0
     check(again)
+
+
+def test_prompts_of_three_times_the_memory_are_hits(use, check):
+    """States and pages go to host memory and come back: a prompt asked for again is resumed at its last boundary."""
+    engine = use("little memory, much host")
+    prompts = random_prompts(LENGTHS * 2, 100, seed=40)
+    assert sum(len(prompt) // BLOCK for prompt in prompts) > 3 * 24
+    for prompt in prompts:
+        engine.complete([prompt])
+    one_by_one = [engine.complete([prompt], max_tokens=ANSWER)[0] for prompt in prompts]
+    at_once = engine.complete(prompts, max_tokens=ANSWER)
+    for again in (one_by_one, at_once):
+        assert [completion.cached for completion in again] == [last_boundary(len(prompt)) for prompt in prompts]
+    assert engine.counts["page_swaps_out"] > 3 * 24
+    assert engine.counts["page_swaps_in"] > 3 * 24
+    check([*one_by_one, *at_once])

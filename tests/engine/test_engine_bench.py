@@ -50,3 +50,31 @@ def test_every_measurement_leaves_a_row(tmp_path):
     assert (resumed["sessions_resumed"], resumed["sessions_missed"]) == (11, 0)
     assert resumed["running_decoders"] == 4
     assert resumed["resumed"]["count"] == resumed["resumed_uncached"]["count"] == 3
+
+
+@pytest.mark.slow
+def test_prompts_come_again_from_host_memory(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    memory = {"enable_prefix_caching": True, "num_gpu_blocks_override": 170}
+    command = [
+        sys.executable,
+        "-m",
+        "serve.bench.engine",
+        "run",
+        "--variant=ours",
+        "--measure=again",
+        "--max-model-len=2048",
+        "--json",
+        str(path),
+    ]
+    for host in (0, 1):
+        more = json.dumps(memory | {"additional_config": {"kimi": {"host_memory_gib": host}}})
+        done = subprocess.run(
+            [*command, "--engine", more], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    without, with_host = [row for row in read(path) if row["bench"] == "again"]
+    assert without["hit_share"] < 0.5
+    assert with_host["hit_share"] == 1
+    assert with_host["counts"]["page_swaps_in"] > 0
+    assert with_host["running_decoders"] == 4

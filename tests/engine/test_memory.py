@@ -57,7 +57,9 @@ class Ledger:
         blocks = {0}.union(*(access.pages()[1] for access in step.accesses.values()))
         given = {}
         for slot, what in getattr(output, OPERATIONS, ()):
-            if isinstance(what, list):
+            if isinstance(slot, list):
+                blocks.update(what)
+            elif isinstance(what, list):
                 given[slot] = what
             elif what < num_slots:
                 blocks.update(given.get(what, backing.get(what, ())))

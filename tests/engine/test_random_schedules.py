@@ -44,7 +44,7 @@ CONFIGURATIONS = {
 PATHS = {
     "states": {"hits", "aborts", "evictions"},
     "host": {"hits", "aborts", "evictions", "swaps_out", "swaps_in"},
-    "pages": {"hits", "aborts", "preemptions"},
+    "pages": {"hits", "aborts", "evictions"},
     "lru-host-pages-priority": {"hits", "aborts", "evictions", "swaps_out", "swaps_in"},
 }
 

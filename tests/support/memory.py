@@ -9,7 +9,7 @@ class Watch:
     """Spoils what is given back.
 
     A block that nobody owns any more, whether it held tokens or a part of a state, is filled with NaN once the step in
-    which it was given back is done. Whoever reads it, or is read from it, shows.
+    which it was given back is done, in host memory too. Whoever reads it, or is read from it, shows.
 
     Attributes:
         spoiled: Blocks filled so far.
@@ -26,7 +26,7 @@ class Watch:
         arena, slots = self._scheduler.arena, self._slots
         cached = {block for block, kind in enumerate(arena._kinds) if kind not in (Kind.CLEAN, Kind.STATE)}
         held = [blocks for slot, blocks in slots.backing.items() if slots.references(slot) or slots.holds(slot)]
-        return cached.union(*held)
+        return cached.union(*held, *arena.states.host_backing.values())
 
     def _spoil_after(self, engine: Any) -> None:
         worker = engine.worker
@@ -38,9 +38,9 @@ class Watch:
             owned = self.owned()
             gone = sorted(self._owned - owned)
             self._owned = owned
-            if gone:
-                engine.pool.memory[gone] = 0xFF  # NaN in every floating point format
-                self.spoiled += len(gone)
+            for block in gone:
+                engine.pool.block(block).fill_(0xFF)  # NaN in every floating point format
+            self.spoiled += len(gone)
             return result
 
         worker.execute_model = spoiling

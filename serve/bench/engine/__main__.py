@@ -60,6 +60,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(length[1]) * units.get(length[2], 1) for length in found if length)
 
 
+def _repeated(text: str) -> tuple[tuple[int, ...], ...]:
+    found = [re.fullmatch(r"(\d+)x(\w+)", word.strip()) for word in text.split(",")]
+    if not all(found):
+        raise typer.BadParameter(f"{text!r}: expected prompts x tokens, such as 60x32K")
+    return tuple((int(load[1]), *_numbers(load[2])) for load in found if load)
+
+
 def _loads(text: str) -> tuple[tuple[int, ...], ...]:
     found = [re.fullmatch(r"(\d+)x(\w+)\+(\w+)", word.strip()) for word in text.split(",")]
     if not all(found):
@@ -70,6 +77,7 @@ def _loads(text: str) -> tuple[tuple[int, ...], ...]:
 READ = {
     **dict.fromkeys(("contexts", "prompts", "prefills", "draft_requests", "beside", "resumed"), _numbers),
     "loads": _loads,
+    "repeated": _repeated,
 }
 """How options are read that are lists in a plan; the others are what they are there."""
 
@@ -82,7 +90,7 @@ def run(
     measure: Annotated[
         list[str],
         typer.Option(
-            help="Some of routing, ready, tpot, concurrency, mixed, prefill, throughput, and drafts and resume; repeat."
+            help="Some of routing, ready, tpot, concurrency, mixed, prefill, throughput, drafts, resume, again; repeat."
         ),
     ] = [*MEASUREMENTS],  # noqa: B006
     json: Annotated[Path, typer.Option(help="Append one JSON line per point to this file.")] = RESULTS / "engine.jsonl",
@@ -108,6 +116,10 @@ def run(
     draft_requests: Annotated[str | None, typer.Option(help="drafts: requests at once, such as 64,128.")] = None,
     resumed: Annotated[
         str | None, typer.Option(help="resume: tokens of the sessions; --engine must set kimi.session_dir.")
+    ] = None,
+    repeated: Annotated[
+        str | None,
+        typer.Option(help="again: prompts x tokens, such as 60x32K; --engine must set enable_prefix_caching."),
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="throughput: how often each is timed.")] = None,
     batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of a step, all variants.")] = None,

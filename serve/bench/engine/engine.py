@@ -77,6 +77,7 @@ class BenchEngine(Engine):
             "weights_drawn": drawn,
             "noise_bytes": filled,
             "additional_config": str(self.config.additional_config),
+            "host_gib": KimiOptions.of(self.config).host_memory_gib,
             "session_dir": bool(KimiOptions.of(self.config).session_dir),
         }
         self.seen_steps: list[tuple[str, float]] = []
@@ -95,6 +96,10 @@ class BenchEngine(Engine):
         """So many random tokens."""
         start = self._rng.randrange(4096)
         return self._tokens[start : start + count]
+
+    def distinct_tokens(self, number: int, count: int) -> list[int]:
+        """So many tokens, of which no prefix is one of another number's, up to 4,096."""
+        return self._tokens[number : number + count]
 
     def add_tokens(self, prompt: list[int], max_tokens: int, **sessions: str) -> str:
         """Queue a request with this prompt, which saves or loads a session; return its id."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from kimi_vllm.sizing import weight_format
 from serve.bench.engine import routing, workers
+from serve.bench.engine.again import again
 from serve.bench.engine.engine import BenchEngine
 from serve.bench.engine.floor import floor_ms, peak_tbps, step_bytes
 from serve.bench.engine.plan import Plan
@@ -53,6 +54,10 @@ def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
     if "resume" in plan.measurements and engine.facts["session_dir"]:
         for prompt in plan.resumed:
             yield "resume", {"prompt": prompt}, lambda p=prompt: resume(engine, plan, p)
+    if "again" in plan.measurements and engine.config.cache_config.enable_prefix_caching:
+        for count, prompt in plan.repeated:
+            case = {"prompts": count, "prompt": prompt, "host_gib": engine.facts["host_gib"]}
+            yield "again", case, lambda c=count, p=prompt: again(engine, plan, c, p)
     if "drafts" in plan.measurements:
         for requests in plan.draft_requests:
             for share in plan.draft_shares if engine.drafts else (None,):

@@ -10,7 +10,7 @@ from kimi_vllm.geometry import KimiGeometry
 
 OURS, IN_TREE = "kimi-vllm", "in-tree"
 MEASUREMENTS = ("routing", "ready", "tpot", "concurrency", "mixed", "prefill", "throughput")
-ON_REQUEST = ("drafts", "resume")
+ON_REQUEST = ("drafts", "resume", "again")
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
@@ -51,6 +51,8 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     draft_shares: tuple[float, ...] = (0, 0.5, 0.8, 1)
     draft_context: int = 4096
     resumed: tuple[int, ...] = (32768,)  # prompts whose sessions are saved and resumed; needs kimi.session_dir
+    # again: how many prompts of so many tokens are asked for twice; --engine must switch prefix caching on
+    repeated: tuple[tuple[int, int], ...] = ((60, 32768),)
     ready_prompts: int = 200  # prompts of mixed lengths that are the engine's first
     # peak of the device's memory, in 10^12 bytes per second, for the floor; 0 if it is known for the device by name,
     # else there is no floor
@@ -84,6 +86,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
             draft_requests=(1, 4),
             draft_context=256,
             resumed=(512,),
+            repeated=((30, 512),),
             ready_prompts=6,
         )
 
@@ -101,6 +104,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
             *self.prompts,
             *self.prefills,
             *self.resumed,
+            *(prompt for _, prompt in self.repeated),
             *loads,
             self.decoder_context,
             self.arrival,

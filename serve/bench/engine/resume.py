@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kimi_vllm.options import KimiOptions
+from serve.bench.engine.beside import beside
 from serve.bench.engine.engine import BenchEngine
 from serve.bench.engine.plan import Plan
-from serve.bench.engine.step_clock import StepClock, summary_ms
+from serve.bench.engine.step_clock import summary_ms
 
 TIMES = 3
 
@@ -37,7 +38,7 @@ def resume(engine: BenchEngine, plan: Plan, prompt: int) -> dict[str, Any]:
                 _forget(path)
             seconds.append(_first(engine, lambda: engine.add_tokens(onward, 1, load="bench")))
         del seconds[0]
-    beside = _beside(engine, plan, onward)
+    next_to = beside(engine, plan, lambda: engine.add_tokens(onward, 1, load="bench"))
     counts = Counter(engine.scheduler.connector.counts) - before
     size = path.stat().st_size
     path.unlink()
@@ -49,31 +50,7 @@ def resume(engine: BenchEngine, plan: Plan, prompt: int) -> dict[str, Any]:
         "saved_s": round(saved_s, 4),
         "sessions_resumed": counts["sessions_resumed"],
         "sessions_missed": counts["sessions_missed"],
-        **beside,
-    }
-
-
-def _beside(engine: BenchEngine, plan: Plan, onward: list[int]) -> dict[str, Any]:
-    """Inter-token latencies of requests that decode, alone and beside loads."""
-    deadline = time.perf_counter() + 3 * plan.budget_s
-    decoders = engine.fill(plan.decoder_context, plan.decoders, growth=1024)
-    StepClock().run(engine.step, plan.warmup, deadline)
-    engine.make_noise()
-    clocks = {"itl_undisturbed": StepClock(), "itl_beside_loads": StepClock()}
-    for _ in range(TIMES):  # by turns, for the host is not always as fast
-        for what, clock in clocks.items():
-            name = engine.add_tokens(onward, 1, load="bench") if what == "itl_beside_loads" else ""
-            clock.run(engine.step, plan.steps, deadline)
-            while name in engine.held and time.perf_counter() < deadline:
-                clock.run(engine.step, 1, deadline)
-    return {
-        "running_decoders": len(decoders),
-        **{what: summary_ms(clock.inter_token_latencies(decoders)) for what, clock in clocks.items()},
-        "mean_ms": {
-            what: round(1e3 * sum(found) / len(found), 4)
-            for what, clock in clocks.items()
-            if (found := clock.inter_token_latencies(decoders))
-        },
+        **next_to,
     }
 
 

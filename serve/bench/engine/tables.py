@@ -43,6 +43,7 @@ def tables(rows: Sequence[Row]) -> list[ResultTable]:
         ),
         _mixed_table(rows),
         _resume_table(rows),
+        _again_table(rows),
         _compared(
             *("Time to the first token", "prompt", latest(rows, "prefill")),
             label=lambda case: tokens(case["prompt"]),
@@ -141,6 +142,21 @@ def _resume_table(rows: Sequence[Row]) -> ResultTable:
         for row in latest(rows, "resume").values()
     ]
     return ResultTable("Sessions resumed", columns, cells)
+
+
+def _again_table(rows: Sequence[Row]) -> ResultTable:
+    columns = ["prompts", "host memory, GiB", "computed, ms", "again, ms", "hits", "ITL beside hits", "alone, ms"]
+    cells = [
+        [
+            f"{row['provider']}, {row['case']['prompts']} of {tokens(row['case']['prompt'])}",
+            f"{row['case']['host_gib']:g}",
+            *(f"{row['mean_ms'][name]:.1f}" for name in ("computed", "again")),
+            f"{100 * row['hit_share']:.0f} %",
+            *(f"{row['mean_ms'][name]:.3f}" for name in ("itl_beside_loads", "itl_undisturbed")),
+        ]
+        for row in latest(rows, "again").values()
+    ]
+    return ResultTable("Prompts asked again, memory for fewer", columns, cells)
 
 
 def _ready_table(rows: Sequence[Row]) -> ResultTable:
