@@ -46,8 +46,8 @@ class KimiOptions(BaseModel):
     host_memory_gib: float = Field(
         default=0,
         ge=0,
-        description="Host memory per worker, in GiB, for the states of evicted checkpoints and preempted requests. 0 "
-        "recomputes them. KV cache blocks are not offloaded; evicted ones are recomputed.",
+        description="Host memory per worker, in GiB, for what would be evicted: KDA states of checkpoints and preempted "
+        "requests, and the KV cache blocks with which they can be resumed. 0 recomputes them.",
     )
     session_dir: str | None = Field(
         default=None,

@@ -16,8 +16,7 @@ MORE = {
 
 
 @pytest.mark.parametrize("how", MORE)
-def test_prompts_of_three_times_the_memory_are_hits(how, monkeypatch, record_property):
-    record_property("covers", "host memory")
+def test_prompts_of_three_times_the_memory_are_hits(how, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if how == "first runner" else "1")
     options = {
         "enable_prefix_caching": True,
