@@ -46,8 +46,8 @@ class KimiOptions(BaseModel):
     host_memory_gib: float = Field(
         default=0,
         ge=0,
-        description="Host memory per worker, in GiB, for what would be evicted: KDA states of checkpoints and preempted "
-        "requests, and the KV cache blocks with which they can be resumed. 0 recomputes them.",
+        description="Host memory per worker, in GiB, for what would be evicted: KDA states of checkpoints and of "
+        "preempted requests, and the KV cache blocks with which they can be resumed. 0 recomputes them.",
     )
     session_dir: str | None = Field(
         default=None,

@@ -217,6 +217,8 @@ class _StateScheduling:
         pages += [[block for block in blocks if block.pool is self.arena] for blocks in waiting]
         states = list(self._states.req_to_blocks.values())
         states += [[block for block in blocks if block.pool is pool] for blocks in waiting]
+        if isinstance(self.connector, SessionConnector):
+            states += [[block] for block in self.connector.held.values()]
         pool.check(states)
         check_arena(self.arena, pages)
         assert sum(self.arena.counts().values()) == self.arena.num_gpu_blocks - 1

@@ -18,6 +18,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
@@ -52,6 +53,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
 
     Attributes:
         counts: In the scheduler: sessions_resumed, _missed, _saved, _unsaved and _deleted so far.
+        held: Checkpoints that are referenced because they are being written, by request.
     """
 
     _cache_hit_source = CacheHitSource.DISK
@@ -75,6 +77,8 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         # Requests that ended, to the files that are being written; and what others are told of these.
         self._saving: dict[str, Path] = {}
         self._promises: dict[Path, Promise] = {}
+        # Of these, who is saved from a checkpoint, to its slot.
+        self.held: dict[str, KVCacheBlock] = {}
         # Requests whose sessions are being loaded, to their files.
         self._loading: dict[str, Path] = {}
         # Since when requests wait for another process to write a session, and what was last found of it.
@@ -179,11 +183,19 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         name, session = request.request_id, check_name(_asked(request, "save"))
         # Drafts may have counted beyond an answer's end: nobody folds their records.
         count = min(request.num_computed_tokens, request.num_tokens)
-        pages = block_ids[self._pages][: cdiv(count, self._block_size)]
-        # The slot may be in an entry behind these blocks: a window of drafts went on, or it was taken along.
-        slot = self._manager.accessed_slots(name, count)[0] if pages else NULL_SLOT
+        behind = request.num_computed_tokens - request.num_in_flight_tokens
+        if request.num_in_flight_tokens and behind > count:
+            # A step in flight has read the state, folded them all, and will write over it.
+            count, checkpoint = self._manager.block_pool.hold_last(request)
+            if checkpoint is None:
+                raise SessionError("it ended among the drafts of a step, and no earlier state of it is kept.")
+            slot, self.held[name] = checkpoint.block_id, checkpoint
+        else:
+            # The slot may be in an entry behind these blocks: a window of drafts went on, or it was taken along.
+            slot = self._manager.accessed_slots(name, count)[0] if block_ids[self._pages] else NULL_SLOT
         if slot == NULL_SLOT:
             raise SessionError("the request was preempted as it ended.")
+        pages = block_ids[self._pages][: cdiv(count, self._block_size)]
         tokens = torch.tensor(request.all_token_ids[:count])
         self._planned.saves.append(
             Job(name, session, request.cache_salt, digest(tokens), count, slot, pages, 0, tokens)
@@ -208,6 +220,8 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             self._failed |= report.missed
         for name in connector_output.finished_sending or ():
             path = self._saving.pop(name)
+            if (checkpoint := self.held.pop(name, None)) is not None:
+                self._manager.block_pool.free_blocks([checkpoint])
             if path not in self._saving.values():
                 self._promises.pop(path).keep()
             self.counts["sessions_unsaved" if name in self._unsaved else "sessions_saved"] += 1

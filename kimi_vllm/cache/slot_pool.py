@@ -5,7 +5,12 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+    resolve_block_hashes,
+)
 from vllm.v1.request import Request
 
 from kimi_vllm.cache.arena import ArenaPool
@@ -201,6 +206,15 @@ class SlotPool:
     def longest(self, lineage: Lineage, limit: int) -> int:
         """Blocks of the longest prefix with a state, on the device or on the host, of at most `limit`; 0 for none."""
         return max(self.slots.longest(lineage, limit), self.host.longest(lineage, limit))
+
+    def hold_last(self, request: Request) -> tuple[int, KVCacheBlock | None]:
+        """The last of a request's boundaries with a state on the device: tokens before it, and its slot, referenced."""
+        hashes = resolve_block_hashes(request.block_hashes, self.hash_block_size, self.block_size)
+        num_blocks = self.slots.longest(hashes, min(len(hashes), request.num_tokens // self.block_size))
+        if not num_blocks or (slot := self.slots.find(hashes[num_blocks - 1])) is None:
+            return 0, None
+        self.slots.retain(slot)
+        return num_blocks * self.block_size, self.blocks[slot]
 
     def reset_prefix_cache(self) -> bool:
         """Forget every checkpoint. False, and nothing changed, while requests still hold slots."""

@@ -97,8 +97,11 @@ def test_what_is_saved_is_exact_and_what_is_loaded_goes_on(mode, memory, seed, t
     assert stopped
     assert counts["sessions_saved"] + counts["sessions_unsaved"] == 16
     assert counts["sessions_resumed"] >= 6  # others are in the prefix cache
-    if not server.worker.failing and not (mode in DRAFTING and DRAFTING[mode].asynchronous):
-        assert (counts["sessions_unsaved"], counts["sessions_missed"]) == (0, 0)
+    if not server.worker.failing:
+        # With drafts and steps in flight, an answer that ends where no boundary is kept may have no state.
+        beyond = mode in DRAFTING and DRAFTING[mode].asynchronous
+        assert counts["sessions_unsaved"] <= beyond * (2 if memory == "room" else 5), counts
+        assert beyond or not counts["sessions_missed"]
 
 
 @pytest.mark.parametrize("blocks", [7, 9])

@@ -104,13 +104,10 @@ def test_a_session_has_the_records_of_its_window(tmp_path):
     names = [f"d{number}" for number in range(len(prompts))]
     more = GRAPHS | {"speculative_config": ngram(3)}
     onward = save(tmp_path, prompts, names, **more)
-    # An answer that ends among the drafts of a step, with the next one in flight, has no state of its last token.
-    saved = [name for name in names if (tmp_path / f"{name}.session").exists()]
-    assert len(saved) >= 2
+    # An answer that ends among the drafts of a step, with the next one in flight, is saved up to a boundary.
     with engine(RECALL, **options(tmp_path, **more)) as running:
         done = ask(running, onward, names, "load")
-        assert counts(running)["sessions_resumed"] == len(saved)
-        assert [name for name, one in zip(names, done, strict=True) if one.cached] == saved
+        assert counts(running)["sessions_resumed"] == len(names)
         check_cold(running, done)
 
 

@@ -42,7 +42,7 @@ class SessionHashWorker(HashWorker):
         super().__init__(*args, **kwargs)
         self._sessions: dict[str, Saved] = {}
         self._loading: dict[str, tuple[Job, int]] = {}
-        self._writing: dict[str, tuple[Job, Saved | None, int]] = {}
+        self._writing: dict[str, tuple[Job, Saved, int]] = {}
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """Run a step; saves see what it leaves, and loads are put behind it."""
@@ -56,10 +56,9 @@ class SessionHashWorker(HashWorker):
         result.kv_connector_output = self._finished()
         return result
 
-    def _copy(self, job: Job) -> Saved | None:
+    def _copy(self, job: Job) -> Saved:
         assert job.tokens is not None
-        if job.count < self._bases[job.slot]:
-            return None  # a step that was in flight began behind drafts that the answer's end has cut off
+        assert job.count >= self._bases[job.slot], f"{job.name}: a step in flight has gone on from its slot"
         known, contents = states(job.tokens.tolist()), self.slot(job.slot)
         assert contents is not None, f"{job.name}: slot {job.slot} is in pieces"
         held = [state for page in job.pages for state in self.page(page)][: job.count]
@@ -74,7 +73,7 @@ class SessionHashWorker(HashWorker):
             if wait <= 0:
                 del self._writing[name]
                 output.finished_sending.add(name)
-                if saved is None or self.random.random() < self.failing:
+                if self.random.random() < self.failing:
                     unsaved.add(name)
                 else:
                     self._sessions[job.name] = saved
