@@ -43,10 +43,12 @@ class StatePool:
         self, layout: StateLayout, state_blocks: int, device: torch.device | str, num_host_blocks: int = 0
     ) -> None:
         self.layout, self.state_blocks, self.device = layout, state_blocks, torch.device(device)
-        self.host = torch.empty((num_host_blocks, layout.block_bytes), dtype=torch.uint8)
-        self._host_pages: dict[int, list[int]] = {}
         on_gpu = self.device.type != "cpu"
-        self._host_base = torch.empty(num_host_blocks // state_blocks, dtype=torch.int64, pin_memory=on_gpu)
+        # vLLM builds models where tensors are the device's unless they say so.
+        self.host = torch.empty((num_host_blocks, layout.block_bytes), dtype=torch.uint8, device="cpu")
+        self._host_pages: dict[int, list[int]] = {}
+        num_slots = num_host_blocks // state_blocks
+        self._host_base = torch.empty(num_slots, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         if on_gpu and num_host_blocks:
             pin_tensor(self.host)
             unpin = torch.cuda.cudart().cudaHostUnregister

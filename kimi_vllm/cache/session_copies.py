@@ -26,7 +26,7 @@ class Buffer:
 
     def __init__(self, size: int, device: torch.device) -> None:
         pinned = device.type != "cpu"
-        self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self._memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self._stream = torch.cuda.Stream(device) if pinned else None
 
     def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

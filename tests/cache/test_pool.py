@@ -63,6 +63,12 @@ def test_operations_are_done_in_their_order():
     assert [blocks[page].unique().tolist() for page in (8, 9, 10, 29)] == [[2.0], [0.0], [2.0], [1.0]]
 
 
+def test_host_memory_is_the_host_s_where_vllm_builds_a_model():
+    with torch.device("meta"):
+        pool = StatePool(LAYOUT, LAYOUT.blocks, "cpu", LAYOUT.blocks)
+    assert pool.host.device == pool._host_base.device == pool.memory.device == torch.device("cpu")
+
+
 def test_clearing_touches_its_blocks_only():
     pool, storage = bound()
     pool.clear([3, 29, 7])
