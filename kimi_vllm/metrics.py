@@ -33,7 +33,7 @@ _COUNTERS = {
     "hit_tokens": "Prompt tokens that were skipped because a request resumed from a checkpoint.",
     "miss_tokens": "Prompt tokens that were computed.",
     "evictions": "Checkpoints that were evicted to free their blocks.",
-    "page_evictions": "Cached pages that were given up to free their blocks, on the device or in host memory.",
+    "page_evictions": "Cached pages that were evicted to free their blocks; not those that went to host memory.",
     "value_lost": "Blocks of tokens to compute again, of all checkpoints that were given up.",
     "swaps_out": "States copied to host memory.",
     "swaps_in": "States copied back from host memory.",

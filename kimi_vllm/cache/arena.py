@@ -9,7 +9,8 @@ Every block but the null block is exactly one of
     state   one of the blocks of a slot
 
 All but pages and the states in use count as free, for all of it can be made clean: slots that hold nothing first, then
-loose pages, then kept states in the order of their `EvictionQueue`, each with the pages that only it needs.
+loose pages, then kept states in the order of their `EvictionQueue`, each with the pages that only it needs. With host
+memory all kept states go there first, and their pages follow, those that were kept first before others.
 
 Blocks in host memory have ids behind these. They are clean, a host slot's, or *spilled*: a page that a kept state
 needs, and that gave up its place on the device. vLLM finds it by its hash like any other, and it gets a block again
@@ -24,6 +25,7 @@ from typing import Any, Protocol, Self
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
     FreeKVCacheBlockQueue,
     KVCacheBlock,
     get_block_hash,
@@ -89,7 +91,7 @@ class ArenaPool(BlockPool):
     Attributes:
         states: The slots; set before the first request.
         page_group: Index of the cache group whose pages these are; likewise.
-        page_evictions: Cached pages that were lost for others' sake.
+        page_evictions: Cached pages on the device that were lost for others' sake.
     """
 
     states: States
@@ -136,6 +138,13 @@ class ArenaPool(BlockPool):
             kinds[block.block_id] = Kind.PAGE
             self._given.append(block.block_id)
         return blocks
+
+    def get_cached_block(self, block_hash: BlockHash, kv_cache_group_ids: list[int]) -> list[KVCacheBlock] | None:
+        """The cached page of each group, on the device if it is there too; None if one is not cached."""
+        found: list[KVCacheBlock] | None = super().get_cached_block(block_hash, kv_cache_group_ids)
+        if found is not None and any(block.block_id >= self.num_gpu_blocks for block in found):
+            return [min(self._copies(block.block_hash), key=lambda copy: copy.block_id) for block in found]
+        return found
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Add a reference to each cached page. Spilled ones have one until `load_pages`, which is next."""
@@ -242,16 +251,18 @@ class ArenaPool(BlockPool):
         spilled = [index for index, block in enumerate(table) if block.block_id >= self.num_gpu_blocks]
         if not spilled:
             return
-        blocks = self.get_new_blocks(len(spilled))
-        loaded = {block.block_id for block in blocks}
-        # They are not to be cleared, though one may have been handed out before in this very step.
-        self._given = [block_id for block_id in self._given if block_id not in loaded]
-        for index, block in zip(spilled, blocks, strict=True):
+        loaded: set[int] = set()
+        for index in spilled:
+            # One by one: each leaves a place in host memory for what the next one pushes out.
+            [block] = self.get_new_blocks(1)
+            loaded.add(block.block_id)
             page, table[index] = table[index], block
             page.ref_cnt = 0
             self.move_block_hashes(page, block)
             self.states.move_page(page.block_id, block.block_id)
             self.give_host([page.block_id])
+        # They are not to be cleared, though one may have been handed out before in this very step.
+        self._given = [block_id for block_id in self._given if block_id not in loaded]
 
     def cover(self, change: int, lineage: Lineage, start: int, stop: int) -> None:
         """Pages of a lineage are needed by a kept state from now on (`change` 1), or not any more (-1)."""
@@ -321,7 +332,6 @@ class ArenaPool(BlockPool):
                         self._move(block, Kind.LOOSE)
                     elif self._kinds[block.block_id] == Kind.SPILLED:
                         self._lose(block)
-                        self.page_evictions += 1
 
     def _make_clean(self, count: int) -> None:
         self._settle()
@@ -336,7 +346,7 @@ class ArenaPool(BlockPool):
             self._settle()
 
     def _spill(self) -> bool:
-        """Move the page that has been kept longest to host memory; False if there is none, or no room."""
+        """Move the kept page that is next to host memory; False if there is none, or no room."""
         if not self._host or not self._kept.num_free_blocks:
             return False
         block = self._kept.popleft()

@@ -50,7 +50,12 @@ class StatePool:
         num_slots = num_host_blocks // state_blocks
         self._host_base = torch.empty(num_slots, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         if on_gpu and num_host_blocks:
-            pin_tensor(self.host)
+            try:
+                pin_tensor(self.host)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"kimi.host_memory_gib: {self.host.nbytes} bytes cannot be pinned: {error}"
+                ) from error
             unpin = torch.cuda.cudart().cudaHostUnregister
             finalize(self, unpin, self.host.data_ptr()).atexit = False
         self.release()

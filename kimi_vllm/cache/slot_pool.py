@@ -60,7 +60,7 @@ class SlotPool:
         self.hash_block_size, self.block_size = hash_block_size, block_size
         self._eviction = eviction
         handles = [KVCacheBlock(slot, pool=self) for slot in range(num_slots + num_host_slots)]  # type: ignore[arg-type]
-        self.blocks, self.host_blocks = handles[:num_slots], handles[num_slots:]
+        self.blocks, self.host_handles = handles[:num_slots], handles[num_slots:]
         self.null_block = self.blocks[NULL_SLOT]
         self.null_block.is_null = True
         self.operations: list[Operation] = []
@@ -69,9 +69,9 @@ class SlotPool:
     def share(self, arena: ArenaPool) -> None:
         """Take blocks from this pool from now on."""
         # For a state that goes to host memory they stay, and follow when their place is needed.
-        frees_pages = not self.host_blocks
+        frees_pages = not self.host_handles
         self.slots = SlotAllocator(self.num_slots, self.state_blocks, arena, self._eviction, frees_pages=frees_pages)
-        self.host = HostTier(len(self.host_blocks), self.state_blocks, arena, self._eviction, arena.cover)
+        self.host = HostTier(len(self.host_handles), self.state_blocks, arena, self._eviction, arena.cover)
         self._arena = arena
         arena.states = self
 
@@ -200,7 +200,7 @@ class SlotPool:
         if (slot := self.slots.find(block_hash)) is not None:
             return [self.blocks[slot]]
         if (host_slot := self.host.find(block_hash)) is not None:
-            return [self.host_blocks[host_slot]]
+            return [self.host_handles[host_slot]]
         return None
 
     def longest(self, lineage: Lineage, limit: int) -> int:

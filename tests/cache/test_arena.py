@@ -1,6 +1,9 @@
 """One pool of blocks: what vLLM asks of it, what is reclaimed first, and random histories."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.arena import BLOCK, STATE, Request, Traffic
@@ -8,6 +11,7 @@ from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStor
 from vllm.v1.core.block_pool import BlockPool
 
 from kimi_vllm.cache.arena import ArenaPool, Kind
+from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 
 
 def test_pages_are_kept_with_the_state_that_needs_them_and_loose_without():
@@ -133,6 +137,43 @@ def test_a_block_that_is_loaded_is_not_cleared_for_whoever_had_it_in_the_same_st
     assert not {page.block_id for page in again.pages} & {*traffic.arena.take_new_pages()}
 
 
+def test_what_comes_back_leaves_its_place_to_what_it_pushes_out():
+    """Memory for one prompt here and one there: they change places, and nothing is lost."""
+    traffic = Traffic(STATE * 2 + 12, host=STATE * 2 + 12)
+    for _ in range(4):
+        for token in (1, 2):
+            request = traffic.start([token] * 48)
+            assert request is not None
+            traffic.check()
+            traffic.finish(request)
+    assert traffic.slots.host.value_lost == traffic.arena.page_evictions == 0
+    assert traffic.slots.counts["page_swaps_in"] > 40
+
+
+def test_the_state_of_a_hit_is_not_given_up_for_its_pages():
+    host = STATE + 2
+    spec = KDAStateSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, state_blocks=STATE, num_host_blocks=host
+    )
+    arena, tables = ArenaPool.like(BlockPool(21, True, BLOCK), 0, host), {"again": []}
+    manager = KDAStateManager(spec, arena, enable_caching=True, kv_cache_group_id=1, scheduler_block_size=BLOCK)
+    manager.share(arena, SimpleNamespace(kv_cache_group_id=0, req_to_blocks=tables))
+    traffic = Traffic(0, parts=(arena, manager.block_pool))
+    traffic.finish(traffic.start([1] * 8))
+    arena.free_blocks(arena.get_new_blocks(20))
+    assert arena.host_counts() == {"clean": 0, "state": 3, "page": 2}
+    traffic.finish(traffic.start([2] * 40))
+    arena.get_new_blocks(arena.counts()["clean"])
+    tables["again"] += traffic.pages([1] * 8)
+    arena.touch(tables["again"])
+    key = Request([1] * 8).block_hashes[-1]
+    [state] = manager.block_pool.get_cached_block(key, [1])
+    assert manager.block_pool.is_on_host(state)
+    manager.add_local_computed_blocks("again", [manager.block_pool.null_block, state], 8, 0)
+    assert manager.block_pool.slots.find(key) == manager.req_to_blocks["again"][-1].block_id
+    assert all(page.block_id < arena.num_gpu_blocks for page in tables["again"])
+
+
 def test_a_full_host_gives_up_the_state_that_saves_least_and_its_pages():
     traffic = Traffic(20, host=2 * STATE + 3)
     for tokens in ([1] * 8, [2] * 4):
@@ -158,6 +199,7 @@ def test_a_page_that_is_computed_again_is_kept_instead_of_the_spilled_one():
     assert traffic.kind([1] * 8) == [Kind.SPILLED] * 2
     other = traffic.start([1] * 8, cold=True)
     traffic.check()
+    assert traffic.kind([1] * 8) == [Kind.PAGE] * 2, "what is on the device is found first"
     traffic.finish(other)
     traffic.check()
     assert traffic.arena.host_counts()["page"] == 0

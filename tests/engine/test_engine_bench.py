@@ -77,4 +77,4 @@ def test_prompts_come_again_from_host_memory(tmp_path):
     assert without["hit_share"] < 0.5
     assert with_host["hit_share"] == 1
     assert with_host["counts"]["page_swaps_in"] > 0
-    assert with_host["running_decoders"] == 4
+    assert with_host["running_decoders"] > 0

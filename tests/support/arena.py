@@ -32,8 +32,8 @@ class Request(SimpleNamespace):
 class Traffic:
     """Requests on a pool: their pages and slots, as the managers would hold them."""
 
-    def __init__(self, num_blocks, **options):
-        self.arena, self.slots = make_pool(num_blocks, **options)
+    def __init__(self, num_blocks, parts=None, **options):
+        self.arena, self.slots = parts or make_pool(num_blocks, **options)
         self.running = []
 
     def start(self, tokens, publish=True, cold=False):

@@ -46,12 +46,12 @@ def _first(engine: BenchEngine, tokens: list[int]) -> tuple[float, int]:
     """Seconds until a request has its first token, and how many tokens it found in a cache."""
     started = time.perf_counter()
     name = engine.add_tokens(tokens, 2)
-    request = engine.scheduler.requests[name]
+    stats = engine.scheduler.requests[name].prefill_stats
     while True:
         now, got = engine.step()
         if name in got:
             engine.finish()
-            return now - started, max(0, request.num_cached_tokens)
+            return now - started, int(stats.num_cached_tokens)
 
 
 def _mean_ms(seconds: tuple[float, ...]) -> float:
