@@ -240,9 +240,9 @@ class ArenaPool(BlockPool):
             self._kinds[block_id] = Kind.STATE
         return ids
 
-    def give_host(self, ids: Iterable[int]) -> None:
-        """Take back blocks in host memory."""
-        for block_id in ids:
+    def give_host(self, ids: Sequence[int]) -> None:
+        """Take back blocks in host memory, to be handed out in this order: those of a slot stay side by side."""
+        for block_id in reversed(ids):
             self._kinds[block_id] = Kind.CLEAN
             self._host.append(block_id)
 

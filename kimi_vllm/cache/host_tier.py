@@ -4,7 +4,7 @@ Pure: host slots and blocks are integers, keys are opaque. No vLLM, no torch. `S
 what.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Protocol
 
 from kimi_vllm.cache.checkpoints import CheckpointIndex, Cover
@@ -18,7 +18,7 @@ class HostBlocks(Protocol):
     def take_host(self, count: int) -> list[int] | None:
         """So many blocks for a slot; None if there are fewer."""
 
-    def give_host(self, ids: Iterable[int]) -> None:
+    def give_host(self, ids: Sequence[int]) -> None:
         """Take them back."""
 
 

@@ -1,6 +1,6 @@
 """All states of one worker, in the memory of vLLM's KV cache."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from weakref import finalize
 
 import torch
@@ -129,9 +129,10 @@ class StatePool:
             if isinstance(source, int) and isinstance(target, list):
                 (given if source < self.num_slots else self._host_pages)[source] = target
                 continue
-            self._give(given)
-            given = {}
             if isinstance(source, int) and isinstance(target, int):
+                if source in given or target in given:
+                    self._give(given)
+                    given = {}
                 self._copy(source, target)
             elif isinstance(source, list) and isinstance(target, list):
                 for one, other in zip(source, target, strict=True):
@@ -163,13 +164,22 @@ class StatePool:
             state = self.memory[self.blocks(source)]
         else:
             state = torch.empty((self.layout.blocks, self.layout.block_bytes), dtype=torch.uint8, device=self.device)
-            for part, block in zip(state, self._host_pages[source], strict=False):  # another stage's state may be more
-                part.copy_(self.block(block), non_blocking=True)
+            for part, rows in self._on_host(source):
+                state[part].copy_(self.host[rows], non_blocking=True)
         if target < self.num_slots:
             self.memory[self.blocks(target)] = state
         else:
-            for part, block in zip(state, self._host_pages[target], strict=False):
-                self.block(block).copy_(part, non_blocking=True)
+            for part, rows in self._on_host(target):
+                self.host[rows].copy_(state[part], non_blocking=True)
+
+    def _on_host(self, slot: int) -> Iterator[tuple[slice, slice]]:
+        """Where a host slot's state lies: parts of it that are side by side, and their rows of `host`."""
+        rows = [block - len(self.memory) for block in self._host_pages[slot][: self.layout.blocks]]
+        first = 0
+        for last in range(1, len(rows) + 1):
+            if last == len(rows) or rows[last] != rows[last - 1] + 1:
+                yield slice(first, last), slice(rows[first], rows[first] + last - first)
+                first = last
 
     def block(self, block: int) -> Tensor:
         """A block on the device or in host memory."""

@@ -40,7 +40,8 @@ def test_states_lie_in_the_memory_of_the_view():
         assert torch.equal(found[1], ring)
 
 
-def test_operations_are_done_in_their_order():
+@pytest.mark.parametrize("places", ["side by side", "backwards", "in pieces"])
+def test_operations_are_done_in_their_order(places):
     pool, storage = bound(num_host_blocks=2 * LAYOUT.blocks + 3)
     P, S = LAYOUT.blocks, pool.num_slots
     low, high = list(range(1, 1 + P)), list(range(20, 20 + P))
@@ -49,7 +50,9 @@ def test_operations_are_done_in_their_order():
     pool.layers[1].store(1, state, ring)
     pool.base[1] = 77
     # Out to the host, its blocks to another slot, and back into that one's place in memory.
-    on_host = [B + block for block in range(2, 2 + P)][::-1]
+    on_host = [B + block for block in range(2, 2 + P)]
+    if places != "side by side":
+        on_host = on_host[::-1] if places == "backwards" else [*on_host[2:], *on_host[:2]]
     pool.apply([(S + 1, on_host), (1, S + 1), (3, low), (2, high), (S + 1, 2), (2, 3)])
     for slot in (2, 3):
         assert torch.equal(pool.layers[1].load(slot)[0], state)
