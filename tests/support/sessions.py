@@ -79,6 +79,7 @@ def save(
     """Save sessions in an engine of their own, and return prompts that go on where they ended."""
     with engine(checkpoint, **options(folder, **more)) as running:
         done = ask(running, prompts, names, "save", salt=salt)
+        assert counts(running)["sessions_saved"] == len(names), counts(running)
     tail = random.Random(8)
     return [one.prompt + one.tokens + [tail.randrange(3, 100) for _ in range(tail.choice((1, 2, 70)))] for one in done]
 
