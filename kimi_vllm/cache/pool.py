@@ -161,13 +161,13 @@ class StatePool:
             kept[after : after + 1].copy_(base[before : before + 1], non_blocking=True)
         # Gathered on the device, where which blocks these are is known; host memory is copied from and to as it lies.
         if source < self.num_slots:
-            state = self.memory[self.blocks(source)]
+            state = self.gather(self.blocks(source), self.layout.block_bytes)
         else:
             state = torch.empty((self.layout.blocks, self.layout.block_bytes), dtype=torch.uint8, device=self.device)
             for part, rows in self._on_host(source):
                 state[part].copy_(self.host[rows], non_blocking=True)
         if target < self.num_slots:
-            self.memory[self.blocks(target)] = state
+            self.scatter(self.blocks(target), state)
         else:
             for part, rows in self._on_host(target):
                 self.host[rows].copy_(state[part], non_blocking=True)
