@@ -57,7 +57,7 @@ class StatePool:
                     f"kimi.host_memory_gib: {self.host.nbytes} bytes cannot be pinned: {error}"
                 ) from error
             unpin = torch.cuda.cudart().cudaHostUnregister
-            finalize(self, unpin, self.host.data_ptr()).atexit = False
+            finalize(self, unpin, self.host.data_ptr())
         self.release()
 
     @property

@@ -114,7 +114,7 @@ def forgotten(manager, original):
     ("method", "change", "message"),
     [
         ("get_num_blocks_to_allocate", hits_at_once, "is another prefix's|lags by"),
-        ("remove_skipped_blocks", dropped_too_early, "write slot . at once"),
+        ("remove_skipped_blocks", dropped_too_early, "write slot . at once|reads slot"),
         ("pop_blocks_for_free", forgotten, "slots are held"),
     ],
 )
