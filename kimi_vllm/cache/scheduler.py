@@ -154,6 +154,8 @@ class _StateScheduling:
             ended = self._quarantine(sick, scheduler_output, model_runner_output)
         while self._steps and self._steps.popleft()[0] is not scheduler_output:
             pass  # a step without a result
+        if isinstance(self.connector, SessionConnector):
+            self.connector.see(scheduler_output, model_runner_output, self.requests)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )

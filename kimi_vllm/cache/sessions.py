@@ -11,6 +11,7 @@ computes the prompt; a save that fails leaves no file. Either is told in the res
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         self._promises: dict[Path, Promise] = {}
         # Of these, who is saved from a checkpoint, to its slot.
         self.held: dict[str, KVCacheBlock] = {}
+        self._sampled: dict[str, int] = {}
         # Requests whose sessions are being loaded, to their files.
         self._loading: dict[str, Path] = {}
         # Since when requests wait for another process to write a session, and what was last found of it.
@@ -183,8 +185,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         name, session = request.request_id, check_name(_asked(request, "save"))
         # Drafts may have counted beyond an answer's end: nobody folds their records.
         count = min(request.num_computed_tokens, request.num_tokens)
-        behind = request.num_computed_tokens - request.num_in_flight_tokens
-        if request.num_in_flight_tokens and behind > count:
+        if request.num_in_flight_tokens and self._sampled.get(name, 0) - 1 > count:
             # A step in flight has read the state, folded them all, and will write over it.
             count, checkpoint = self._manager.block_pool.hold_last(request)
             if checkpoint is None:
@@ -236,6 +237,15 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             reason = self._failed.pop(name, "it could not be loaded.")
             if failed and name in self._matched:  # and not aborted meanwhile
                 self._missed[name] = reason
+
+    def see(self, scheduler_output: Any, model_runner_output: Any, requests: Mapping[str, Any]) -> None:
+        """Note how many tokens requests have with all that a step with drafts yields, those after an end too."""
+        sampled, index = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
+        self._sampled = {
+            name: requests[name].num_tokens + len(sampled[index[name]])
+            for name in scheduler_output.scheduled_spec_decode_tokens
+            if name in requests
+        }
 
     def rest(self) -> None:
         """Sleep where a step has nothing to do: no request runs, and some wait for another process.
