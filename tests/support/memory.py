@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from kimi_vllm.cache.arena import Kind
 
 
@@ -38,6 +40,9 @@ class Watch:
             owned = self.owned()
             gone = sorted(self._owned - owned)
             self._owned = owned
+            if any(block >= len(engine.pool.memory) for block in gone) and engine.pool.device.type != "cpu":
+                # The processor writes to host memory at once, and the device may not have copied it yet.
+                torch.accelerator.synchronize()
             for block in gone:
                 engine.pool.block(block).fill_(0xFF)  # NaN in every floating point format
             self.spoiled += len(gone)
