@@ -45,6 +45,10 @@ _COUNTERS = {
     "sessions_saved": "Sessions that were saved.",
     "sessions_unsaved": "Sessions that could not be saved.",
     "sessions_deleted": "Sessions that were deleted to stay within `session_gib`.",
+    "prefixes_loaded": "Requests that went on from a saved prefix that they did not name.",
+    "prefixes_saved": "Prefixes that were saved without being named.",
+    "prefixes_failed": "Prefixes that could not be saved, or not be loaded.",
+    "prefixes_skipped": "Prefixes that were not saved because others were being written.",
     "steps_without_drafts": "Steps that went without drafts because few had been accepted.",
     "quarantined": "Requests whose state became NaN or infinite.",
 }

@@ -61,6 +61,13 @@ class KimiOptions(BaseModel):
         description="The most that sessions may take in `session_dir`, in GiB. After each save the least recently used "
         "are deleted until they do. 0 is no limit.",
     )
+    session_prefix_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Also keep [prefixes of requests that name no session](sessions.md#automatic-prefixes) in "
+        "`session_dir`: save one that has N tokens more than those on disk, load one that has N more than memory. "
+        "Needs `session_gib` and prefix caching. 0 keeps named sessions only.",
+    )
     on_nonfinite: Literal["abort", "resume"] = Field(
         default="abort",
         description="What happens to a request whose state becomes NaN or infinite: `abort` ends it with an error, "

@@ -219,6 +219,15 @@ REFUSALS = (
         "Set that, or drop this.",
     ),
     Refusal(
+        "kimi.session_prefix_tokens",
+        lambda config: (
+            KimiOptions.of(config).session_prefix_tokens
+            and not (KimiOptions.of(config).session_gib and config.cache_config.enable_prefix_caching)
+        ),
+        "it saves prefixes that are cached, and without a limit they fill the disk.",
+        "Set kimi.session_gib and --enable-prefix-caching, or drop it.",
+    ),
+    Refusal(
         "--kv-offloading-size",
         _set("cache_config.kv_offloading_size", None),
         "vLLM's connector offloads KV cache pages only, not KDA states.",

@@ -16,7 +16,10 @@ from tempfile import NamedTemporaryFile
 from typing import IO
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
-_FILE = re.compile(rf"(?P<name>{_NAME})(@(?P<tenant>[0-9a-f]{{32}}))?(~(?P<rank>\d+)of(?P<ranks>\d+))?\.session")
+_PREFIX = r"\+[0-9a-f]{16}-[1-9][0-9]{0,8}"
+_FILE = re.compile(
+    rf"(?P<name>{_NAME}|{_PREFIX})(@(?P<tenant>[0-9a-f]{{32}}))?(~(?P<rank>\d+)of(?P<ranks>\d+))?\.session"
+)
 _SCRATCH = ".kimi-vllm-", ".part"
 _PROMISE, _TRIES = ".promise", 5
 
@@ -27,7 +30,7 @@ class SessionError(Exception):
 
 @dataclass(slots=True)
 class Session:
-    """The files that ranks have saved under one name.
+    """The files that ranks have saved under one name, which a request gave, or `prefix_name`.
 
     Attributes:
         name, tenant: Which session; `salted` of a cache salt, or empty.
@@ -49,6 +52,11 @@ class Session:
         """Whether every rank has its file."""
         return len(self.files) == self.ranks
 
+    @property
+    def is_prefix(self) -> bool:
+        """Whether nobody has asked for it by name."""
+        return self.name.startswith("+")
+
     def delete(self) -> None:
         """Delete its files; who reads one of them right now reads it to its end."""
         for path in self.files.values():
@@ -66,6 +74,16 @@ def check_name(name: object) -> str:
     return name
 
 
+def prefix_name(digest: str, count: int) -> str:
+    """The name of a prefix of so many tokens that is saved without a name; no request can give it."""
+    return f"+{digest[:16]}-{count}"
+
+
+def is_prefix_name(name: str) -> bool:
+    """Whether `prefix_name` makes such names."""
+    return bool(re.fullmatch(_PREFIX, name))
+
+
 def salted(salt: str | None) -> str:
     """What stands for a cache salt in names and fingerprints; empty for none."""
     return hashlib.sha256(salt.encode()).hexdigest()[:32] if salt else ""
@@ -78,7 +96,7 @@ def file_of(folder: Path, name: str, salt: str | None, rank: int, ranks: int) ->
 
 
 def sessions(folder: Path) -> list[Session]:
-    """All sessions, the least recently used first.
+    """All sessions, those first that nobody has named, of either kind the least recently used.
 
     Raises:
         OSError: The folder cannot be read.
@@ -95,11 +113,11 @@ def sessions(folder: Path) -> list[Session]:
                 session.files[int(match["rank"] or 0)] = Path(entry.path)
                 session.size += stat.st_size
                 session.used = max(session.used, stat.st_mtime)
-    return sorted(found.values(), key=lambda session: session.used)
+    return sorted(found.values(), key=lambda session: (not session.is_prefix, session.used))
 
 
 def trim(folder: Path, most: int) -> list[Session]:
-    """Delete sessions that are larger than so many bytes, then the least recently used until all take no more.
+    """Delete sessions that are larger than so many bytes, then the first of `sessions` until all take no more.
 
     Returns:
         The sessions that were deleted.
@@ -107,7 +125,7 @@ def trim(folder: Path, most: int) -> list[Session]:
     Raises:
         OSError: The folder cannot be read or written.
     """
-    kept = sorted(sessions(folder), key=lambda session: (session.size <= most, session.used))
+    kept = sorted(sessions(folder), key=lambda session: session.size <= most)
     total, deleted = sum(session.size for session in kept), []
     for session in kept:
         if total <= most:

@@ -2,7 +2,8 @@
 
 A connector of our own, because vLLM's take the ids of every cache group for blocks, and know nothing of slots. A
 request says what it wants in ``kv_transfer_params``: ``{"save": NAME}``, ``{"load": NAME}``, or both. What is saved is
-after all computed tokens, wherever in a block they end, and who loads it computes the tokens that follow.
+after all computed tokens, wherever in a block they end, and who loads it computes the tokens that follow. With
+`session_prefix_tokens`, requests that name nothing save and load prefixes, at boundaries with a checkpoint.
 
 This is the scheduler's half, with what vLLM's factory makes for both; the workers' is `session_worker.py`. Files are
 read and written in threads, and the blocks concerned are held meanwhile. A load that fails is reported to vLLM, which
@@ -12,6 +13,7 @@ computes the prompt; a save that fails leaves no file. Either is told in the res
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
+from kimi_vllm.cache.prefix_files import PrefixFiles, prefix_tokens
+from kimi_vllm.cache.prefix_policy import PrefixPolicy
 from kimi_vllm.cache.session_files import digest, read_tokens
 from kimi_vllm.cache.session_folder import (
     Promise,
@@ -53,7 +57,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
     """Both halves; vLLM makes one for the scheduler and one for each worker.
 
     Attributes:
-        counts: In the scheduler: sessions_resumed, _missed, _saved, _unsaved and _deleted so far.
+        counts: In the scheduler: sessions_resumed, _missed, _saved, _unsaved and _deleted so far, and `PrefixPolicy`'s.
         held: Checkpoints that are referenced because they are being written, by request.
     """
 
@@ -88,10 +92,12 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         self._awaited: dict[Path, tuple[float, bool]] = {}
         self._unsaved: set[str] = set()
         self.counts: Counter[str] = Counter()
+        files = PrefixFiles(self._folder, self._size, _engine(vllm_config))
+        self._prefixes = PrefixPolicy(files, options.session_prefix_tokens, self.counts)
         if role == KVConnectorRole.SCHEDULER:
             if removed := remove_scratch(self._folder):
                 logger.info("%d sessions were being saved when their process was killed: removed.", removed)
-            self._trim()
+            self._tidy()
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """Learn who knows where states are."""
@@ -107,24 +113,19 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens more than the prefix cache a session has; None while some process is writing it."""
         asked = _asked(request, "load")
-        if asked is None or request.request_id in self._missed:
+        if request.request_id in self._missed:
             return 0, False
+        if asked is None:
+            return self._find_prefix(request, num_computed_tokens)
         try:
             _refuse(request)
             if request.skip_reading_prefix_cache:
                 raise SessionError("the request reads no cached prefix, as with prompt_logprobs.")
-            paths = self._ranks(asked, request)
+            paths = self._ranks(check_name(asked), request)
             if self._awaits(paths, request.request_id):
                 return None, False
             path = paths[0]
-            if (tokens := self._matched.get(request.request_id)) is None:
-                tokens = read_tokens(path)
-                count = len(tokens)
-                if not count or request.all_token_ids[:count] != tokens:
-                    raise SessionError("its tokens are no prefix of the prompt.")
-                if count >= request.num_tokens:
-                    raise SessionError("its tokens are the whole prompt: the next token comes of one more.")
-                self._matched[request.request_id] = tokens
+            tokens = self._match(path, request)
         except SessionError as error:
             self._missed[request.request_id] = str(error)
             self.counts["sessions_missed"] += 1
@@ -137,12 +138,13 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         """Plan a load into the blocks that were allocated for it."""
         if not num_external_tokens:
             return
-        asked, tokens = str(_asked(request, "load")), self._matched[request.request_id]
+        name, tokens = request.request_id, self._matched[request.request_id]
+        asked = self._prefixes.found(name) or str(_asked(request, "load"))
         ids, first = blocks.get_block_ids(), (len(tokens) - num_external_tokens) // self._block_size
-        self._loading[request.request_id] = self._file(asked, request)
+        self._loading[name] = self._ranks(asked, request)[0]
         self._planned.loads.append(
             Job(
-                request.request_id,
+                name,
                 asked,
                 request.cache_salt,
                 digest(torch.tensor(tokens)),
@@ -164,7 +166,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         name, told, errors = request.request_id, dict[str, Any](), list[str]()
         self._matched.pop(name, None)
         self._waiting.pop(name, None)
-        if (missed := self._missed.pop(name, None)) is not None:
+        if (missed := self._missed.pop(name, None)) is not None and _asked(request, "load") is not None:
             errors.append(f"Session {_shown(request, 'load')}: {missed} The prompt was computed.")
         if unknown := sorted({*(request.kv_transfer_params or ())} - {"load", "save"}):
             errors.append(f"kv_transfer_params: {', '.join(unknown)} is not known; load and save are.")
@@ -176,6 +178,10 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
                 self.counts["sessions_unsaved"] += 1
                 errors.append(f"Session {_shown(request, 'save')}: {error} It is not saved.")
                 logger.warning("%s", errors[-1])
+        elif request.status in _ENDED and block_ids[self._pages]:
+            saves = self._plan_prefix(request, block_ids)
+        if name not in self._loading:
+            self._prefixes.ended(name)
         if errors:
             told["error"] = " ".join(errors)
         return saves, told or None
@@ -187,26 +193,42 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         count = min(request.num_computed_tokens, request.num_tokens)
         if request.num_in_flight_tokens and self._sampled.get(name, 0) - 1 > count:
             # A step in flight has read the state, folded them all, and will write over it.
-            count, checkpoint = self._manager.block_pool.hold_last(request)
-            if checkpoint is None:
+            count = self._manager.block_pool.last_kept(request, request.num_tokens)
+            if not count:
                 raise SessionError("it ended among the drafts of a step, and no earlier state of it is kept.")
-            slot, self.held[name] = checkpoint.block_id, checkpoint
+            checkpoint = self.held[name] = self._manager.block_pool.hold_kept(request, count)
+            slot = checkpoint.block_id
         else:
             # The slot may be in an entry behind these blocks: a window of drafts went on, or it was taken along.
             slot = self._manager.accessed_slots(name, count)[0] if block_ids[self._pages] else NULL_SLOT
         if slot == NULL_SLOT:
             raise SessionError("the request was preempted as it ended.")
-        pages = block_ids[self._pages][: cdiv(count, self._block_size)]
-        tokens = torch.tensor(request.all_token_ids[:count])
-        self._planned.saves.append(
-            Job(name, session, request.cache_salt, digest(tokens), count, slot, pages, 0, tokens)
-        )
-        path = self._saving[name] = self._file(session, request)
-        if path in self._promises:
-            self._promises[path].renew()
+        paths = self._save(request, session, count, slot, block_ids)
+        if paths[0] in self._promises:
+            self._promises[paths[0]].renew()
         else:
-            self._promises[path] = Promise(self._ranks(session, request))
+            self._promises[paths[0]] = Promise(paths)
         return {"save": session, "tokens": count}
+
+    def _save(self, request: Any, name: str, count: int, slot: int, block_ids: tuple[list[int], ...]) -> list[Path]:
+        pages, tokens = block_ids[self._pages][: cdiv(count, self._block_size)], request.all_token_ids[:count]
+        values = torch.tensor(tokens)
+        self._planned.saves.append(
+            Job(request.request_id, name, request.cache_salt, digest(values), count, slot, pages, 0, values)
+        )
+        paths = self._ranks(name, request)
+        self._saving[request.request_id] = paths[0]
+        return paths
+
+    def _plan_prefix(self, request: Any, block_ids: tuple[list[int], ...]) -> bool:
+        pool = self._manager.block_pool
+        chosen = self._prefixes.choose(request, partial(pool.last_kept, request))
+        if chosen is None:
+            return False
+        name, count = chosen
+        checkpoint = self.held[request.request_id] = pool.hold_kept(request, count)
+        self._save(request, name, count, checkpoint.block_id, block_ids)
+        return True
 
     def build_connector_meta(self, scheduler_output: Any) -> Jobs:
         """What was planned since the last step."""
@@ -223,19 +245,28 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
             path = self._saving.pop(name)
             if (checkpoint := self.held.pop(name, None)) is not None:
                 self._manager.block_pool.free_blocks([checkpoint])
+            failed = name in self._unsaved
+            self._unsaved.discard(name)
+            if self._prefixes.leaves(name):
+                self._prefixes.saved(name, failed=failed)
+                continue
             if path not in self._saving.values():
                 self._promises.pop(path).keep()
-            self.counts["sessions_unsaved" if name in self._unsaved else "sessions_saved"] += 1
-            self._unsaved.discard(name)
+            self.counts["sessions_unsaved" if failed else "sessions_saved"] += 1
         if connector_output.finished_sending and self._most:
-            self._writer.submit(self._trim)
+            self._writer.submit(self._tidy)
         for name in connector_output.finished_recving or ():
             failed, path = name in connector_output.failed_recving, self._loading.pop(name)
             if not failed:
                 mark_used(path)
-            self.counts["sessions_missed" if failed else "sessions_resumed"] += 1
+            if self._prefixes.found(name) is not None:
+                self._prefixes.loaded(name, failed=failed)
+            else:
+                self.counts["sessions_missed" if failed else "sessions_resumed"] += 1
             reason = self._failed.pop(name, "it could not be loaded.")
-            if failed and name in self._matched:  # and not aborted meanwhile
+            if name not in self._matched:  # aborted meanwhile
+                self._prefixes.ended(name)
+            elif failed:
                 self._missed[name] = reason
 
     def see(self, scheduler_output: Any, model_runner_output: Any, requests: Mapping[str, Any]) -> None:
@@ -261,12 +292,13 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         for promise in self._promises.values():
             promise.keep()
 
-    def _trim(self) -> None:
-        """Keep to the limit, in a thread once requests run."""
+    def _tidy(self) -> None:
+        """Keep to the limit, and see which prefixes there are; in a thread once requests run."""
         if not self._most:
             return
         try:
             deleted = trim(self._folder, self._most)
+            self._prefixes.look()
         except OSError as error:
             logger.warning("Sessions beyond kimi.session_gib cannot be deleted: %s.", error)
             return
@@ -289,12 +321,42 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         self._awaited[path] = asked, found
         return now - self._waiting.setdefault(name, now) < _PATIENCE_S
 
-    def _file(self, asked: object, request: Any) -> Path:
-        return self._ranks(asked, request)[0]
+    def _match(self, path: Path, request: Any) -> list[int]:
+        """The tokens of a file, if they are the beginning of a request's."""
+        if (tokens := self._matched.get(request.request_id)) is None:
+            tokens = read_tokens(path)
+            count = len(tokens)
+            if not count or request.all_token_ids[:count] != tokens:
+                raise SessionError("its tokens are no prefix of the prompt.")
+            if count >= request.num_tokens:
+                raise SessionError("its tokens are the whole prompt: the next token comes of one more.")
+            self._matched[request.request_id] = tokens
+        return tokens
 
-    def _ranks(self, asked: object, request: Any) -> list[Path]:
-        session = check_name(asked)
-        return [file_of(self._folder, session, request.cache_salt, rank, self._size) for rank in range(self._size)]
+    def _find_prefix(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """How many tokens more than the prefix cache a file has that the request has not named."""
+        if self._prefixes.due():
+            self._writer.submit(self._tidy)
+        if (prefix := self._prefixes.find(request, num_computed_tokens)) is None:
+            return 0, False
+        try:
+            self._match(self._ranks(prefix, request)[0], request)
+        except SessionError as error:  # deleted meanwhile, most likely
+            self._prefixes.loaded(request.request_id, failed=True)
+            self._missed[request.request_id] = str(error)
+            logger.warning("Session %s: %s The prompt is computed.", prefix, error)
+            return 0, False
+        return prefix_tokens(prefix) - num_computed_tokens, True
+
+    def _ranks(self, name: str, request: Any) -> list[Path]:
+        return [file_of(self._folder, name, request.cache_salt, rank, self._size) for rank in range(self._size)]
+
+
+def _engine(vllm_config: Any) -> str:
+    """What must be equal in engines that share prefixes, and is known without the model."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parts = (model.model, model.revision, model.dtype, model.quantization, cache.cache_dtype, cache.block_size)
+    return " ".join(map(str, (*parts, KimiOptions.of(vllm_config).state_dtype, vllm_config.num_speculative_tokens)))
 
 
 def _refuse(request: Any) -> None:

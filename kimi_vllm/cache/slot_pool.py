@@ -207,14 +207,21 @@ class SlotPool:
         """Blocks of the longest prefix with a state, on the device or on the host, of at most `limit`; 0 for none."""
         return max(self.slots.longest(lineage, limit), self.host.longest(lineage, limit))
 
-    def hold_last(self, request: Request) -> tuple[int, KVCacheBlock | None]:
-        """The last of a request's boundaries with a state on the device: tokens before it, and its slot, referenced."""
-        hashes = resolve_block_hashes(request.block_hashes, self.hash_block_size, self.block_size)
-        num_blocks = self.slots.longest(hashes, min(len(hashes), request.num_tokens // self.block_size))
-        if not num_blocks or (slot := self.slots.find(hashes[num_blocks - 1])) is None:
-            return 0, None
+    def last_kept(self, request: Request, most: int) -> int:
+        """Tokens before the last of a request's boundaries with a state on the device, of at most so many; 0: none."""
+        hashes = self._hashes(request)
+        limit = min(len(hashes), max(0, most) // self.block_size)
+        return self.slots.longest(hashes, limit) * self.block_size
+
+    def hold_kept(self, request: Request, count: int) -> KVCacheBlock:
+        """The slot with the state that `last_kept` found, referenced."""
+        slot = self.slots.find(self._hashes(request)[count // self.block_size - 1])
+        assert slot is not None
         self.slots.retain(slot)
-        return num_blocks * self.block_size, self.blocks[slot]
+        return self.blocks[slot]
+
+    def _hashes(self, request: Request) -> Any:
+        return resolve_block_hashes(request.block_hashes, self.hash_block_size, self.block_size)
 
     def reset_prefix_cache(self) -> bool:
         """Forget every checkpoint. False, and nothing changed, while requests still hold slots."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kimi_vllm.cache.session_folder import Session, SessionError, check_name, sessions
+from kimi_vllm.cache.session_folder import Session, SessionError, check_name, is_prefix_name, sessions
 
 app = typer.Typer(no_args_is_help=True, help="List, show and delete the sessions that a server has saved.")
 
@@ -45,7 +45,7 @@ _SHOWN = 8
 
 @app.command("list")
 def list_(folder: Folder, as_json: AsJson = False) -> None:
-    """List sessions, the least recently used first: `kimi.session_gib` deletes from the top."""
+    """List sessions in the order in which `kimi.session_gib` deletes them: prefixes, then names, each by last use."""
     found = [_described(session) for session in sessions(folder)]
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -93,7 +93,8 @@ def delete(name: Name, folder: Folder, tenant: Tenant = "") -> None:
 def _named(folder: Path, name: str, tenant: str) -> list[Session]:
     """The sessions of a name and one tenant, of engines of any number of ranks."""
     try:
-        check_name(name)
+        if not is_prefix_name(name):
+            check_name(name)
         named = [session for session in sessions(folder) if session.name == name]
         found = [one for one in named if (one.tenant.startswith(tenant) if tenant else not one.tenant)]
         if len({session.tenant for session in found}) > 1:

@@ -13,15 +13,16 @@ from support.session_worker import SessionHashWorker
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from kimi_vllm.cache import prefix_policy
 from kimi_vllm.cache.window import window_of
 from kimi_vllm.config_hook import _keep_sessions
 from serve.bench.cache import replay
 
 
-def server_of(mode, memory, folder, seed=0):
+def server_of(mode, memory, folder, seed=0, **kimi):
     """A server that keeps sessions."""
     config = copy.copy(_configuration(mode, memory, "abort"))
-    config.additional_config = {"kimi": config.additional_config["kimi"] | {"session_dir": str(folder)}}
+    config.additional_config = {"kimi": config.additional_config["kimi"] | {"session_dir": str(folder)} | kimi}
     _keep_sessions(config)
     server = Server(memory, config, Drafter(mode.drafts, seed))
     worker = SessionHashWorker(
@@ -135,3 +136,37 @@ def test_a_preempted_request_loads_again_and_shows_where_its_state_is(mode, bloc
     assert server.answers["second"] == answer(text, 9)
     assert server.scheduler.connector.counts["sessions_resumed"] == 2
     assert shown == {"moved": 1}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("memory", ["room", "blocks", "few-blocks", "host-pages"])
+@pytest.mark.parametrize("mode", MODES | DRAFTING)
+def test_prefixes_that_nobody_named_are_exact_too(mode, memory, seed, tmp_path, monkeypatch):
+    """Questions about documents, and chats that go on; then the same from a server that has only the files."""
+    monkeypatch.setattr(prefix_policy, "_REST_S", 0)
+    random = Random(seed)
+    documents = [[random.randrange(3, 90) for _ in range(length)] for length in (64, 130, 200)]
+    asked = [
+        documents[number % 3] + [random.randrange(3, 90) for _ in range(random.choice([1, 30, 90]))]
+        for number in range(15)
+    ]
+    kept, loaded = {}, 0
+    for life in range(2):
+        server = server_of((MODES | DRAFTING)[mode], memory, tmp_path, seed, session_prefix_tokens=64, session_gib=1)
+        server.worker.failing = 0.2 * seed
+        server.worker.sessions = kept
+        for first in range(0, len(asked), 5):
+            for number, prompt in enumerate(asked[first : first + 5], first):
+                ask(server, f"{life}-{number}", prompt, 9 + number)
+            run(server)
+            for number, prompt in enumerate(asked[first : first + 5], first):
+                assert server.answers[f"{life}-{number}"] == answer(prompt, 9 + number)
+                if not life:
+                    asked[number] = prompt + answer(prompt, 9 + number) + [7, 8, 9]
+        server.check_idle()
+        counts = server.scheduler.connector.counts
+        server.scheduler.connector.shutdown()
+        assert not server.scheduler.connector.held
+        loaded = counts["prefixes_loaded"]
+    if memory != "few-blocks" and not server.worker.failing:  # where hardly a state outlives its request
+        assert loaded >= 3, counts

@@ -43,6 +43,25 @@ def test_a_session_goes_on_in_another_engine(how, runner, saved, monkeypatch, re
         check_cold(running, done)
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_prompts_begin_with_prefixes_that_nobody_named(drafts, tmp_path):
+    kimi = {"session_prefix_tokens": 64, "session_gib": 1}
+    more = GRAPHS | ({"speculative_config": ngram(drafts)} if drafts else {})
+    documents = random_prompts([64, 127, 128, 129, 200, 300], 100, seed=3)
+    nothing = [parameters(20)] * len(documents)
+    with engine(RECALL, **options(tmp_path, kimi=kimi, **more)) as running:
+        for document in documents:  # one by one, as two prefixes are written at a time
+            complete(running, [[*document, 3, 4, 5]], nothing[:1])
+        assert counts(running)["prefixes_saved"] == len(documents)
+    with engine(RECALL, **options(tmp_path, kimi=kimi, **more)) as running:
+        outputs = complete(running, [[*document, 5, 6] for document in documents], nothing)
+        done = [completion(output) for output in outputs]
+        assert [one.cached for one in done] == [len(document) // 64 * 64 for document in documents]
+        assert counts(running)["prefixes_loaded"] == len(documents)
+        assert counts(running)["prefixes_failed"] == 0
+        check_cold(running, done)
+
+
 def test_a_session_that_stopped_with_a_step_in_flight(tmp_path):
     """That step has computed the token that stopped it, and is copied from behind it."""
     with engine(RECALL, **options(tmp_path, **GRAPHS)) as running:

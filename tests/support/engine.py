@@ -61,7 +61,8 @@ class Engine(common.Engine):
         )
         inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
-        while self.scheduler.deferred_frees:  # with a connector, blocks that a step in flight writes come back after it
+        # With a connector, blocks come back when they are saved, and when a step in flight has written them.
+        while self.scheduler.requests or self.scheduler.deferred_frees:
             self.llm.llm_engine.step()
         self.check_idle()
         return [completion(output) for output in outputs]

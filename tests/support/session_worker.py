@@ -32,6 +32,7 @@ class SessionHashWorker(HashWorker):
         folder: Where the scheduler looks for files.
         random: Decides how many steps a copy takes, and which fail.
         failing: The share of loads and saves that fail.
+        sessions: By name, what was saved.
     """
 
     folder: Path
@@ -40,7 +41,7 @@ class SessionHashWorker(HashWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sessions: dict[str, Saved] = {}
+        self.sessions: dict[str, Saved] = {}
         self._loading: dict[str, tuple[Job, int]] = {}
         self._writing: dict[str, tuple[Job, Saved, int]] = {}
 
@@ -76,7 +77,7 @@ class SessionHashWorker(HashWorker):
                 if self.random.random() < self.failing:
                     unsaved.add(name)
                 else:
-                    self._sessions[job.name] = saved
+                    self.sessions[job.name] = saved
                     write_parts(file_of(self.folder, job.name, None, 0, 1), {TOKENS: job.tokens}, {})
         for name, (job, wait) in list(self._loading.items()):
             self._loading[name] = job, wait - 1
@@ -91,7 +92,7 @@ class SessionHashWorker(HashWorker):
         return output
 
     def _put(self, job: Job) -> None:
-        saved = self._sessions[job.name]
+        saved = self.sessions[job.name]
         self._store(job.slot, saved.contents, saved.base)
         # Drafts behind the end are in its last page.
         self._tried[job.request_id] = {state for page in saved.pages for state in page}

@@ -6,6 +6,7 @@ keeps nothing of a working set that is larger than memory.
 
 import itertools
 import time
+from collections import Counter
 from typing import Any
 
 from serve.bench.engine.beside import beside
@@ -14,6 +15,7 @@ from serve.bench.engine.plan import Plan
 from serve.bench.engine.step_clock import summary_ms
 
 COUNTS = ("swaps_out", "swaps_in", "page_swaps_out", "page_swaps_in", "value_lost")
+COUNTS += ("prefixes_saved", "prefixes_loaded", "prefixes_failed", "prefixes_skipped")
 
 
 def again(engine: BenchEngine, plan: Plan, count: int, prompt: int) -> dict[str, Any]:
@@ -25,12 +27,15 @@ def again(engine: BenchEngine, plan: Plan, count: int, prompt: int) -> dict[str,
     block = engine.facts["block_size"]
     reusable = sum((len(tokens) - 1) // block * block for tokens in prompts)
     _first(engine, engine.tokens(prompt))  # what a first prompt of this length waits for
+    while engine.scheduler.requests:  # whose prefix is being saved
+        engine.step()
     assert engine.scheduler.reset_prefix_cache()
     before, _ = zip(*(_first(engine, tokens) for tokens in prompts), strict=True)
     after, hits = zip(*(_first(engine, tokens) for tokens in prompts), strict=True)
     around = itertools.cycle(prompts)
     next_to = beside(engine, plan, lambda: engine.add_tokens(next(around), 1))
-    counts = engine.scheduler._states.block_pool.counts if hasattr(engine.scheduler, "_states") else {}
+    counts = engine.scheduler._states.block_pool.counts if hasattr(engine.scheduler, "_states") else Counter()
+    counts = counts + getattr(engine.scheduler.connector, "counts", Counter())
     return {
         "context": "real",
         "computed": summary_ms(before),

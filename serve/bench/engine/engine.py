@@ -79,6 +79,7 @@ class BenchEngine(Engine):
             "additional_config": str(self.config.additional_config),
             "host_gib": KimiOptions.of(self.config).host_memory_gib,
             "session_dir": bool(KimiOptions.of(self.config).session_dir),
+            "session_prefix_tokens": KimiOptions.of(self.config).session_prefix_tokens,
         }
         self.seen_steps: list[tuple[str, float]] = []
         self._names = itertools.count()

@@ -56,7 +56,8 @@ def points(engine: BenchEngine, plan: Plan, *, cuda: bool) -> Iterator[Point]:
             yield "resume", {"prompt": prompt}, lambda p=prompt: resume(engine, plan, p)
     if "again" in plan.measurements and engine.config.cache_config.enable_prefix_caching:
         for count, prompt in plan.repeated:
-            case = {"prompts": count, "prompt": prompt, "host_gib": engine.facts["host_gib"]}
+            behind = {"host_gib": engine.facts["host_gib"], "disk": bool(engine.facts["session_prefix_tokens"])}
+            case = {"prompts": count, "prompt": prompt} | behind
             yield "again", case, lambda c=count, p=prompt: again(engine, plan, c, p)
     if "drafts" in plan.measurements:
         for requests in plan.draft_requests:

@@ -145,11 +145,21 @@ def _resume_table(rows: Sequence[Row]) -> ResultTable:
 
 
 def _again_table(rows: Sequence[Row]) -> ResultTable:
-    columns = ["prompts", "host memory, GiB", "computed, ms", "again, ms", "hits", "ITL beside hits", "alone, ms"]
+    columns = [
+        "prompts",
+        "host memory, GiB",
+        "disk",
+        "computed, ms",
+        "again, ms",
+        "hits",
+        "ITL beside hits",
+        "alone, ms",
+    ]
     cells = [
         [
             f"{row['provider']}, {row['case']['prompts']} of {tokens(row['case']['prompt'])}",
             f"{row['case']['host_gib']:g}",
+            "yes" if row["case"].get("disk") else "no",
             *(f"{row['mean_ms'][name]:.1f}" for name in ("computed", "again")),
             f"{100 * row['hit_share']:.0f} %",
             *(f"{row['mean_ms'][name]:.3f}" for name in ("itl_beside_loads", "itl_undisturbed")),
