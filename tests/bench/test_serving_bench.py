@@ -88,6 +88,15 @@ def test_latency_of_a_token_counts_from_the_same_requests_last():
     assert sorted(clock.inter_token_latencies(["a", "b"])) == [1.0, 2.0]
 
 
+def test_what_happens_between_two_runs_is_nobodys_latency():
+    steps = iter([(1.0, {"a": 1}), (2.0, {"a": 1}), (60.0, {"a": 1}), (63.0, {"a": 1})])
+    clock = StepClock()
+    clock.run(lambda: next(steps), count=2, deadline=99)
+    clock.pause()
+    clock.run(lambda: next(steps), count=2, deadline=99)
+    assert clock.inter_token_latencies(["a"]) == clock.intervals() == [1.0, 3.0]
+
+
 def test_plan_travels_as_json():
     assert Plan.model_validate_json(LARGE.model_dump_json()) == LARGE
     assert LARGE.model_len == 1048576

@@ -20,6 +20,7 @@ def beside(engine: BenchEngine, plan: Plan, ask: Callable[[], str]) -> dict[str,
     clocks = {"itl_undisturbed": StepClock(), "itl_beside_loads": StepClock()}
     for _ in range(TIMES):  # by turns, for the host is not always as fast
         for what, clock in clocks.items():
+            clock.pause()
             name = ask() if what == "itl_beside_loads" else ""
             clock.run(engine.step, plan.steps, deadline)
             while name in engine.held and time.perf_counter() < deadline:

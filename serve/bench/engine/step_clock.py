@@ -29,7 +29,7 @@ def summary_ms(seconds: Sequence[float]) -> dict[str, float]:
 class StepClock:
     """Arrivals of tokens, step by step."""
 
-    # time in seconds, and tokens by request, of every step that brought any
+    # time in seconds, and tokens by request, of every step that brought any; none of either where it was paused
     arrivals: list[tuple[float, dict[str, int]]] = field(default_factory=list)
 
     def run(self, step: Callable[[], tuple[float, dict[str, int]]], count: int, deadline: float) -> None:
@@ -42,14 +42,20 @@ class StepClock:
             if now > deadline:
                 return
 
+    def pause(self) -> None:
+        """What passes from now to the next step is not counted: others run meanwhile."""
+        self.arrivals.append((math.nan, {}))
+
     def intervals(self) -> list[float]:
         """Seconds between successive steps with tokens."""
-        return [later - earlier for (earlier, _), (later, _) in pairwise(self.arrivals)]
+        return [later - earlier for (earlier, one), (later, other) in pairwise(self.arrivals) if one and other]
 
     def inter_token_latencies(self, requests: Iterable[str]) -> list[float]:
         """Seconds between successive tokens of the same request, for all of these requests."""
-        watched, last, found = set(requests), {}, []
+        watched, last, found = set(requests), dict[str, float](), list[float]()
         for now, tokens in self.arrivals:
+            if not tokens:
+                last = {}
             for request in watched & tokens.keys():
                 if request in last:
                     found.append(now - last[request])
