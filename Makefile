@@ -2,7 +2,7 @@
 PORT ?= 8000
 # Processes that run tests. A file's tests stay together, so that an engine is started once for them.
 JOBS ?= 2
-PYTEST := .venv/bin/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --durations 15
 VENV := .venv/.installed
 
 .DEFAULT_GOAL := help
