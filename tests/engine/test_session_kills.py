@@ -17,7 +17,7 @@ from kimi_vllm.cache.session_folder import sessions
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 KILLS = int(os.environ.get("KIMI_TEST_KILLS", "4"))
-CHATS = 12
+CHATS = 24
 
 ENGINE = """
 import json, random, sys
@@ -27,18 +27,22 @@ from support.sessions import complete, counts, options, parameters
 if __name__ == "__main__":
     folder, seed, texts = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
     rng = random.Random(seed)
-    kimi = {"session_gib": 0.05} if seed % 2 else {}
+    kimi = {"session_gib": 0.05, "session_prefix_tokens": 64 * (seed % 3 > 0)} if seed % 2 else {}
     with engine(RECALL, **options(folder, enable_prefix_caching=bool(seed % 3), kimi=kimi)) as running:
         print(json.dumps({"ready": True}), flush=True)
         while True:
-            chats = rng.sample(sorted(texts), 6)
+            chats = rng.sample(sorted(texts), 12)
             for chat in chats:
                 texts[chat] = texts[chat][-600:] if len(texts[chat]) < 600 else []
                 texts[chat] += [rng.randrange(3, 100) for _ in range(rng.choice([1, 2, 65, 130]))]
-            sampling = [parameters(rng.choice([1, 7, 40]), load=chat, save=chat) for chat in chats]
+            # Where prefixes without a name are kept, some have none.
+            names = [{"load": chat, "save": chat} if rng.random() < 0.5 or not kimi else {} for chat in chats]
+            lengths = [rng.choice([1, 7, 40]) for _ in chats]
+            sampling = [parameters(length, **named) for length, named in zip(lengths, names, strict=True)]
             done = [completion(output) for output in complete(running, [texts[chat] for chat in chats], sampling)]
-            for chat, one in zip(chats, done, strict=True):
-                [cold] = running.complete([one.prompt], max_tokens=len(one.tokens), skip_reading_prefix_cache=True)
+            sampling = [parameters(length, cold=True) for length in lengths]
+            plain = complete(running, [one.prompt for one in done], sampling)
+            for chat, one, cold in zip(chats, done, map(completion, plain), strict=True):
                 check_equal(one, cold)
                 texts[chat] += one.tokens
                 print(json.dumps({"chat": chat, "text": texts[chat], "cached": one.cached}), flush=True)

@@ -20,7 +20,11 @@ def options(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def parameters(
-    max_tokens: int = ANSWER, stop: int | None = None, prompt_logprobs: int | None = None, **wanted: Any
+    max_tokens: int = ANSWER,
+    stop: int | None = None,
+    prompt_logprobs: int | None = None,
+    cold: bool | None = None,
+    **wanted: Any,
 ) -> Any:
     """Greedy, up to a token that stops it or to the last; `wanted` is what is saved and loaded."""
     from vllm import SamplingParams
@@ -32,6 +36,7 @@ def parameters(
         stop_token_ids=None if stop is None else [stop],
         logprobs=0,
         prompt_logprobs=prompt_logprobs,
+        skip_reading_prefix_cache=cold,
         detokenize=False,
         extra_args={"kv_transfer_params": wanted},
     )
