@@ -48,7 +48,7 @@ _COUNTERS = {
     "prefixes_loaded": "Requests that went on from a saved prefix that they did not name.",
     "prefixes_saved": "Prefixes that were saved without being named.",
     "prefixes_failed": "Prefixes that could not be saved, or not be loaded.",
-    "prefixes_skipped": "Prefixes that were not saved because others were being written.",
+    "prefixes_skipped": "Prefixes that were not saved: others were being written, or one could not be a minute ago.",
     "steps_without_drafts": "Steps that went without drafts because few had been accepted.",
     "quarantined": "Requests whose state became NaN or infinite.",
 }

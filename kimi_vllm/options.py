@@ -1,5 +1,6 @@
 """The plugin's options: ``--additional-config '{"kimi": {...}}'`` as a validated, immutable object."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -59,7 +60,7 @@ class KimiOptions(BaseModel):
         default=0,
         ge=0,
         description="The most that sessions may take in `session_dir`, in GiB. After each save the least recently used "
-        "are deleted until they do. 0 is no limit.",
+        "are deleted until they do, those without a name first. 0 is no limit.",
     )
     session_prefix_tokens: int = Field(
         default=0,
@@ -130,6 +131,5 @@ class KimiOptions(BaseModel):
             if name not in cls.model_fields:
                 raise OptionsError(f"kimi.{name}: no such option. Known: {', '.join(cls.model_fields)}.") from None
             requirement = error["msg"].replace("Input should be", "must be")
-            raise OptionsError(
-                f"kimi.{name}={error['input']!r}: {requirement}. {cls.model_fields[name].description}"
-            ) from None
+            described = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", str(cls.model_fields[name].description))
+            raise OptionsError(f"kimi.{name}={error['input']!r}: {requirement}. {described}") from None

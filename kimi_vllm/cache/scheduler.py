@@ -342,8 +342,10 @@ class _StateScheduling:
         found = []
         for name, preemptions in sick.items():
             request = self.requests.get(name)
+            if request is None or request.is_finished():  # what has ended is only being saved
+                continue
             # vLLM delivers what a preempted request has in flight, unless `drop_stale_output` is set.
-            if request is not None and (request.num_preemptions == preemptions or not request.drop_stale_output):
+            if request.num_preemptions == preemptions or not request.drop_stale_output:
                 found.append(request)
         return found
 

@@ -163,9 +163,9 @@ def read(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
-    if not path.is_file():
-        raise SessionError("there is no such file.")
     try:
+        if not path.is_file():
+            raise SessionError("there is no such file.")
         with path.open("rb") as file:
             yield file
     except OSError as error:

@@ -38,6 +38,7 @@ class Session:
         files: By rank.
         size: Bytes of all files.
         used: When it was last saved or loaded, in seconds since the epoch.
+        inodes: Of its files; a session that is saved again has others.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Session:
     files: dict[int, Path] = field(default_factory=dict)
     size: int = 0
     used: float = 0.0
+    inodes: set[int] = field(default_factory=set)
 
     @property
     def whole(self) -> bool:
@@ -112,20 +114,24 @@ def sessions(folder: Path) -> list[Session]:
                 session = found.setdefault((name, tenant, ranks), Session(name, tenant, ranks))
                 session.files[int(match["rank"] or 0)] = Path(entry.path)
                 session.size += stat.st_size
+                session.inodes.add(stat.st_ino)
                 session.used = max(session.used, stat.st_mtime)
     return sorted(found.values(), key=lambda session: (not session.is_prefix, session.used))
 
 
-def trim(folder: Path, most: int) -> list[Session]:
+def trim(found: Sequence[Session], most: int) -> list[Session]:
     """Delete sessions that are larger than so many bytes, then the first of `sessions` until all take no more.
+
+    Args:
+        found: All that there are, from `sessions`.
 
     Returns:
         The sessions that were deleted.
 
     Raises:
-        OSError: The folder cannot be read or written.
+        OSError: The folder cannot be written.
     """
-    kept = sorted(sessions(folder), key=lambda session: session.size <= most)
+    kept = sorted(found, key=lambda session: session.size <= most)
     total, deleted = sum(session.size for session in kept), []
     for session in kept:
         if total <= most:

@@ -13,6 +13,7 @@ computes the prompt; a save that fails leaves no file. Either is told in the res
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -28,19 +30,22 @@ from vllm.v1.request import RequestStatus
 from kimi_vllm.cache.manager import KDAStateManager, KDAStateSpec
 from kimi_vllm.cache.prefix_files import PrefixFiles, prefix_tokens
 from kimi_vllm.cache.prefix_policy import PrefixPolicy
-from kimi_vllm.cache.session_files import digest, read_tokens
+from kimi_vllm.cache.session_files import digest, read_header, read_tokens
 from kimi_vllm.cache.session_folder import (
     Promise,
+    Session,
     SessionError,
     check_name,
     file_of,
     mark_used,
     promised,
     remove_scratch,
+    sessions,
     trim,
 )
 from kimi_vllm.cache.session_worker import Job, Jobs, Report, SessionWorker
 from kimi_vllm.cache.slots import NULL_SLOT
+from kimi_vllm.geometry import geometry_of
 from kimi_vllm.options import KimiOptions
 
 logger = init_logger("vllm.kimi_vllm")
@@ -91,13 +96,15 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         self._waiting: dict[str, float] = {}
         self._awaited: dict[Path, tuple[float, bool]] = {}
         self._unsaved: set[str] = set()
+        self._tidying: Future[None] = Future()
         self.counts: Counter[str] = Counter()
-        files = PrefixFiles(self._folder, self._size, _engine(vllm_config))
+        files = PrefixFiles(self._size, _engine(vllm_config))
         self._prefixes = PrefixPolicy(files, options.session_prefix_tokens, self.counts)
         if role == KVConnectorRole.SCHEDULER:
             if removed := remove_scratch(self._folder):
                 logger.info("%d sessions were being saved when their process was killed: removed.", removed)
             self._tidy()
+            self._tidying.set_result(None)
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """Learn who knows where states are."""
@@ -193,7 +200,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         count = min(request.num_computed_tokens, request.num_tokens)
         if request.num_in_flight_tokens and self._sampled.get(name, 0) - 1 > count:
             # A step in flight has read the state, folded them all, and will write over it.
-            count = self._manager.block_pool.last_kept(request, request.num_tokens)
+            count = self._manager.block_pool.last_kept(request, count)
             if not count:
                 raise SessionError("it ended among the drafts of a step, and no earlier state of it is kept.")
             checkpoint = self.held[name] = self._manager.block_pool.hold_kept(request, count)
@@ -254,7 +261,7 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
                 self._promises.pop(path).keep()
             self.counts["sessions_unsaved" if failed else "sessions_saved"] += 1
         if connector_output.finished_sending and self._most:
-            self._writer.submit(self._tidy)
+            self._tidy_soon()
         for name in connector_output.finished_recving or ():
             failed, path = name in connector_output.failed_recving, self._loading.pop(name)
             if not failed:
@@ -292,19 +299,26 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
         for promise in self._promises.values():
             promise.keep()
 
+    def _tidy_soon(self) -> None:
+        """Have a thread do it, unless it is about to."""
+        if self._tidying.running() or self._tidying.done():
+            self._tidying = self._writer.submit(self._tidy)
+
     def _tidy(self) -> None:
         """Keep to the limit, and see which prefixes there are; in a thread once requests run."""
         if not self._most:
             return
+        found, deleted = list[Session](), list[Session]()
         try:
-            deleted = trim(self._folder, self._most)
-            self._prefixes.look()
-        except OSError as error:
-            logger.warning("Sessions beyond kimi.session_gib cannot be deleted: %s.", error)
-            return
+            found = sessions(self._folder)
+            deleted = trim(found, self._most)
+        except OSError as error:  # of a folder that is read only, all the same what is there can be read
+            logger.warning("kimi.session_dir cannot be kept within kimi.session_gib: %s.", error)
+        if self._prefixes.look(found, deleted):
+            logger.warning("Prefixes without a name are deleted as soon as they are saved. Increase kimi.session_gib.")
         self.counts["sessions_deleted"] += len(deleted)
         for session in deleted:
-            logger.info("Session %s is deleted: all of them take more than kimi.session_gib.", session.name)
+            logger.info("Session %s is deleted: the folder exceeds kimi.session_gib.", session.name)
 
     def _awaits(self, paths: list[Path], name: str) -> bool:
         """Whether a request waits for a session: one that is being written here, or for a while by another process."""
@@ -324,26 +338,34 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
     def _match(self, path: Path, request: Any) -> list[int]:
         """The tokens of a file, if they are the beginning of a request's."""
         if (tokens := self._matched.get(request.request_id)) is None:
+            # Not more than that are read, whatever a file says of itself.
+            if not 0 < read_header(path).num_tokens <= request.num_tokens:
+                raise SessionError("its tokens are no prefix of the prompt.")
             tokens = read_tokens(path)
             count = len(tokens)
-            if not count or request.all_token_ids[:count] != tokens:
+            if request.all_token_ids[:count] != tokens:
                 raise SessionError("its tokens are no prefix of the prompt.")
             if count >= request.num_tokens:
                 raise SessionError("its tokens are the whole prompt: the next token comes of one more.")
             self._matched[request.request_id] = tokens
         return tokens
 
-    def _find_prefix(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens more than the prefix cache a file has that the request has not named."""
+    def _find_prefix(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """As `get_num_new_matched_tokens`, of a file that the request has not named; None while another loads it."""
         if self._prefixes.due():
-            self._writer.submit(self._tidy)
+            self._tidy_soon()
         if (prefix := self._prefixes.find(request, num_computed_tokens)) is None:
             return 0, False
+        path = self._ranks(prefix, request)[0]
+        if path in self._loading.values():
+            return None, False  # then it is in memory
         try:
-            self._match(self._ranks(prefix, request)[0], request)
+            if len(self._match(path, request)) != prefix_tokens(prefix):
+                raise SessionError("it has not as many tokens as its name says.")
         except SessionError as error:  # deleted meanwhile, most likely
             self._prefixes.loaded(request.request_id, failed=True)
             self._missed[request.request_id] = str(error)
+            self._matched.pop(request.request_id, None)
             logger.warning("Session %s: %s The prompt is computed.", prefix, error)
             return 0, False
         return prefix_tokens(prefix) - num_computed_tokens, True
@@ -355,8 +377,9 @@ class SessionConnector(SessionWorker, KVConnectorBase_V1, SupportsHMA):
 def _engine(vllm_config: Any) -> str:
     """What must be equal in engines that share prefixes, and is known without the model."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    parts = (model.model, model.revision, model.dtype, model.quantization, cache.cache_dtype, cache.block_size)
-    return " ".join(map(str, (*parts, KimiOptions.of(vllm_config).state_dtype, vllm_config.num_speculative_tokens)))
+    of_model = model.model, model.revision, model.dtype, model.quantization, geometry_of(model).to_dict()
+    of_cache = cache.cache_dtype, cache.block_size, KimiOptions.of(vllm_config).state_dtype
+    return repr((of_model, of_cache, vllm_config.num_speculative_tokens, current_platform.device_type))
 
 
 def _refuse(request: Any) -> None:

@@ -1,6 +1,7 @@
 """The commands `kimi-vllm sessions list`, `show` and `delete`: what is in a folder of sessions."""
 
 import json
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from kimi_vllm.cache.session_folder import Session, SessionError, check_name, is_prefix_name, sessions
 
@@ -39,6 +40,8 @@ Tenant = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
+_WIDE = 240
+"""Columns where nobody sees the output."""
 _SHOWN = 8
 """Hexadecimal digits of a tenant in a table."""
 
@@ -50,19 +53,22 @@ def list_(folder: Folder, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    table = Table("name", "tenant", "tokens", "MiB", "ranks", "last used", "state")
+    name = Column(
+        "name", min_width=max([4, *(len(one["name"]) for one in found)])
+    )  # `show` and `delete` need all of it
+    table = Table(name, "tenant", "tokens", "MiB", "ranks", "last used", "state")
     for one in found:
         tokens = "?" if one["tokens"] is None else f"{one['tokens']:,}"
         size = f"{one['bytes'] / 2**20:,.1f}"
         table.add_row(
             one["name"], one["tenant"][:_SHOWN], tokens, size, str(one["ranks"]), one["used"], escape(one["state"])
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
 @app.command()
 def show(name: Name, folder: Folder, tenant: Tenant = "", as_json: AsJson = False) -> None:
-    """Show what a session is of: its tokens, files and fingerprint.
+    """Show a session's tokens, files and fingerprint.
 
     Exit status: 1 if there is no such session.
     """

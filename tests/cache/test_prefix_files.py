@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from kimi_vllm.cache import prefix_policy
-from kimi_vllm.cache.prefix_files import PrefixFiles, prefix_tokens
+from kimi_vllm.cache.prefix_files import PrefixFiles
 from kimi_vllm.cache.prefix_policy import PrefixPolicy
 from kimi_vllm.cache.session_folder import SessionError, check_name, file_of, is_prefix_name, salted, sessions
 
@@ -18,31 +18,32 @@ def put(folder, name, salt=None, ranks=1, missing=()):
 
 
 def files_of(folder, ranks=1, engine="a"):
-    files = PrefixFiles(folder, ranks, engine)
-    files.look()
+    files = PrefixFiles(ranks, engine)
+    files.look(sessions(folder))
     return files
 
 
 def name_of(tokens, engine="a"):
-    return PrefixFiles(None, 1, engine).longest(tokens, len(tokens), "")[1]
+    return PrefixFiles(1, engine).named(tokens, [len(tokens)])[len(tokens)]
+
+
+def longest(files, tokens, tenant=""):
+    there = files.there(tokens, tenant, 1, len(tokens))
+    return there[max(there)] if there else None
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_longest_that_is_there_is_found(seed, tmp_path):
+def test_what_is_there_is_found(seed, tmp_path):
     random = Random(seed)
     texts = [[random.randrange(2) for _ in range(40)] for _ in range(6)]
     there = {tuple(text[: random.randrange(1, 40)]) for text in texts for _ in range(3)}
     for tokens in there:
         put(tmp_path, name_of(tokens))
     for text in texts:
-        most = random.randrange(1, 41)
-        known = max(
-            (len(tokens) for tokens in there if len(tokens) <= most and tokens == tuple(text[: len(tokens)])), default=0
-        )
-        found, name = files_of(tmp_path).longest(text, most, "")
-        assert prefix_tokens(found) == known
-        assert found == (name_of(text[:known]) if known else None)
-        assert name == name_of(text[:most])
+        least, most = sorted([random.randrange(1, 41), random.randrange(1, 41)])
+        found = files_of(tmp_path).there(text, "", least, most)
+        known = {count: name_of(text[:count]) for count in range(least, most + 1) if tuple(text[:count]) in there}
+        assert found == known
 
 
 def test_others_files_are_not_found(tmp_path):
@@ -54,23 +55,31 @@ def test_others_files_are_not_found(tmp_path):
     put(tmp_path, name_of(tokens, engine="b"))
     put(tmp_path, name, ranks=2)
     put(tmp_path, name_of(tokens[:60]), ranks=3, missing=[1])
-    assert files_of(tmp_path).longest(tokens, 70, "")[0] is None
-    assert files_of(tmp_path).longest(tokens, 70, salted("x"))[0] == name
-    assert files_of(tmp_path, ranks=2).longest(tokens, 70, "")[0] == name
-    assert files_of(tmp_path, ranks=3).longest(tokens, 70, "")[0] is None
-    assert files_of(tmp_path, engine="b").longest(tokens, 70, "")[0] == name_of(tokens, engine="b")
+    assert longest(files_of(tmp_path), tokens) is None
+    assert longest(files_of(tmp_path), tokens, salted("x")) == name
+    assert longest(files_of(tmp_path, ranks=2), tokens) == name
+    assert longest(files_of(tmp_path, ranks=3), tokens) is None
+    assert longest(files_of(tmp_path, engine="b"), tokens) == name_of(tokens, engine="b")
 
 
-def test_what_is_added_and_forgotten(tmp_path):
-    files, tokens = files_of(tmp_path), [1, 2, 3]
+def test_what_cannot_be_read_is_not_found_until_it_is_replaced(tmp_path):
+    tokens = [1, 2, 3]
+    put(tmp_path, name_of(tokens))
+    files = files_of(tmp_path)
+    files.forget(name_of(tokens), "")
+    for _ in range(2):
+        assert longest(files, tokens) is None
+        files.look(sessions(tmp_path))
+    # By another process, under another name first.
+    put(tmp_path, "new")
+    (tmp_path / "new.session").rename(file_of(tmp_path, name_of(tokens), None, 0, 1))
+    files.look(sessions(tmp_path))
+    assert longest(files, tokens) == name_of(tokens)
     files.forget(name_of(tokens), "")
     files.add(name_of(tokens), "")
-    assert files.longest(tokens, 3, "")[0] == name_of(tokens)
-    files.forget(name_of(tokens), "")
-    assert files.longest(tokens, 3, "")[0] is None
-    files.add(name_of(tokens), "")
-    files.look()
-    assert files.longest(tokens, 3, "")[0] is None
+    assert longest(files, tokens) == name_of(tokens)
+    files.look([])
+    assert longest(files, tokens) is None
 
 
 def test_no_request_can_name_one():
@@ -101,6 +110,9 @@ def clock(monkeypatch):
     return clock
 
 
+TEXT = list(range(300))
+
+
 def request(name, tokens, junction=0, prompt=None, **more):
     values = {"cache_salt": None, "prompt_embeds": None, "resumable": False, "skip_reading_prefix_cache": False}
     values |= {
@@ -121,7 +133,24 @@ def chosen(policy, request, *kept):
     return None if choice is None else choice[1]
 
 
-TEXT = list(range(300))
+def test_of_a_token_that_was_not_computed_nothing_is_saved(tmp_path, clock):
+    """The last one was sampled; another request, whose prompt goes on from it, has a state there."""
+    assert chosen(policy_of(tmp_path), request("a", TEXT[:128], prompt=70), 64, 128) == 64
+
+
+def test_what_is_deleted_as_soon_as_it_is_saved_is_not_saved_for_a_while(tmp_path, clock):
+    policy = policy_of(tmp_path)
+    for name, deleted, warned in (("a", False, False), ("b", True, True)):
+        asked = request(name, [*TEXT[:64], *name.encode(), *TEXT])
+        assert chosen(policy, asked, 128) == 128
+        policy.saved(name, failed=False)
+        put(tmp_path, name_of(asked.all_token_ids[:128]))
+        assert policy.look(sessions(tmp_path), sessions(tmp_path)[:1] if deleted else []) == warned
+        for path in tmp_path.iterdir():
+            path.unlink()
+    assert chosen(policy, request("c", TEXT), 64) is None
+    clock.now = 61
+    assert chosen(policy, request("c", TEXT), 64) == 64
 
 
 def test_what_was_found_in_the_cache_is_saved_before_anything_else(tmp_path, clock):
@@ -184,7 +213,7 @@ def test_after_a_failure_none_is_saved_for_a_while(tmp_path, clock):
     assert chosen(policy, request("b", TEXT), 64) is None
     clock.now = 61
     assert chosen(policy, request("b", TEXT), 64) == 64
-    assert policy._counts == {"prefixes_failed": 1}
+    assert policy._counts == {"prefixes_failed": 1, "prefixes_skipped": 1}
 
 
 def test_one_is_loaded_where_it_spares_enough(tmp_path, clock):
@@ -219,6 +248,6 @@ def test_the_folder_is_looked_at_now_and_then(tmp_path, clock):
     clock.now = 31
     put(tmp_path, name_of(TEXT[:128]))
     assert policy.due()
-    policy.look()
+    policy.look(sessions(tmp_path), ())
     assert policy.find(request("a", TEXT), 0) == name_of(TEXT[:128])
     assert not policy_of(tmp_path, least=0).due()

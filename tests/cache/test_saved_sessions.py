@@ -1,19 +1,25 @@
 """Sessions under vLLM's scheduler, with a worker of hashes: steps in flight, drafts, stops, preemptions, failures."""
 
 import copy
+import errno
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from support.arrivals import BLOCK
 from support.drafter import Drafter
 from support.hashes import answer
 from support.schedules import DRAFTING, MODES, Server, _configuration
+from support.session_files import write_parts
 from support.session_worker import SessionHashWorker
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from kimi_vllm.cache import prefix_policy
+from kimi_vllm.cache.session_files import TOKENS
+from kimi_vllm.cache.session_folder import Session
 from kimi_vllm.cache.window import window_of
 from kimi_vllm.config_hook import _keep_sessions
 from serve.bench.cache import replay
@@ -170,3 +176,98 @@ def test_prefixes_that_nobody_named_are_exact_too(mode, memory, seed, tmp_path, 
         loaded = counts["prefixes_loaded"]
     if memory != "few-blocks" and not server.worker.failing:  # where hardly a state outlives its request
         assert loaded >= 3, counts
+
+
+def left_over(server):
+    """What the scheduler's half still has of requests."""
+    connector = server.scheduler.connector
+    policy = connector._prefixes
+    return [*connector.held, *connector._matched, *connector._missed, *policy._hits, *policy._found, *policy._leaving]
+
+
+@pytest.mark.parametrize("mode", MODES | DRAFTING)
+def test_of_a_token_that_was_only_sampled_no_page_is_saved(mode, tmp_path):
+    """Another request, whose prompt goes on from it, has published a state behind it."""
+    server = server_of((MODES | DRAFTING)[mode], "room", tmp_path, session_prefix_tokens=100, session_gib=1)
+    text = [3 + 7 * i % 80 for i in range(70)]
+    ask(server, "next", [*text, *answer(text, 58), 5, 6, 7], 200)
+    for _ in range(6):
+        server.turn()
+    ask(server, "again", text, 58)  # ends at 128 tokens, of which the worker has computed 127
+    run(server)
+    assert server.answers["again"] == answer(text, 58)
+    assert left_over(server) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_loads_a_prefix_for_all_that_begin_with_it(mode, tmp_path):
+    text = [3 + 7 * i % 80 for i in range(150)]
+    kept = {}
+    for life in range(2):
+        server = server_of(MODES[mode], "room", tmp_path, session_prefix_tokens=64, session_gib=1)
+        server.worker.sessions = kept
+        for number in range(4 * life + 1):
+            ask(server, str(number), [*text, 5 + number], 5)
+        run(server)
+        for number in range(4 * life + 1):
+            assert server.answers[str(number)] == answer([*text, 5 + number], 5)
+        assert left_over(server) == []
+    assert server.scheduler.connector.counts["prefixes_loaded"] == 1
+    assert server.seen["hits"] == 5
+
+
+@pytest.mark.parametrize("tokens", [0, 100, 200, "unreadable", "gone"])
+def test_a_file_that_is_not_what_its_name_says_is_computed(tokens, tmp_path, monkeypatch):
+    """And not looked at again until it is replaced, which the request does."""
+    text = [3 + 7 * i % 80 for i in range(300)]
+    mode = MODES["step-by-step"]
+    server = server_of(mode, "room", tmp_path, session_prefix_tokens=100, session_gib=1)
+    ask(server, "first", text[:130], 2)
+    run(server)
+    server.scheduler.connector.shutdown()
+    [path] = tmp_path.iterdir()
+    if isinstance(tokens, int):
+        write_parts(path, {TOKENS: torch.tensor(text[:tokens], dtype=torch.int64)}, {})
+    server = server_of(mode, "room", tmp_path, session_prefix_tokens=100, session_gib=1)
+    if tokens == "gone":
+        path.unlink()
+    is_file = Path.is_file
+    with monkeypatch.context() as patch:
+        if tokens == "unreadable":
+
+            def fail(self):
+                if self.suffix == ".session":
+                    raise OSError(errno.ESTALE, "Stale file handle")
+                return is_file(self)
+
+            patch.setattr(Path, "is_file", fail)
+        ask(server, "second", text, 2)
+        for _ in range(3):
+            server.turn()
+            server.scheduler.connector._tidy()
+        run(server)
+    assert server.answers["second"] == answer(text, 2)
+    counts = server.scheduler.connector.counts
+    assert counts["prefixes_failed"] == 1
+    assert counts["prefixes_saved"] == 1  # of more tokens
+    assert left_over(server) == []
+
+
+def test_in_a_folder_that_cannot_be_written_prefixes_are_found(tmp_path, monkeypatch):
+    text = [3 + 7 * i % 80 for i in range(150)]
+    server = server_of(MODES["step-by-step"], "room", tmp_path, session_prefix_tokens=64, session_gib=1)
+    ask(server, "first", text, 2)
+    run(server)
+    server.scheduler.connector.shutdown()
+    kept = server.worker.sessions
+
+    def fail(self):
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Session, "delete", fail)
+    server = server_of(MODES["step-by-step"], "room", tmp_path, session_prefix_tokens=64, session_gib=1e-9)
+    server.worker.sessions = kept
+    ask(server, "second", [*text, 4, 5], 2)
+    run(server)
+    assert server.answers["second"] == answer([*text, 4, 5], 2)
+    assert server.scheduler.connector.counts["prefixes_loaded"] == 1

@@ -95,7 +95,7 @@ def test_sessions_are_told_apart_and_come_by_use(folder):
 @pytest.mark.parametrize(("most", "left"), [(600, 5), (599, 4), (500, 4), (499, 3), (300, 2), (200, 1), (0, 0)])
 def test_the_least_recently_used_go_with_all_their_files(folder, most, left):
     before, others = sessions(folder), {folder / name for name in [*OTHERS, "folder.session", "link.session"]}
-    assert trim(folder, most) == before[: len(before) - left]
+    assert trim(sessions(folder), most) == before[: len(before) - left]
     assert sessions(folder) == before[len(before) - left :]
     assert {path for path in folder.iterdir() if path in others} == others
 
@@ -103,7 +103,7 @@ def test_the_least_recently_used_go_with_all_their_files(folder, most, left):
 def test_a_session_that_is_too_large_costs_no_other(folder):
     before = sessions(folder)
     put(folder, "large", size=1000, used=100)
-    assert [session.name for session in trim(folder, 999)] == ["large"]
+    assert [session.name for session in trim(sessions(folder), 999)] == ["large"]
     assert sessions(folder) == before
 
 
