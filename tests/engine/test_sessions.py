@@ -30,7 +30,10 @@ HOW = {
 SCARCE = ("few blocks", "host memory")
 
 
-@pytest.mark.parametrize("how", HOW)
+SLOW = pytest.param("host memory", marks=pytest.mark.slow)  # prefixes without a name have a shorter test of it
+
+
+@pytest.mark.parametrize("how", [*(how for how in HOW if how != "host memory"), SLOW])
 def test_a_session_goes_on_in_another_engine(saved, how, record_property):
     record_property("covers", "sessions")
     folder, names, prompts = saved
