@@ -219,6 +219,7 @@ def test_one_loads_a_prefix_for_all_that_begin_with_it(mode, tmp_path):
 @pytest.mark.parametrize("tokens", [0, 100, 200, "unreadable", "gone"])
 def test_a_file_that_is_not_what_its_name_says_is_computed(tokens, tmp_path, monkeypatch):
     """And not looked at again until it is replaced, which the request does."""
+    monkeypatch.setattr(prefix_policy, "_LOOK_EVERY_S", float("inf"))  # in a thread, at any time
     text = [3 + 7 * i % 80 for i in range(300)]
     mode = MODES["step-by-step"]
     server = server_of(mode, "room", tmp_path, session_prefix_tokens=100, session_gib=1)
